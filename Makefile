@@ -1,0 +1,50 @@
+# Every task of the project. Nothing but python3 (3.11 or newer), pip, make, git and a package index is needed.
+PYTHON ?= python3
+PY := .venv/bin/python
+SETUP := $(PYTHON) tools/setup.py
+CODE := src tests tools examples benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fmt check test test-all demo docs bench size clean
+
+help: ## list the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## make .venv with the pinned packages and this project (nothing when nothing changed)
+	@$(SETUP)
+
+fmt: setup ## format the code and apply the linter's safe fixes
+	@$(PY) -m ruff format $(CODE)
+	@$(PY) -m ruff check --fix $(CODE)
+
+check: setup ## formatter, linter, types, import contracts, sizes, generated pages: all without running the code
+	@$(PY) -m ruff format --check $(CODE)
+	@$(PY) -m ruff check $(CODE)
+	@$(PY) -m mypy
+	@.venv/bin/lint-imports
+	@$(PY) tools/size.py --quiet
+	@$(PY) tools/docs.py --check
+
+test: setup check ## check, then every test but the slow and the GPU ones
+	@$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: setup check ## check, then every test that this machine can run
+	@$(PY) -m pytest
+
+demo: setup ## train a support bot on the embedded model and show it before and after (a few minutes)
+	@.venv/bin/addenda train examples/data/support.jsonl --base smollm2-135m-instruct \
+		--recipe examples/support.toml --out runs/demo --force
+
+docs: setup ## write the reference pages anew
+	@$(PY) tools/docs.py
+
+bench: ## measure speed and memory against TRL with PEFT on this machine
+	@$(SETUP) --extra bench
+	@$(PY) benchmarks/sft_cpu/run.py
+
+size: setup ## print the lines of each room beside its budget
+	@$(PY) tools/size.py
+
+clean: ## remove caches and build products; runs/ and .venv stay
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	@find src tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
