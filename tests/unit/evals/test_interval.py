@@ -73,8 +73,10 @@ def test_same_seed_gives_the_same_interval_and_another_seed_nearly_the_same() ->
 def test_too_few_rows_give_an_estimate_without_an_interval() -> None:
     few = interval_of_ratio([1.0, 2.0, 4.0], [1, 1, 1])
     assert few.value == pytest.approx(7 / 3)
-    assert few.low is None and few.high is None
-    assert not few.below_zero and not few.above_zero
+    assert few.low is None
+    assert few.high is None
+    assert not few.below_zero
+    assert not few.above_zero
     assert interval_of_difference(([1.0] * 20, [1] * 20), ([1.0] * 3, [1] * 3)).low is None
 
 
