@@ -1,0 +1,143 @@
+"""Attach and detach: plan, validate, then change the model; a failed call leaves it as it was."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from addenda.core.contract import Adapter, Method
+from addenda.core.handle import Handle, _registry, handles
+from addenda.core.host import install
+from addenda.core.layers import LayerView, view_of
+from addenda.core.plan import plan
+from addenda.core.probe import Probe, own_batch, prove
+from addenda.core.targets import Targets
+from addenda.errors import NotFoundError, TargetError
+
+__all__ = ["attach", "detach"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    targets: Targets | None = None,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    probe: Probe | None = None,
+) -> Handle:
+    """Put a new adapter on a model, in place, and freeze the base.
+
+    Args:
+        model: any module; the layers named by ``targets`` change their class, nothing else does.
+        method: which method, with its settings, such as ``LoRA(rank=16)``.
+        targets: ``"all-linear"`` (every linear layer but the output head), the literal end of a layer's path such as
+            ``"q_proj"``, or several. None lets the method choose.
+        name: the adapter's name; a model can carry several.
+        seed: decides the initial values, layer by layer.
+        probe: a batch that reaches every target: keyword arguments, a tensor, or a function of the model. With it,
+            every adapter is proved to be called and to get a gradient. transformers models carry a batch of their own.
+
+    Returns:
+        The handle on the adapter.
+
+    Raises:
+        TargetError: a target matches nothing, the name is taken, or the probe shows an adapter that does not work.
+        MethodError: the method cannot stand on one of the layers.
+
+    Example:
+        >>> import addenda, torch
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], probe=torch.randn(3, 8))
+        >>> handle.trainable_parameters
+        24
+        >>> handle.detach()
+        >>> type(model[0]).__name__
+        'Linear'
+    """
+    rows = plan(model, method, targets).rows
+    return attach_paths(model, method, [row.path for row in rows], name=name, seed=seed, probe=probe)
+
+
+def attach_paths(
+    model: nn.Module,
+    method: Method,
+    paths: list[str],
+    *,
+    name: str,
+    seed: int = 0,
+    probe: Probe | None = None,
+) -> Handle:
+    """Attach to exactly these layers; for callers that have resolved the targets already."""
+    _require_free(model, name, paths)
+    layers = {path: model.get_submodule(path) for path in paths}
+    views = {path: view_of(module, path, seed=seed) for path, module in layers.items()}
+    adapters = {path: method.build(view) for path, view in views.items()}
+    handle = _install(model, method, name, layers, views, adapters)
+    batch = own_batch(model) if probe is None else probe
+    try:
+        if batch is not None:
+            prove(handle, batch)
+    except BaseException:
+        handle.detach()
+        raise
+    return handle
+
+
+def detach(model: nn.Module, name: str = "default") -> None:
+    """Take the adapter called ``name`` off the model.
+
+    Raises:
+        NotFoundError: the model carries no such adapter.
+    """
+    on_model = handles(model)
+    if name not in on_model:
+        raise NotFoundError(
+            f"the model carries no adapter '{name}'",
+            where={"adapters": " ".join(on_model) or "none"},
+            hint="use one of the names above" if on_model else "nothing is attached",
+        )
+    on_model[name].detach()
+
+
+def _install(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    layers: dict[str, nn.Module],
+    views: dict[str, LayerView],
+    adapters: dict[str, Adapter],
+) -> Handle:
+    registry = _registry(model)
+    for path, module in layers.items():
+        install(module, views[path], name, adapters[path])
+    handle = Handle(model, method, name, layers)
+    registry.handles[name] = handle
+    return handle
+
+
+def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
+    taken = handles(model)
+    if name in taken:
+        raise TargetError(
+            f"the model already carries an adapter '{name}'",
+            where={"adapters": " ".join(taken)},
+            hint=f"choose another name, or detach it first: addenda.detach(model, '{name}')",
+        )
+    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+        raise TargetError(
+            f"{name!r} cannot be an adapter's name",
+            hint="use up to 64 letters, digits, '-' and '_', starting with a letter or digit",
+        )
+    foreign = [
+        p for p in paths if hasattr(m := model.get_submodule(p), "adapters") and not hasattr(m, "_addenda")
+    ]
+    if foreign:
+        raise TargetError(
+            f"'{foreign[0]}' already has an attribute 'adapters' of its own",
+            where={"layers": len(foreign)},
+            hint="leave it out of the targets, or rename the attribute",
+        )

@@ -1,0 +1,245 @@
+"""The contract every method is written against: Method, Adapter, Base.
+
+A method is the maths of one paper. It sees the layer under it only through :class:`Base`: it may call it, read its
+weight as a matrix, and run its operation again with another or a factored weight. It cannot write to it, and it does
+not know which kind of layer or weight format it stands on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from addenda.errors import ConfigError, MethodError, nearest
+
+__all__ = ["Adapter", "Base", "Initializer", "Method"]
+
+Initializer = Callable[[Tensor, torch.Generator], object]
+"""Fills a tensor in place, drawing all randomness from the generator."""
+
+
+class Base(ABC):
+    """What an adapter sees of the layer it stands on; it can read and call, never write.
+
+    The weight is always shown as a matrix of shape (d_out, d_in), output channel first, dequantized. For a
+    convolution d_in is the kernel volume times the input channels of one group; for an embedding it is the number of
+    rows (an embedding is a linear map of one-hot vectors).
+    """
+
+    path: str
+    """Dotted path of the layer in its model."""
+    kind: str
+    """Name of the layer kind, as in ``core/layers.py``."""
+
+    def __init__(self, *, seed: int = 0, parameter_device: torch.device | None = None) -> None:
+        self._seed = seed
+        self._drawn = 0
+        self._parameter_device = parameter_device
+
+    @property
+    @abstractmethod
+    def d_in(self) -> int:
+        """Columns of the weight matrix."""
+
+    @property
+    @abstractmethod
+    def d_out(self) -> int:
+        """Rows of the weight matrix."""
+
+    @property
+    @abstractmethod
+    def channels_in(self) -> int | None:
+        """Features of the layer's input, or None where the input holds indices rather than features."""
+
+    @property
+    @abstractmethod
+    def channels_out(self) -> int:
+        """Features of the layer's output."""
+
+    @property
+    @abstractmethod
+    def has_bias(self) -> bool:
+        """Whether the layer adds a bias."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the layer's weight is."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the layer computes."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run the layer as it is: the layer's own input -> its own output."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """Return the weight as a dense (d_out, d_in) matrix, detached."""
+
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """Return the bias of shape (d_out,), detached, or None."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Run the layer's operation on ``x`` with another (d_out, d_in) ``weight`` and ``bias``."""
+
+    @abstractmethod
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Run the layer's operation with the weight B A, never forming it. A: (rank, d_in), B: (d_out, rank)."""
+
+    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
+        return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
+
+    def inputs_last(self, x: Tensor) -> Tensor:
+        """View the layer's input with its channels in the last dimension: (..., channels_in)."""
+        return x
+
+    def inputs_back(self, x: Tensor) -> Tensor:
+        """Undo :meth:`inputs_last`."""
+        return x
+
+    def outputs_last(self, y: Tensor) -> Tensor:
+        """View the layer's output with its channels in the last dimension: (..., channels_out)."""
+        return y
+
+    def outputs_back(self, y: Tensor) -> Tensor:
+        """Undo :meth:`outputs_last`."""
+        return y
+
+    def parameter(self, *shape: int, init: Initializer | float = 0.0) -> nn.Parameter:
+        """Make a trainable parameter for an adapter on this layer.
+
+        It lives on the layer's device, in the layer's dtype, or in float32 where the layer's is narrower. Random
+        values depend on the seed, the layer's path and the order of the calls only, never on other layers or on the
+        global generator.
+        """
+        device = self._parameter_device or self.device
+        dtype = (
+            torch.promote_types(self.dtype, torch.float32) if self.dtype.is_floating_point else torch.float32
+        )
+        self._drawn += 1
+        if device.type == "meta":
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        value = torch.zeros(shape, dtype=dtype)
+        if callable(init):
+            init(value, _generator(self._seed, self.path, self._drawn))
+        else:
+            value.fill_(init)
+        return nn.Parameter(value.to(device))
+
+
+def _generator(seed: int, path: str, drawn: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{path}/{drawn}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Adapter(nn.Module):
+    """The trained parameters of one method on one layer, and how they change what the layer computes."""
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
+        raise MethodError(
+            f"{type(self).__name__} defines no forward", hint="an adapter must implement forward(x, base)"
+        )
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the (d_out, d_in) weight and (d_out,) bias with which the bare layer computes the same.
+
+        Raises:
+            MethodError: the method has no such weight.
+        """
+        raise MethodError(
+            f"{type(self).__name__} cannot be folded into a weight",
+            hint="keep the adapter beside its base, or use a mergeable method such as 'lora'",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(ABC):
+    """The settings of one PEFT method; subclasses are frozen dataclasses registered under a name.
+
+    Class attributes say what the method can do. The conformance tests, the command line and the reference pages read
+    them, so an exception is declared once, here, with its reason.
+    """
+
+    name: ClassVar[str] = ""
+    """The registered name; set by :func:`addenda.core.registry.register`."""
+    mergeable: ClassVar[bool] = False
+    """Whether its adapters can be folded into the weight."""
+    learning_rate: ClassVar[float] = 1e-3
+    """Peak learning rate that suits the method when the user names none (AdamW)."""
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed", "conv", "embedding")
+    """Layer kinds it can adapt."""
+    variants: ClassVar[tuple[Mapping[str, object], ...]] = ({},)
+    """Settings under which the conformance tests run it."""
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    """Conformance properties it does not have, each with the reason."""
+
+    def __post_init__(self) -> None:
+        found = self.problems()
+        if found:
+            raise ConfigError(
+                "; ".join(found), where={"method": self.name or type(self).__name__}, hint=self._hint()
+            )
+
+    @abstractmethod
+    def build(self, base: Base) -> Adapter:
+        """Make the adapter for one layer; all parameters come from ``base.parameter``."""
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the settings themselves, one short sentence each."""
+        return []
+
+    def problems_at(self, base: Base) -> list[str]:
+        """Return why the method cannot be put on this layer, one short sentence each."""
+        return []
+
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Return the layer kinds these settings can adapt."""
+        return self.kinds
+
+    def default_targets(self, paths: Sequence[str]) -> str | list[str]:
+        """Return the targets to use when the user names none, given the paths of all adaptable layers."""
+        return "all-linear"
+
+    def settings(self) -> dict[str, object]:
+        """Return the settings as plain values that JSON and TOML can hold."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, object]) -> Self:
+        """Make the method from plain values.
+
+        Raises:
+            ConfigError: a setting is unknown, of a wrong type, or out of range.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = [key for key in settings if key not in known]
+        if unknown:
+            close = nearest(unknown[0], known)
+            raise ConfigError(
+                f"unknown settings {unknown} of method '{cls.name}'",
+                where={"settings": " ".join(known)},
+                hint=f"did you mean '{close[0]}'?" if close else "remove them, or see 'addenda methods'",
+            )
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+
+    def _hint(self) -> str:
+        return f"see 'addenda methods {self.name}' for the range of each setting"
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,65 @@
+"""The fingerprint of a base: which weights an adapter was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from addenda.core.host import host_of
+
+__all__ = ["fingerprint"]
+
+_SAMPLES = 2048
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a digest of the base's tensor names, shapes and values; adapters on it do not change it.
+
+    Values are sampled, at most 2,048 evenly spaced ones of each tensor, and rounded to bfloat16, so that a base
+    loaded in float32 and the same one loaded in bfloat16 have the same fingerprint. On the meta device, where there
+    are no values, it covers names and shapes alone and starts with ``meta``.
+
+    Example:
+        >>> fingerprint(nn.Linear(2, 2, device="meta"))[:5]
+        'meta-'
+    """
+    digest = hashlib.sha256()
+    prefix = "sha256-"
+    for name, tensor in _base_tensors(model):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            prefix = "meta-"
+        else:
+            digest.update(_sampled(tensor))
+    return prefix + digest.hexdigest()[:40]
+
+
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the base's tensors in the order of their names; where weights are merged, the kept originals."""
+    kept: dict[str, Tensor] = {}
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        host = host_of(module)
+        if host is None:
+            continue
+        inside.append(f"{path}.adapters." if path else "adapters.")
+        if host._addenda.kept is not None:
+            weight, bias = host._addenda.kept
+            kept[f"{path}.weight"] = weight
+            if bias is not None:
+                kept[f"{path}.bias"] = bias
+    skip = tuple(inside)
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(skip):
+            yield name, kept.get(name, tensor)
+
+
+def _sampled(tensor: Tensor) -> bytes:
+    flat = tensor.detach().flatten()
+    picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+    if picked.dtype.is_floating_point:
+        picked = picked.to(torch.bfloat16).view(torch.int16)
+    return picked.cpu().contiguous().numpy().tobytes()

@@ -1,0 +1,263 @@
+"""The handle: one attached adapter, and everything that can be done to it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from addenda.core.contract import Adapter, Method
+from addenda.core.host import Host, HostState, remove
+from addenda.errors import MethodError
+
+__all__ = ["Handle", "handles"]
+
+
+class Handle:
+    """One adapter on a model: its parameters, and its switch.
+
+    Made by :func:`addenda.attach` and :func:`addenda.load`.
+    """
+
+    def __init__(self, model: nn.Module, method: Method, name: str, hosts: dict[str, nn.Module]) -> None:
+        self.model = model
+        self.method = method
+        self.name = name
+        self._hosts = hosts
+        self.probed = "not run"
+        """What the probe batch showed, in words."""
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter on each layer, by the layer's path."""
+        return {path: cast(Adapter, self._host(path).adapters[self.name]) for path in self._hosts}
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the adapted layers, in the model's order."""
+        return list(self._hosts)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter changes what the model computes, by running or by being merged."""
+        return self.merged or any(self.name in state.active for state in self._states())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the base's weights."""
+        return any(self.name in state.merged for state in self._states())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the adapter's parameters, layer by layer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield ``("<layer path>.<parameter>", parameter)``, layer by layer."""
+        for path, adapter in self.adapters.items():
+            for name, parameter in adapter.named_parameters():
+                yield f"{path}.{name}", parameter
+
+    def enable(self) -> None:
+        """Let the adapter run again, in its place in the order of attaching."""
+        self._require_unmerged("enable")
+        for path in self._hosts:
+            host = self._host(path)
+            active = {*host._addenda.active, self.name}
+            host._addenda.active = [n for n in host.adapters if n in active]
+
+    def disable(self) -> None:
+        """Stop the adapter from running: the model computes what it would without it, bit for bit."""
+        self._require_unmerged("disable")
+        for state in self._states():
+            if self.name in state.active:
+                state.active.remove(self.name)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Disable the adapter inside a ``with`` block."""
+        was_active = self.active
+        self.disable()
+        try:
+            yield
+        finally:
+            if was_active:
+                self.enable()
+
+    def merge(self) -> None:
+        """Fold the adapter into the base's weights; the original weights are kept for :meth:`unmerge`.
+
+        Raises:
+            MethodError: the method cannot be folded, a weight is shared with another layer, or a folded weight is
+                not finite. The model is then as it was.
+        """
+        self._require_unmerged("merge")
+        self._require_mergeable()
+        folded = {path: self._folded(path) for path in self._hosts}
+        for path, (weight, bias) in folded.items():
+            state = self._host(path)._addenda
+            if state.kept is None:
+                state.kept = _copy_of(self._hosts[path])
+            _write(self._hosts[path], weight, bias)
+            state.merged.append(self.name)
+            if self.name in state.active:
+                state.active.remove(self.name)
+
+    def unmerge(self) -> None:
+        """Take the adapter out of the weights again; with the last one out they are restored bit for bit.
+
+        The original is a kept copy, so nothing is subtracted. Other merged adapters are folded anew.
+        """
+        if not self.merged:
+            raise MethodError(
+                f"adapter '{self.name}' is not merged", hint="only a merged adapter can be unmerged"
+            )
+        for path in self._hosts:
+            state = self._host(path)._addenda
+            state.merged.remove(self.name)
+            self._restore(path, state)
+        self.enable()
+
+    def detach(self) -> None:
+        """Take the adapter off; layers without any other are as they were before, class and all."""
+        if self.merged:
+            self.unmerge()
+        for module in self._hosts.values():
+            remove(module, self.name)
+        self._hosts = {}
+        registry = _registry(self.model)
+        registry.handles.pop(self.name, None)
+        if not registry.handles:
+            _thaw(self.model, registry.thawed)
+            del self.model.__dict__["_addenda_registry"]
+
+    def _restore(self, path: str, state: HostState) -> None:
+        assert state.kept is not None
+        _write(self._hosts[path], *state.kept)
+        others = list(state.merged)
+        for name in others:
+            adapter = cast(Adapter, self._host(path).adapters[name])
+            _write(self._hosts[path], *_fold(adapter, state))
+        if not others:
+            state.kept = None
+
+    def _folded(self, path: str) -> tuple[Tensor, Tensor | None]:
+        host = self._host(path)
+        weight, bias = _fold(self.adapters[path], host._addenda)
+        if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
+            raise MethodError(
+                f"folding '{self.name}' into '{path}' gives values that are not finite",
+                hint="the adapter holds NaN or infinity, or the base's dtype overflows",
+            )
+        return weight, bias
+
+    def _require_mergeable(self) -> None:
+        if not self.method.mergeable:
+            raise MethodError(
+                f"method '{self.method.name}' cannot be merged",
+                hint="keep the adapter beside its base, or use 'lora'",
+            )
+        tied = [f"'{path}' with '{other}'" for path, other in _tied(self.model, self._hosts).items()]
+        if tied:
+            raise MethodError(
+                f"merging would also change a layer that shares its weight: {', '.join(tied)}",
+                hint="untie the weights first, or keep the adapter beside its base",
+            )
+
+    def _require_unmerged(self, verb: str) -> None:
+        if not self._hosts:
+            raise MethodError(f"cannot {verb} '{self.name}': it was detached", hint="attach or load it again")
+        if self.merged:
+            raise MethodError(f"cannot {verb} '{self.name}': it is merged", hint="call unmerge() first")
+
+    def _states(self) -> list[HostState]:
+        return [self._host(path)._addenda for path in self._hosts]
+
+    def _host(self, path: str) -> Host:
+        return cast(Host, self._hosts[path])
+
+    def __repr__(self) -> str:
+        state = "merged" if self.merged else "active" if self.active else "disabled"
+        count = f"{len(self._hosts)} layers, {self.trainable_parameters:,} parameters"
+        return f"<Handle '{self.name}': {self.method.name}, {count}, {state}>"
+
+
+class Registry:
+    """What a model remembers of its adapters: the handles, and which base parameters were trainable."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.handles: dict[str, Handle] = {}
+        self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def _registry(model: nn.Module) -> Registry:
+    """Return the model's registry; the first call freezes the base and remembers what was trainable."""
+    registry = model.__dict__.get("_addenda_registry")
+    if registry is None:
+        registry = Registry(model)
+        object.__setattr__(model, "_addenda_registry", registry)
+        model.requires_grad_(False)
+    return cast(Registry, registry)
+
+
+def handles(model: nn.Module) -> dict[str, Handle]:
+    """Return the handles of all adapters on the model, by name."""
+    registry = model.__dict__.get("_addenda_registry")
+    return dict(registry.handles) if registry else {}
+
+
+def _thaw(model: nn.Module, names: list[str]) -> None:
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+
+
+def _tied(model: nn.Module, hosts: dict[str, nn.Module]) -> dict[str, str]:
+    """Return, for each hosted layer whose weight is also another module's, that other module's path."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(path)
+    tied = {}
+    for path, module in hosts.items():
+        shared = [o for p in module._parameters.values() if p is not None for o in owners[id(p)] if o != path]
+        if shared:
+            tied[path] = shared[0]
+    return tied
+
+
+def _fold(adapter: Adapter, state: HostState) -> tuple[Tensor, Tensor | None]:
+    """Fold in float32 at least, whatever the base's dtype, and round once."""
+    view = state.view
+    wide = torch.promote_types(view.dtype, torch.float32)
+    bias = view.bias()
+    with torch.no_grad():
+        weight, bias = adapter.fold(view.weight().to(wide), None if bias is None else bias.to(wide))
+    return view.from_matrix(weight).to(view.dtype), None if bias is None else bias.to(view.dtype)
+
+
+def _copy_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    bias = getattr(module, "bias", None)
+    return cast(Tensor, module.weight).detach().clone(), None if bias is None else bias.detach().clone()
+
+
+def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Write a layer's weight and bias; the one place where a base weight is changed."""
+    with torch.no_grad():
+        cast(Tensor, module.weight).copy_(weight)
+        if bias is None:
+            if getattr(module, "bias", None) is not None:
+                module.bias = None
+        elif getattr(module, "bias", None) is None:
+            module.bias = nn.Parameter(bias.clone(), requires_grad=False)
+        else:
+            cast(Tensor, module.bias).copy_(bias)

@@ -1,0 +1,129 @@
+"""The host: a layer whose class was swapped in place so that it runs its adapters.
+
+The layer object, its place in the model, its parameters and their names stay as they were; only its class becomes a
+subclass of its own class, and its adapters live under ``<layer>.adapters.<name>``. Taking the last adapter off gives
+the class back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from addenda.core.contract import Adapter, Base
+from addenda.core.layers import LayerView
+
+__all__ = ["Host", "HostState", "host_of", "install", "remove"]
+
+
+class HostState:
+    """What a host knows beside its parameters."""
+
+    def __init__(self, view: LayerView) -> None:
+        self.view = view
+        self.active: list[str] = []
+        """Names of the adapters that run, in the order in which they were attached."""
+        self.merged: list[str] = []
+        """Names of the adapters folded into the weight, in the order of folding."""
+        self.kept: tuple[Tensor, Tensor | None] | None = None
+        """The weight and bias as they were before the first fold."""
+        self.calls: dict[str, int] = {}
+        """How often each adapter ran since the count was last cleared."""
+
+
+class Host:
+    """Mixed in before the layer's own class; ``original_class`` is that class."""
+
+    original_class: type[nn.Module]
+    _addenda: HostState
+    adapters: nn.ModuleDict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer with its active adapters; arguments as the layer's own."""
+        state = self._addenda
+        if not state.active:
+            return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
+        x, *rest = args if args else (kwargs.pop(state.view.input_name),)
+        return _run(self, _bound(state.view, tuple(rest), kwargs), x)
+
+
+def _bound(view: LayerView, args: tuple[object, ...], kwargs: dict[str, object]) -> LayerView:
+    if not args and not kwargs:
+        return view
+    bound = copy.copy(view)
+    bound.args, bound.kwargs = args, kwargs
+    return bound
+
+
+def _run(host: Host, base: Base, x: Tensor) -> Tensor:
+    state = host._addenda
+    *inner, last = [cast(Adapter, host.adapters[name]) for name in state.active]
+    for adapter in inner:
+        base = _Stacked(base, adapter)
+    if not torch.compiler.is_compiling():
+        for name in state.active:
+            state.calls[name] = state.calls.get(name, 0) + 1
+    y: Tensor = last(x, base)
+    return y
+
+
+class _Stacked:
+    """A base with an adapter already on it: calling it runs both, everything else is the bare layer's."""
+
+    def __init__(self, base: Base, adapter: Adapter) -> None:
+        self._base, self._adapter = base, adapter
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self._adapter(x, self._base)
+        return y
+
+    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+@functools.cache
+def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{original.__name__}", (Host, original), {"original_class": original})
+
+
+def _noop_hook(module: nn.Module, args: object, output: object) -> None:
+    """Present only so that PyTorch's fused inference paths, which read weights and call no layer, stay off."""
+
+
+def host_of(module: nn.Module) -> Host | None:
+    """Return the module as a host, or None where it carries no adapter."""
+    return module if isinstance(module, Host) else None
+
+
+def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter) -> None:
+    """Put an adapter on a layer and make it active, swapping the layer's class if it is the first."""
+    if not isinstance(module, Host):
+        module.__class__ = _adapted_class(type(module))
+        module.adapters = nn.ModuleDict()
+        object.__setattr__(module, "_addenda", HostState(view))
+        handle = module.register_forward_hook(_noop_hook)
+        object.__setattr__(module, "_addenda_hook", handle)
+    host = cast(Host, module)
+    host.adapters[name] = adapter.train(module.training)
+    host._addenda.active.append(name)
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take an adapter off a layer; the last one to go gives the layer its class back."""
+    host = cast(Host, module)
+    del host.adapters[name]
+    if name in host._addenda.active:
+        host._addenda.active.remove(name)
+    if len(host.adapters) == 0:
+        cast(Any, module)._addenda_hook.remove()
+        del module.adapters
+        object.__delattr__(module, "_addenda")
+        object.__delattr__(module, "_addenda_hook")
+        module.__class__ = host.original_class

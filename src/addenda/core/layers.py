@@ -1,0 +1,360 @@
+"""The table of layer kinds: how each kind of layer is shown to a method.
+
+A new kind is one class and one row of ``KINDS``; no method, and nothing of the life cycle, knows of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from addenda.core.contract import Base
+from addenda.core.lowrank import low_rank_linear
+from addenda.errors import MethodError
+
+__all__ = ["KINDS", "LayerKind", "LayerView", "kind_of", "view_of"]
+
+
+class LayerView(Base):
+    """A layer, read through the eyes of a method; the only code that knows where the layer keeps what."""
+
+    input_name: str = "input"
+    """What the layer's forward calls its first argument."""
+
+    def __init__(
+        self, module: nn.Module, path: str, *, seed: int = 0, parameter_device: torch.device | None = None
+    ):
+        super().__init__(seed=seed, parameter_device=parameter_device)
+        self.module: Any = module
+        self.path = path
+        self.original: Any = getattr(type(module), "original_class", type(module))
+        self.args: tuple[object, ...] = ()
+        self.kwargs: dict[str, object] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)
+        return y
+
+    @property
+    def d_in(self) -> int:
+        return int(self.to_matrix(self.stored()).shape[1])
+
+    @property
+    def d_out(self) -> int:
+        return int(self.to_matrix(self.stored()).shape[0])
+
+    @property
+    def channels_in(self) -> int | None:
+        return self.d_in
+
+    @property
+    def channels_out(self) -> int:
+        return self.d_out
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored().dtype
+
+    @property
+    def has_bias(self) -> bool:
+        return getattr(self.module, "bias", None) is not None
+
+    def weight(self) -> Tensor:
+        return self.to_matrix(self.stored().detach())
+
+    def bias(self) -> Tensor | None:
+        return self.module.bias.detach() if self.has_bias else None
+
+    def stored(self) -> Tensor:
+        """The weight as the layer keeps it."""
+        weight: Tensor = self.module.weight
+        return weight
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        """A stored weight as (d_out, d_in)."""
+        return stored
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A (d_out, d_in) matrix in the layout in which the layer stores its weight."""
+        return matrix
+
+
+class LinearView(LayerView):
+    """``nn.Linear``: weight (d_out, d_in)."""
+
+    kind = "linear"
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x: (n, d_in) -> (n, d_out), bias added."""
+        return F.linear(x, self.stored(), self.module.bias)
+
+    def grad_input(self, g: Tensor) -> Tensor:
+        """g: (n, d_out) -> (n, d_in)."""
+        return g @ self.stored()
+
+    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if self._fusible(x):
+            return low_rank_linear(x, A, B, scaling=scaling, base=self)
+        return super().add_low_rank(x, A, B, scaling)
+
+    def _fusible(self, x: Tensor) -> bool:
+        # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
+        plain = x.dtype == self.dtype and not torch.is_autocast_enabled(x.device.type)
+        frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
+        return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
+
+    def _runs_the_plain_product(self) -> bool:
+        # A subclass of nn.Linear may do more than the product; then it is called as it is.
+        return bool(self.original.forward is nn.Linear.forward)
+
+
+class TransposedView(LinearView):
+    """transformers' ``Conv1D`` (GPT-2): a linear layer with its weight stored as (d_in, d_out)."""
+
+    kind = "conv1d-transposed"
+    input_name = "x"
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        return stored.t()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def linear(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.module.bias, x, self.stored())
+
+    def grad_input(self, g: Tensor) -> Tensor:
+        return g @ self.stored().t()
+
+    def _runs_the_plain_product(self) -> bool:
+        return bool(self.original.__name__ == "Conv1D")
+
+
+_CONV_OPERATIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvView(LayerView):
+    """``nn.Conv1d/2d/3d``, grouped or not: weight (d_out, channels_in / groups, *kernel)."""
+
+    kind = "conv"
+
+    @property
+    def channels_in(self) -> int | None:
+        return int(self.module.in_channels)
+
+    @property
+    def _space(self) -> int:
+        return len(self.module.kernel_size)
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(-1, *self.stored().shape[1:])
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = self.module._conv_forward(x, self.from_matrix(weight), bias)
+        return y
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Convolve with A's kernels into rank channels, then mix them by a convolution of size one with B.
+
+        With groups, each group of inputs is convolved with the same A and mixed by its own rows of B.
+        """
+        groups, rank, operation = self.module.groups, A.shape[0], _CONV_OPERATIONS[self._space]
+        h = operation(
+            self._padded(x), self._grouped(A), None, self.module.stride, 0, self.module.dilation, groups
+        )
+        return operation(h, B.reshape(-1, rank, *[1] * self._space), groups=groups)
+
+    def _grouped(self, A: Tensor) -> Tensor:
+        return self.from_matrix(A).repeat(self.module.groups, *[1] * (self._space + 1))
+
+    def _padded(self, x: Tensor) -> Tensor:
+        mode = self.module.padding_mode
+        return F.pad(
+            x, self.module._reversed_padding_repeated_twice, mode="constant" if mode == "zeros" else mode
+        )
+
+    def inputs_last(self, x: Tensor) -> Tensor:
+        return x.movedim(-1 - self._space, -1)
+
+    def inputs_back(self, x: Tensor) -> Tensor:
+        return x.movedim(-1, -1 - self._space)
+
+    outputs_last = inputs_last
+    outputs_back = inputs_back
+
+
+class EmbeddingView(LayerView):
+    """``nn.Embedding``: weight stored as (rows, features), shown as (features, rows)."""
+
+    kind = "embedding"
+
+    @property
+    def channels_in(self) -> int | None:
+        return None
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        return stored.t()
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        return matrix.t()
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = F.embedding(x, weight.t())
+        return y if bias is None else y + bias
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.embedding(x, A.t()), B)
+
+
+class BlockView(LayerView):
+    """A feed-forward block: a module of linear layers that maps features to features of the same width.
+
+    It has no single weight, so only methods that work on activations can stand on it.
+    """
+
+    kind = "block"
+
+    def __init__(self, module: nn.Module, path: str, **settings: Any):
+        super().__init__(module, path, **settings)
+        views = [view for child in module.children() if (view := _leaf_view(child, path))]
+        self._first, self._last = views[0], views[-1]
+        self.input_name = list(inspect.signature(self.original.forward).parameters)[1]
+
+    @property
+    def d_in(self) -> int:
+        return self._first.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self._last.d_out
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    def stored(self) -> Tensor:
+        return self._first.stored()
+
+    def weight(self) -> Tensor:
+        raise self._no_weight()
+
+    def bias(self) -> Tensor | None:
+        raise self._no_weight()
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        raise self._no_weight()
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        raise self._no_weight()
+
+    def _no_weight(self) -> MethodError:
+        return MethodError(
+            f"block '{self.path}' has no single weight",
+            hint="target the linear layers inside it, or use a method that works on activations",
+        )
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One row of the table: which modules are of this kind, and how they are shown."""
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    view: type[LayerView]
+    linear: bool = False
+    """Whether 'all-linear' takes it."""
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # A packed weight (integer codes) under a Linear subclass is a weight format, not a plain layer.
+    return isinstance(module, nn.Linear) and module.weight.is_floating_point()
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    # Recognised by name and shape, because the core does not import transformers.
+    names = {c.__name__ for c in type(module).__mro__}
+    weight = getattr(module, "weight", None)
+    return "Conv1D" in names and hasattr(module, "nf") and isinstance(weight, Tensor) and weight.dim() == 2
+
+
+def _is_plain_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.max_norm is None
+
+
+def _is_block(module: nn.Module) -> bool:
+    children = list(module.children())
+    linear = [c for c in children if (k := _leaf_kind(c)) and k.linear]
+    if len(linear) < 2 or any(list(c.children()) for c in children if c not in linear and not _is_host(c)):
+        return False
+    first, last = _leaf_view(linear[0], ""), _leaf_view(linear[-1], "")
+    return first is not None and last is not None and first.d_in == last.d_out != first.d_out
+
+
+def _is_host(module: nn.Module) -> bool:
+    return hasattr(module, "_addenda")
+
+
+KINDS: tuple[LayerKind, ...] = (
+    LayerKind("linear", _is_linear, LinearView, linear=True),
+    LayerKind("conv1d-transposed", _is_transposed, TransposedView, linear=True),
+    LayerKind("conv", lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d), ConvView),
+    LayerKind("embedding", _is_plain_embedding, EmbeddingView),
+    LayerKind("block", _is_block, BlockView),
+)
+"""Every kind of layer that can be adapted; the first row that matches a module is its kind."""
+
+
+def _leaf_kind(module: nn.Module) -> LayerKind | None:
+    return next((k for k in KINDS if k.name != "block" and k.matches(module)), None)
+
+
+def _leaf_view(module: nn.Module, path: str) -> LayerView | None:
+    kind = _leaf_kind(module)
+    return kind.view(module, path) if kind and kind.linear else None
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """Return the module's kind, or None where it cannot be adapted.
+
+    Example:
+        >>> kind_of(nn.Conv2d(3, 8, 3)).name
+        'conv'
+    """
+    return next((k for k in KINDS if k.matches(module)), None)
+
+
+def view_of(
+    module: nn.Module, path: str, *, seed: int = 0, parameter_device: torch.device | None = None
+) -> LayerView:
+    """Return the module as a method sees it.
+
+    Raises:
+        MethodError: the module is of no known kind.
+    """
+    kind = kind_of(module)
+    if kind is None:
+        raise MethodError(
+            f"'{path}' is a {type(module).__name__}, which is of no known layer kind",
+            where={"kinds": " ".join(k.name for k in KINDS)},
+            hint="a new kind is one class and one row in addenda/core/layers.py",
+        )
+    return kind.view(module, path, seed=seed, parameter_device=parameter_device)

@@ -1,0 +1,69 @@
+"""The fused low-rank linear: y = W x + s B A x in one autograd node.
+
+It saves x and A x alone, never forms W + s B A, never makes a gradient for W, and needs only two operations of the
+frozen weight (``linear`` and ``grad_input``), so it works on any weight format that offers them. The thin products
+come first: x Aᵀ has ``rank`` columns, so the extra cost is 2 * rank * (d_in + d_out) FLOP per row and direction.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["FrozenLinear", "low_rank_linear"]
+
+
+class FrozenLinear(Protocol):
+    """The two operations the fused path needs of a frozen weight."""
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x: (n, d_in) -> W x + b: (n, d_out)."""
+
+    def grad_input(self, g: Tensor) -> Tensor:
+        """g: (n, d_out) -> Wᵀ g: (n, d_in)."""
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: FrozenLinear) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        A_, B_ = A.to(x.dtype), B.to(x.dtype)
+        h = rows @ A_.t()
+        y = base.linear(rows).addmm_(h, B_.t(), alpha=scaling)
+        ctx.save_for_backward(rows, h, A_, B_)
+        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
+        ctx.dtypes = (A.dtype, B.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, h, A, B = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        gB = (g @ B).mul_(ctx.scaling)
+        dx = dA = dB = None
+        if ctx.needs_input_grad[1]:
+            dA = (gB.t() @ rows).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[2]:
+            dB = (g.t() @ h).to(ctx.dtypes[1]).mul_(ctx.scaling)
+        if ctx.needs_input_grad[0]:
+            dx = ctx.base.grad_input(g).addmm_(gB, A).view(ctx.shape)
+        return dx, dA, dB, None, None
+
+
+def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, *, scaling: float, base: FrozenLinear) -> Tensor:
+    """Return W x + b + scaling * B A x.
+
+    Args:
+        x: (..., d_in), in the frozen weight's dtype.
+        A: (rank, d_in), any floating dtype; used in x's, its gradient comes in its own.
+        B: (d_out, rank), likewise.
+        scaling: factor of the low-rank part, dimensionless.
+        base: the frozen weight.
+
+    Returns:
+        (..., d_out) in x's dtype.
+    """
+    y: Tensor = _LowRankLinear.apply(x, A, B, scaling, base)  # type: ignore[no-untyped-call]
+    return y

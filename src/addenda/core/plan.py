@@ -1,0 +1,166 @@
+"""The plan: what an attach would do, worked out without touching the model."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from addenda.core.contract import Base, Method
+from addenda.core.layers import view_of
+from addenda.core.targets import Targets, adaptable, bypass_of, resolve
+from addenda.errors import MethodError
+
+__all__ = ["Plan", "PlannedLayer", "plan"]
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer that would get an adapter."""
+
+    path: str
+    kind: str
+    weight_shape: tuple[int, int]
+    """(d_out, d_in) of the base layer's weight as a matrix."""
+    parameters: int
+    """Trainable numbers the adapter adds."""
+    bytes: int
+    """Their size in memory."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be adapted, how many parameters that trains, and what is left out and why."""
+
+    method: Method
+    rows: tuple[PlannedLayer, ...]
+    base_parameters: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers in all."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the adapters' parameters in memory."""
+        return sum(row.bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        share = 100 * self.parameters / max(1, self.base_parameters)
+        head = f"{self.method.name} on {len(self.rows)} layers: {self.parameters:,} trainable parameters"
+        head += f" ({share:.2f}% of {self.base_parameters:,}), {self.bytes / 2**20:.1f} MiB"
+        groups = Counter(
+            (r.path.rpartition(".")[2], r.kind, r.weight_shape[1], r.weight_shape[0], r.parameters)
+            for r in self.rows
+        )
+        lines = [
+            f"  {count:>4} x {name:<16} {kind:<18} {d_in:>7,} -> {d_out:<7,} {each:>10,} each"
+            for (name, kind, d_in, d_out, each), count in groups.items()
+        ]
+        return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Plan:
+    """Return what ``attach`` with the same arguments would do; the model is only read.
+
+    Args:
+        model: any module.
+        method: the method with its settings.
+        targets: as for :func:`addenda.attach`.
+
+    Raises:
+        TargetError: a target matches nothing, or something that cannot be adapted.
+        MethodError: the method cannot stand on one of the layers; all of them are reported.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> addenda.plan(model, addenda.LoRA(rank=2), targets="all-linear").parameters
+        36
+    """
+    wanted = default_targets(model, method) if targets is None else targets
+    layers = resolve(model, wanted, kinds=method.layer_kinds())
+    rows = planned_rows(method, layers)
+    return Plan(method, rows, _base_parameters(model), tuple(_notes(model, wanted, list(layers))))
+
+
+def planned_rows(method: Method, layers: Mapping[str, nn.Module]) -> tuple[PlannedLayer, ...]:
+    """Return what the method would add to each of these layers.
+
+    Raises:
+        MethodError: the method cannot stand on one of them; all problems are reported.
+    """
+    views = [view_of(module, path, parameter_device=torch.device("meta")) for path, module in layers.items()]
+    _require_possible(method, views)
+    return tuple(_planned(method, view) for view in views)
+
+
+def default_targets(model: nn.Module, method: Method) -> Targets:
+    """Return the method's own choice of targets for this model."""
+    paths = [path for path, (_, kind) in adaptable(model).items() if kind.name in method.layer_kinds()]
+    return method.default_targets(paths)
+
+
+def _require_possible(method: Method, views: Sequence[Base]) -> None:
+    by_problem: dict[str, list[str]] = {}
+    for view in views:
+        for problem in method.problems_at(view):
+            by_problem.setdefault(problem, []).append(view.path)
+    if by_problem:
+        lines = [f"{problem} at {_some(paths)}" for problem, paths in by_problem.items()]
+        raise MethodError(
+            "; ".join(lines),
+            where={"method": method.name, "layers": len(views)},
+            hint=f"change the setting, or leave these layers out of the targets; 'addenda methods {method.name}'",
+        )
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"'{paths[0]}'{more}"
+
+
+def _planned(method: Method, view: Base) -> PlannedLayer:
+    made = list(method.build(view).parameters())
+    return PlannedLayer(
+        path=view.path,
+        kind=view.kind,
+        weight_shape=(view.d_out, view.d_in),
+        parameters=sum(p.numel() for p in made),
+        bytes=sum(p.numel() * p.element_size() for p in made),
+    )
+
+
+def _base_parameters(model: nn.Module) -> int:
+    inside = tuple(f"{path}.adapters." for path, m in model.named_modules() if hasattr(m, "_addenda"))
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+
+
+def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:
+    notes = []
+    if wanted == "all-linear":
+        left = [p for p, (_, kind) in adaptable(model).items() if kind.linear and bypass_of(model, p)]
+        notes += [
+            f"'{p}' is left out: {bypass_of(model, p)} reads its weight without calling it" for p in left
+        ]
+        experts = [
+            n
+            for n, p in model.named_parameters()
+            if p.dim() == 3 and not n.startswith(tuple(adaptable(model)))
+        ]
+        if experts:
+            notes.append(
+                f"{len(experts)} stacked 3-D weights, such as '{experts[0]}', are of no known kind: left out"
+            )
+    else:
+        counts = Counter(path.rpartition(".")[2] for path in paths)
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            notes.append(f"the targets are found in different numbers of layers: {listed}")
+    return list(itertools.islice(notes, 20))

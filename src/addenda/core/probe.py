@@ -1,0 +1,104 @@
+"""The probe batch: proof that every adapter is called and receives a gradient.
+
+Code that reads ``layer.weight`` instead of calling the layer passes an adapter by, and nothing in the loss shows it.
+One forward and backward pass does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from addenda.core.handle import Handle
+from addenda.errors import TargetError
+
+__all__ = ["Probe", "own_batch", "prove"]
+
+Probe = Callable[[nn.Module], Any] | Mapping[str, Any] | Tensor
+"""A batch for one forward pass: keyword arguments, one tensor, or a function that runs the model itself."""
+
+
+def own_batch(model: nn.Module) -> Probe | None:
+    """Return the small batch that a model carries for itself (transformers' ``dummy_inputs``), if it has one."""
+    if any(p.is_meta for p in model.parameters()):
+        return None
+    batch = getattr(model, "dummy_inputs", None)
+    if not isinstance(batch, Mapping) or not all(isinstance(v, Tensor) for v in batch.values()):
+        return None
+    device = next(model.parameters()).device
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def prove(handle: Handle, batch: Probe) -> None:
+    """Run one batch forward and backward, and check that each adapter was called and got a gradient.
+
+    Gradients, buffers of the adapters and the mode of the model are as before afterwards.
+
+    Raises:
+        TargetError: an adapter was not called, or got no gradient; all of them are named.
+    """
+    counts = {path: host._addenda.calls for path in handle.paths if (host := handle._host(path))}
+    for calls in counts.values():
+        calls.pop(handle.name, None)
+    parameters = dict(handle.named_parameters())
+    with torch.enable_grad():
+        loss = _scalar(_output(handle.model, batch))
+        trained = [p for p in parameters.values() if p.requires_grad]
+        gradients = (
+            torch.autograd.grad(loss, trained, allow_unused=True)
+            if loss.requires_grad
+            else [None] * len(trained)
+        )
+    moved = {
+        id(p) for p, g in zip(trained, gradients, strict=True) if g is not None and bool(g.abs().sum() != 0)
+    }
+    silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
+    still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
+    _report(handle, silent, [path for path in still if path not in silent])
+    handle.probed = f"all {len(counts)} adapters were called and received a gradient"
+
+
+def _output(model: nn.Module, batch: Probe) -> Any:
+    if callable(batch) and not isinstance(batch, Tensor):
+        return batch(model)
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _scalar(output: Any) -> Tensor:
+    """Reduce every floating tensor of an output to one number in which no element can cancel another for certain."""
+    tensors = [t for t in _tensors(output) if t.is_floating_point()]
+    if not tensors:
+        raise TargetError(
+            "the probe batch gave no floating-point output", hint="give a probe that returns tensors"
+        )
+    generator = torch.Generator().manual_seed(0)
+    return sum(
+        ((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors),
+        torch.zeros(()),
+    )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in _tensors(value)]
+    if isinstance(output, list | tuple):
+        return [t for value in output for t in _tensors(value)]
+    return []
+
+
+def _report(handle: Handle, silent: list[str], still: list[str]) -> None:
+    if not silent and not still:
+        return
+    problems = [f"the adapter on '{path}' was never called" for path in silent[:5]]
+    problems += [f"the adapter on '{path}' received no gradient" for path in still[:5]]
+    raise TargetError(
+        "; ".join(problems),
+        where={"never called": len(silent), "without gradient": len(still), "layers": len(handle.paths)},
+        hint="something reads the layer's weight without calling the layer, or the batch does not reach it: "
+        "leave it out of the targets, or give a probe batch that uses it",
+    )

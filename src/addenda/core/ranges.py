@@ -1,0 +1,53 @@
+"""Checks of single settings; each returns the problems it finds, so that all can be reported together."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["integer", "number"]
+
+
+def integer(name: str, value: object, *, least: int = 1) -> list[str]:
+    """Check that ``value`` is a whole number of at least ``least``.
+
+    Example:
+        >>> integer("rank", 0)
+        ['rank must be a whole number >= 1, got 0']
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        return [f"{name} must be a whole number >= {least}, got {value!r}"]
+    return []
+
+
+def number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+) -> list[str]:
+    """Check that ``value`` is a finite number with ``value > above``, ``value >= least`` and ``value < below``.
+
+    Example:
+        >>> number("alpha", float("nan"), above=0.0)
+        ['alpha must be a finite number > 0, got nan']
+    """
+    limits = [
+        f"{sign} {limit:g}"
+        for sign, limit in ((">", above), (">=", least), ("<", below))
+        if limit is not None
+    ]
+    good = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (least is None or value >= least)
+        and (below is None or value < below)
+    )
+    return (
+        []
+        if good
+        else [f"{name} must be a finite number {' and '.join(limits)}, got {value!r}".replace("  ", " ")]
+    )

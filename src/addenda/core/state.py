@@ -1,0 +1,316 @@
+"""The native adapter folder: ``adapter.safetensors`` and ``adapter.json``, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from addenda.core import registry
+from addenda.core.attach import attach_paths
+from addenda.core.fingerprint import fingerprint
+from addenda.core.handle import Handle, handles
+from addenda.core.plan import planned_rows
+from addenda.core.targets import exact
+from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
+
+__all__ = ["FORMAT_VERSION", "load", "read_manifest", "save"]
+
+FORMAT_VERSION = 1
+_TENSORS, _MANIFEST = "adapter.safetensors", "adapter.json"
+_MANIFEST_LIMIT = 16 * 2**20
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write one adapter of the model to a folder, atomically.
+
+    Args:
+        model: a model that carries an adapter.
+        folder: where to write; an adapter folder that is there already is replaced, any other content is refused.
+        name: which adapter; may be left out where there is only one.
+        provenance: JSON-able facts about how it was trained, kept beside the weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NotFoundError: the model carries no such adapter.
+        CheckpointError: a value is not finite, or the folder holds something else.
+
+    Example:
+        >>> import addenda, tempfile
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"])
+        >>> path = addenda.save(model, tempfile.mkdtemp() + "/adapter")
+        >>> sorted(file.name for file in path.iterdir())
+        ['adapter.json', 'adapter.safetensors']
+    """
+    handle = _the_one(model, name)
+    target = Path(folder)
+    _require_replaceable(target)
+    tensors = _tensors(handle)
+    _require_finite(tensors, f"adapter '{handle.name}'")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        save_file(tensors, beside / _TENSORS)
+        manifest = _manifest(handle, beside / _TENSORS, provenance or {})
+        (beside / _MANIFEST).write_text(
+            json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        _publish(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def load(
+    model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None, trainable: bool = False
+) -> Handle:
+    """Attach an adapter from a folder written by :func:`save`.
+
+    Args:
+        model: the base the adapter was trained on.
+        folder: the adapter folder.
+        name: the name to give it; None keeps the saved one.
+        trainable: whether its parameters should train on.
+
+    Raises:
+        NotFoundError: the folder holds no adapter.
+        CheckpointError: the files are damaged, disagree, hold non-finite values, or belong to another base. The
+            model is then as it was.
+    """
+    source = Path(folder)
+    manifest = read_manifest(source)
+    _require_same_base(model, manifest, source)
+    tensors = _verified_tensors(source, manifest)
+    try:
+        method = registry.get(manifest["method"]).from_settings(manifest["settings"])
+        layers = exact(model, manifest["layers"], kinds=method.layer_kinds())
+        paths = [row.path for row in planned_rows(method, layers)]
+    except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
+        raise CheckpointError(
+            f"the adapter's settings do not fit: {problem.message}",
+            where={"folder": source},
+            hint=problem.hint,
+        ) from problem
+    handle = attach_paths(model, method, paths, name=name or manifest["name"])
+    try:
+        _fill(handle, tensors, source)
+    except BaseException:
+        handle.detach()
+        raise
+    for parameter in handle.parameters():
+        parameter.requires_grad_(trainable)
+    return handle
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the contents of an adapter folder's ``adapter.json``, checked for form.
+
+    Raises:
+        NotFoundError: there is none.
+        CheckpointError: it is not one of ours, or of a newer format.
+    """
+    path = Path(folder) / _MANIFEST
+    if not path.is_file():
+        raise NotFoundError(
+            f"'{folder}' holds no adapter",
+            where={"looked for": path},
+            hint="name a folder written by addenda.save",
+        )
+    _require_all(
+        path.stat().st_size <= _MANIFEST_LIMIT, f"'{path}' is too large to be an adapter's manifest", path
+    )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(
+            f"'{path}' is not readable: {problem}", where={"file": path}, hint="copy the adapter folder anew"
+        ) from problem
+    _require_form(manifest, path)
+    return dict(manifest)
+
+
+def _require_form(manifest: Any, path: Path) -> None:
+    shape = {
+        "format_version": int,
+        "method": str,
+        "settings": dict,
+        "name": str,
+        "layers": list,
+        "base": dict,
+    }
+    shape["files"] = dict
+    _require_all(isinstance(manifest, dict), f"'{path}' is not an adapter's manifest", path)
+    wrong = [key for key, kind in shape.items() if not isinstance(manifest.get(key), kind)]
+    _require_all(not wrong, f"'{path}' lacks or misstates {', '.join(wrong)}", path)
+    _require_all(
+        all(isinstance(layer, str) for layer in manifest["layers"]), f"'{path}' misstates layers", path
+    )
+    version = manifest["format_version"]
+    _require_all(
+        1 <= version <= FORMAT_VERSION,
+        f"'{path}' has format version {version}; this reads up to {FORMAT_VERSION}",
+        path,
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1}) if len(set(keys)) < len(keys) else []
+    if twice:
+        raise ValueError(f"duplicate key {twice[0]!r}")
+    return dict(pairs)
+
+
+def _the_one(model: nn.Module, name: str | None) -> Handle:
+    on_model = handles(model)
+    chosen = name or (next(iter(on_model)) if len(on_model) == 1 else None)
+    if chosen is None or chosen not in on_model:
+        raise NotFoundError(
+            f"the model carries no adapter '{name}'"
+            if name
+            else f"the model carries {len(on_model)} adapters, not one",
+            where={"adapters": " ".join(on_model) or "none"},
+            hint="name the adapter: addenda.save(model, folder, name=...)"
+            if on_model
+            else "attach one first",
+        )
+    return on_model[chosen]
+
+
+def _tensors(handle: Handle) -> dict[str, Tensor]:
+    return {
+        f"{path}.{key}": value.detach().cpu().contiguous()
+        for path, adapter in handle.adapters.items()
+        for key, value in adapter.state_dict().items()
+    }
+
+
+def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": handle.method.name,
+        "settings": handle.method.settings(),
+        "name": handle.name,
+        "layers": handle.paths,
+        "base": {"fingerprint": fingerprint(handle.model), "class": _class_name(handle.model)},
+        "files": {_TENSORS: {"sha256": _sha256(tensors), "bytes": tensors.stat().st_size}},
+        "provenance": dict(provenance),
+    }
+
+
+def _class_name(model: nn.Module) -> str:
+    return getattr(type(model), "original_class", type(model)).__name__
+
+
+def _verified_tensors(source: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = source / _TENSORS
+    if not path.is_file():
+        raise NotFoundError(
+            f"'{source}' lacks {_TENSORS}", where={"folder": source}, hint="copy the folder anew"
+        )
+    stated = manifest["files"].get(_TENSORS)
+    whole = isinstance(stated, dict) and stated.get("sha256") == _sha256(path)
+    _require_all(whole, f"'{path}' is not the file its manifest describes (SHA-256 differs)", source)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise CheckpointError(
+            f"'{path}' is damaged: {problem}", where={"file": path}, hint="copy it anew"
+        ) from problem
+    _require_finite(tensors, f"'{path}'")
+    return tensors
+
+
+def _require_same_base(model: nn.Module, manifest: Mapping[str, Any], source: Path) -> None:
+    trained, here = manifest["base"].get("fingerprint"), fingerprint(model)
+    if trained != here:
+        raise CheckpointError(
+            "the adapter was trained on another base",
+            where={
+                "folder": source,
+                "trained on": f"{manifest['base'].get('class')} {trained}",
+                "this base": f"{_class_name(model)} {here}",
+            },
+            hint="load the base named in the adapter's provenance",
+        )
+
+
+def _require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    bad = [key for key, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(
+            f"{what} holds values that are not finite in {len(bad)} tensors, first '{bad[0]}'",
+            hint="such an adapter answers nothing: train again with a lower learning rate",
+        )
+
+
+def _require_all(good: bool, problem: str, place: Path) -> None:
+    if not good:
+        raise CheckpointError(
+            problem, where={"place": place}, hint="copy the adapter folder anew, or train it again"
+        )
+
+
+def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
+    wanted = {
+        f"{path}.{key}": value for path, a in handle.adapters.items() for key, value in a.state_dict().items()
+    }
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    _require_all(not missing, f"{len(missing)} tensors are missing, first '{(missing or [''])[0]}'", source)
+    _require_all(not extra, f"{len(extra)} tensors belong to nothing, first '{(extra or [''])[0]}'", source)
+    for key, value in wanted.items():
+        given = tensors[key]
+        same = value.shape == given.shape
+        _require_all(same, f"'{key}' has shape {tuple(given.shape)}, not {tuple(value.shape)}", source)
+        with torch.no_grad():
+            value.copy_(given)
+
+
+def _require_replaceable(target: Path) -> None:
+    if target.exists() and not (
+        target.is_dir() and ((target / _MANIFEST).exists() or not any(target.iterdir()))
+    ):
+        raise CheckpointError(
+            f"'{target}' exists and is no adapter folder",
+            where={"folder": target},
+            hint="choose another folder",
+        )
+
+
+def _publish(beside: Path, target: Path) -> None:
+    """Flush the new folder to disk, then put it in the place of the old one."""
+    for file in beside.iterdir():
+        with open(file, "rb") as stream:
+            os.fsync(stream.fileno())
+    beside.chmod(0o755)
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        os.replace(target, old / "replaced")
+        os.replace(beside, target)
+        shutil.rmtree(old)
+    else:
+        os.replace(beside, target)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
