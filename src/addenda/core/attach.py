@@ -73,10 +73,9 @@ def attach_paths(
 ) -> Handle:
     """Attach to exactly these layers; for callers that have resolved the targets already."""
     _require_free(model, name, paths)
-    layers = {path: model.get_submodule(path) for path in paths}
-    views = {path: view_of(module, path, seed=seed) for path, module in layers.items()}
+    views = {path: view_of(model.get_submodule(path), path, seed=seed) for path in paths}
     adapters = {path: method.build(view) for path, view in views.items()}
-    handle = _install(model, method, name, layers, views, adapters)
+    handle = _install(model, method, name, views, adapters)
     batch = own_batch(model) if probe is None else probe
     try:
         if batch is not None:
@@ -107,14 +106,13 @@ def _install(
     model: nn.Module,
     method: Method,
     name: str,
-    layers: dict[str, nn.Module],
     views: dict[str, LayerView],
     adapters: dict[str, Adapter],
 ) -> Handle:
     registry = _registry(model)
-    for path, module in layers.items():
-        install(module, views[path], name, adapters[path])
-    handle = Handle(model, method, name, layers)
+    for path, view in views.items():
+        install(view.module, view, name, adapters[path])
+    handle = Handle(model, method, name, {path: view.module for path, view in views.items()})
     registry.handles[name] = handle
     return handle
 

@@ -252,12 +252,13 @@ def _copy_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Write a layer's weight and bias; the one place where a base weight is changed."""
+    stored = module._parameters
     with torch.no_grad():
-        cast(Tensor, module.weight).copy_(weight)
+        cast(Tensor, stored["weight"]).copy_(weight)
         if bias is None:
-            if getattr(module, "bias", None) is not None:
-                module.bias = None
-        elif getattr(module, "bias", None) is None:
-            module.bias = nn.Parameter(bias.clone(), requires_grad=False)
+            if stored.get("bias") is not None:
+                stored["bias"] = None
+        elif stored.get("bias") is None:
+            stored["bias"] = nn.Parameter(bias.clone(), requires_grad=False)
         else:
-            cast(Tensor, module.bias).copy_(bias)
+            cast(Tensor, stored["bias"]).copy_(bias)

@@ -8,7 +8,6 @@ the class back.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any, cast
 
 import torch
@@ -63,7 +62,7 @@ def _run(host: Host, base: Base, x: Tensor) -> Tensor:
     state = host._addenda
     *inner, last = [cast(Adapter, host.adapters[name]) for name in state.active]
     for adapter in inner:
-        base = _Stacked(base, adapter)
+        base = cast(Base, _Stacked(base, adapter))
     if not torch.compiler.is_compiling():
         for name in state.active:
             state.calls[name] = state.calls.get(name, 0) + 1
@@ -88,9 +87,16 @@ class _Stacked:
         return getattr(self._base, name)
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{original.__name__}", (Host, original), {"original_class": original})
+    """Return the host class of a layer class; one for each, so that hosts of a kind compare and compile alike."""
+    if original not in _CLASSES:
+        _CLASSES[original] = type(
+            f"Adapted{original.__name__}", (Host, original), {"original_class": original}
+        )
+    return _CLASSES[original]
 
 
 def _noop_hook(module: nn.Module, args: object, output: object) -> None:

@@ -198,8 +198,11 @@ class ConvView(LayerView):
     def inputs_back(self, x: Tensor) -> Tensor:
         return x.movedim(-1, -1 - self._space)
 
-    outputs_last = inputs_last
-    outputs_back = inputs_back
+    def outputs_last(self, y: Tensor) -> Tensor:
+        return self.inputs_last(y)
+
+    def outputs_back(self, y: Tensor) -> Tensor:
+        return self.inputs_back(y)
 
 
 class EmbeddingView(LayerView):

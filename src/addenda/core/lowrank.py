@@ -27,7 +27,9 @@ class FrozenLinear(Protocol):
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: FrozenLinear) -> Tensor:
+    def forward(  # noqa: PLR0917  (autograd passes arguments by position only)
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, scaling: float, base: FrozenLinear
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         h = rows @ A_.t()

@@ -135,8 +135,10 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
             where={"looked for": path},
             hint="name a folder written by addenda.save",
         )
-    _require_all(
-        path.stat().st_size <= _MANIFEST_LIMIT, f"'{path}' is too large to be an adapter's manifest", path
+    _refuse(
+        f"'{path}' is too large to be an adapter's manifest",
+        path,
+        unless=path.stat().st_size <= _MANIFEST_LIMIT,
     )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
@@ -158,17 +160,17 @@ def _require_form(manifest: Any, path: Path) -> None:
         "base": dict,
     }
     shape["files"] = dict
-    _require_all(isinstance(manifest, dict), f"'{path}' is not an adapter's manifest", path)
+    _refuse(f"'{path}' is not an adapter's manifest", path, unless=isinstance(manifest, dict))
     wrong = [key for key, kind in shape.items() if not isinstance(manifest.get(key), kind)]
-    _require_all(not wrong, f"'{path}' lacks or misstates {', '.join(wrong)}", path)
-    _require_all(
-        all(isinstance(layer, str) for layer in manifest["layers"]), f"'{path}' misstates layers", path
+    _refuse(f"'{path}' lacks or misstates {', '.join(wrong)}", path, unless=not wrong)
+    _refuse(
+        f"'{path}' misstates layers", path, unless=all(isinstance(layer, str) for layer in manifest["layers"])
     )
     version = manifest["format_version"]
-    _require_all(
-        1 <= version <= FORMAT_VERSION,
+    _refuse(
         f"'{path}' has format version {version}; this reads up to {FORMAT_VERSION}",
         path,
+        unless=1 <= version <= FORMAT_VERSION,
     )
 
 
@@ -229,9 +231,9 @@ def _verified_tensors(source: Path, manifest: Mapping[str, Any]) -> dict[str, Te
         )
     stated = manifest["files"].get(_TENSORS)
     whole = isinstance(stated, dict) and stated.get("sha256") == _sha256(path)
-    _require_all(whole, f"'{path}' is not the file its manifest describes (SHA-256 differs)", source)
+    _refuse(f"'{path}' is not the file its manifest describes (SHA-256 differs)", source, unless=whole)
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError, ValueError) as problem:
         raise CheckpointError(
             f"'{path}' is damaged: {problem}", where={"file": path}, hint="copy it anew"
@@ -263,8 +265,8 @@ def _require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
         )
 
 
-def _require_all(good: bool, problem: str, place: Path) -> None:
-    if not good:
+def _refuse(problem: str, place: Path, *, unless: bool) -> None:
+    if not unless:
         raise CheckpointError(
             problem, where={"place": place}, hint="copy the adapter folder anew, or train it again"
         )
@@ -275,12 +277,12 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
         f"{path}.{key}": value for path, a in handle.adapters.items() for key, value in a.state_dict().items()
     }
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    _require_all(not missing, f"{len(missing)} tensors are missing, first '{(missing or [''])[0]}'", source)
-    _require_all(not extra, f"{len(extra)} tensors belong to nothing, first '{(extra or [''])[0]}'", source)
+    _refuse(f"{len(missing)} tensors are missing, first '{(missing or [''])[0]}'", source, unless=not missing)
+    _refuse(f"{len(extra)} tensors belong to nothing, first '{(extra or [''])[0]}'", source, unless=not extra)
     for key, value in wanted.items():
         given = tensors[key]
         same = value.shape == given.shape
-        _require_all(same, f"'{key}' has shape {tuple(given.shape)}, not {tuple(value.shape)}", source)
+        _refuse(f"'{key}' has shape {tuple(given.shape)}, not {tuple(value.shape)}", source, unless=same)
         with torch.no_grad():
             value.copy_(given)
 
