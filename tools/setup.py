@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,51 +213,60 @@ def pip(venv: Path, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "pip", "--python", str(venv_python(venv)), *arguments]
 
 
-def run_pip(venv: Path, arguments: list[str], *, task: str, expected: int, clock: Clock) -> None:
-    """Run ``pip install`` with counted progress; on failure raise with the end of pip's output.
+class PipOutput:
+    """What pip has said so far: all of it in a log file, its last lines here, and how far it has come."""
 
-    Args:
-        task: what is installed, in a word or two.
-        expected: number of packages that will be there at the end, for the count.
-    """
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.tail: deque[str] = deque(maxlen=15)
+        self.collected = 0
+        self.installing: int | None = None
+
+    def read(self, lines: Iterable[str]) -> None:
+        """Take lines until they end."""
+        with self.log.open("a", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line)
+                file.flush()
+                self.take(line.strip())
+
+    def take(self, line: str) -> None:
+        """Take one line."""
+        if line and "is ignored: it is neither" not in line:
+            self.tail.append(line)
+        if line.startswith(("Collecting ", "Processing ", "Obtaining ")):
+            self.collected += 1
+        if line.startswith("Installing collected packages: "):
+            self.installing = line.count(",") + 1
+
+    def progress(self, new: int) -> str:
+        """Say in a few words how far pip is; ``new`` is the number of packages added to the environment."""
+        if self.installing is not None:
+            return f"{min(new, self.installing)} of {self.installing} installed"
+        last = self.tail[-1] if self.tail else "starting"
+        return f"{self.collected} found; {last[:80]}" if self.collected else last[:80]
+
+
+def run_pip(venv: Path, arguments: list[str], *, task: str, clock: Clock) -> None:
+    """Run ``pip install`` with counted progress; on failure raise with the end of pip's output."""
     command = pip(venv, "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments)
-    log = venv / "setup.log"
-    tail: deque[str] = deque(maxlen=15)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-    reader = threading.Thread(target=read_output, args=(process, log, tail), daemon=True)
-    reader.start()
-    try:
-        while reader.is_alive():
-            reader.join(HEARTBEAT_SECONDS)
-            if reader.is_alive():
-                clock.say(f"  {task}: {describe(tail, len(installed(venv)), expected)}")
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
-    if process.wait():
-        raise SetupError(
-            f"pip could not install {task}\n" + "\n".join(tail) + f"\n\nhint: full output in {log}"
-        )
-
-
-def read_output(process: subprocess.Popen, log: Path, tail: deque[str]) -> None:
-    """Copy a process's output into ``log`` and its last lines into ``tail``."""
-    assert process.stdout is not None
-    with log.open("a", encoding="utf-8") as file:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if line.strip() and "is ignored: it is neither" not in line:
-                tail.append(line.rstrip())
-
-
-def describe(tail: deque[str], have: int, expected: int) -> str:
-    """Say in a few words how far pip is, from its last line and the number of packages in place."""
-    last = tail[-1].strip() if tail else "starting"
-    if last.startswith("Installing collected packages"):
-        return f"{min(have, expected)} of about {expected} packages in place"
-    return last[:90]
+    output, before = PipOutput(venv / "setup.log"), installed(venv)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    ) as process:
+        reader = threading.Thread(target=output.read, args=(process.stdout,), daemon=True)
+        reader.start()
+        try:
+            while reader.is_alive():
+                reader.join(HEARTBEAT_SECONDS)
+                if reader.is_alive():
+                    clock.say(f"  {task}: {output.progress(len(installed(venv) - before))}")
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+    if process.returncode:
+        end = "\n".join(output.tail)
+        raise SetupError(f"pip could not install {task}\n{end}\n\nhint: the full output is in {output.log}")
 
 
 def resolve(venv: Path, arguments: list[str]) -> tuple[dict | None, str]:
@@ -293,7 +303,7 @@ def install_torch(venv: Path, pin: str, *, gpu: bool, clock: Clock) -> None:
             )
             continue
         clock.say(f"installing {words}")
-        run_pip(venv, ["--no-deps", *arguments], task="torch", expected=len(installed(venv)) + 1, clock=clock)
+        run_pip(venv, ["--no-deps", *arguments], task="torch", clock=clock)
         return
     raise SetupError(
         f"no suitable build of {pin} was found\n  "
@@ -325,9 +335,8 @@ def set_up(venv: Path, extras: set[str], clock: Clock) -> None:
     install_torch(venv, pin, gpu=gpu, clock=clock)
     project = f"{ROOT}[{','.join(sorted(extras))}]"
     clock.say(f"installing the project and its packages ({', '.join(sorted(extras))})")
-    expected = len(re.findall(r"^[\w.-]+==", constraints, flags=re.MULTILINE))
     arguments = ["--constraint", str(ROOT / "constraints.txt"), "--editable", project]
-    run_pip(venv, arguments, task="packages", expected=expected, clock=clock)
+    run_pip(venv, arguments, task="packages", clock=clock)
     if not gpu:
         refuse_cuda(venv)
     stamp = {"digest": fingerprint(ROOT), "extras": sorted(extras)}

@@ -19,7 +19,7 @@ FUNCTION_LIMIT = 60
 FILE_LIMIT = 500
 LONG_FUNCTIONS = {"train/loop.py": 120}  # one function there: a training loop is read in one piece
 BUDGETS = {
-    "core": 2000,
+    "core": 2500,  # six layer kinds and their host; grouped and transposed convolutions among them
     "methods": 800,
     "bases": 2000,
     "data": 2000,

@@ -1,0 +1,66 @@
+"""What a room offers is what its ``__all__`` says."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from pathlib import Path
+
+import pytest
+
+import addenda
+
+PACKAGE = Path(addenda.__file__).parent
+ROOMS = ["addenda", *sorted(f"addenda.{path.parent.name}" for path in PACKAGE.glob("*/__init__.py"))]
+MODULES = sorted(
+    ".".join(("addenda", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
+)
+
+
+def offered(module: types.ModuleType) -> set[str]:
+    """The public names that a room shows: what ``dir`` lists, without its own submodules and the future import."""
+    names = {name for name in dir(module) if not name.startswith("_")} - {"annotations"}
+    return {name for name in names if not isinstance(getattr(module, name), types.ModuleType)}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_offers_exactly_what_it_lists(room: str) -> None:
+    module = importlib.import_module(room)
+    listed = set(getattr(module, "__all__", ())) - {"__version__"}
+    assert {n for n in listed if isinstance(getattr(module, n), types.ModuleType)} | offered(module) == listed
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_lists_what_it_defines(name: str) -> None:
+    """Every listed name exists, and every public class or function that a module defines is listed."""
+    module = importlib.import_module(name)
+    listed = set(getattr(module, "__all__", ()))
+    assert not [entry for entry in listed if not hasattr(module, entry)]
+    defined = {
+        entry
+        for entry, value in vars(module).items()
+        if not entry.startswith("_")
+        and (inspect.isclass(value) or inspect.isfunction(value))
+        and value.__module__ == name
+    }
+    assert defined <= listed, f"{name} defines but does not list {sorted(defined - listed)}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_everything_a_room_offers_is_documented(room: str) -> None:
+    module = importlib.import_module(room)
+    assert module.__doc__, f"{room} says nothing about itself"
+    listed = list(getattr(module, "__all__", ()))
+    assert len(listed) == len(set(listed))
+    undocumented = [
+        n for n in listed if callable(getattr(module, n)) and not inspect.getdoc(getattr(module, n))
+    ]
+    assert not undocumented, undocumented
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nonesuch"):
+        addenda.nonesuch  # noqa: B018
