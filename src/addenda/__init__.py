@@ -1,0 +1,108 @@
+"""Adapt a pretrained model to a task with a small trained add-on beside its frozen weights.
+
+Importing this package imports nothing heavy: each name below is fetched from its room when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from addenda.bases import LoadedBase, load_base
+    from addenda.core import Handle, Method, Plan, attach, detach, load, plan, save
+    from addenda.errors import (
+        AddendaError,
+        BaseModelError,
+        BusyError,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        DiskFullError,
+        ExportError,
+        MethodError,
+        MissingDependencyError,
+        NotFoundError,
+        OutOfMemory,
+        TargetError,
+        TrainingError,
+        UnsafeError,
+    )
+    from addenda.methods.bitfit import BitFit
+    from addenda.methods.bottleneck import Bottleneck
+    from addenda.methods.ia3 import IA3
+    from addenda.methods.lora import LoRA
+    from addenda.recipe import run
+    from addenda.settings import Recipe, resolve
+
+__all__ = [
+    "IA3",
+    "AddendaError",
+    "BaseModelError",
+    "BitFit",
+    "Bottleneck",
+    "BusyError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DiskFullError",
+    "ExportError",
+    "Handle",
+    "LoRA",
+    "LoadedBase",
+    "Method",
+    "MethodError",
+    "MissingDependencyError",
+    "NotFoundError",
+    "OutOfMemory",
+    "Plan",
+    "Recipe",
+    "TargetError",
+    "TrainingError",
+    "UnsafeError",
+    "__version__",
+    "attach",
+    "detach",
+    "load",
+    "load_base",
+    "plan",
+    "resolve",
+    "run",
+    "save",
+]
+
+_ROOMS = {
+    "addenda.bases": ("LoadedBase", "load_base"),
+    "addenda.core": ("Handle", "Method", "Plan", "attach", "detach", "load", "plan", "save"),
+    "addenda.methods.bitfit": ("BitFit",),
+    "addenda.methods.bottleneck": ("Bottleneck",),
+    "addenda.methods.ia3": ("IA3",),
+    "addenda.methods.lora": ("LoRA",),
+    "addenda.recipe": ("run",),
+    "addenda.settings": ("Recipe", "resolve"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in __all__:
+        raise AttributeError(f"module 'addenda' has no attribute {name!r}")
+    room = next((room for room, names in _ROOMS.items() if name in names), "addenda.errors")
+    value = getattr(importlib.import_module(room), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("addenda")
+    except PackageNotFoundError:
+        # Run from a source folder without an installation, there is no version to read.
+        return "unknown"

@@ -1,0 +1,372 @@
+"""A run as data: the recipe, where each of its values came from, and its TOML form.
+
+One schema, three spellings: dataclasses in Python, TOML on disk, ``--set section.key=value`` on the command line.
+The method's own fields and the training settings are read from their classes, so a new method needs nothing here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from addenda.core import registry
+from addenda.core.contract import Method
+from addenda.errors import ConfigError, NotFoundError, nearest
+from addenda.train.config import TrainConfig
+
+__all__ = ["BaseSettings", "DataSettings", "EvalSettings", "Origin", "Recipe", "resolve"]
+
+
+@dataclass(frozen=True)
+class BaseSettings:
+    """Which model is adapted."""
+
+    source: str = "smollm2-135m-instruct"
+    """A name from ``addenda models``, a model folder, a .gguf file, or a hub id."""
+    template: str | None = None
+    """A Jinja file that replaces the model's chat template."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on, and what is held out."""
+
+    path: str = ""
+    """A file, a folder with train and valid files, or ``-`` for standard input."""
+    valid: str | None = None
+    """A file of held-out rows; unset: rows are held out of ``path``."""
+    prompt_column: str | None = None
+    """Column that holds the prompt, where the file has columns of its own."""
+    completion_column: str | None = None
+    """Column that holds the answer to train on."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are predicted: every assistant turn, the last one only, or everything."""
+    max_tokens: int | None = None
+    """Longest row in tokens; unset: what the base can attend to, at most 2048."""
+    overflow: Literal["drop", "cut"] = "drop"
+    """What happens to longer rows."""
+    heldout_fraction: float = 0.1
+    """Share of the rows held out, in (0, 0.5]."""
+    heldout_minimum: int = 20
+    """Fewest rows held out."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_tokens is not None and self.max_tokens < 2:
+            problems.append(f"max_tokens must be at least 2, got {self.max_tokens}")
+        if not 0 < self.heldout_fraction <= 0.5:
+            problems.append(f"heldout_fraction must be in (0, 0.5], got {self.heldout_fraction}")
+        if self.heldout_minimum < 1:
+            problems.append(f"heldout_minimum must be at least 1, got {self.heldout_minimum}")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            problems.append("prompt_column and completion_column are given together or not at all")
+        if problems:
+            raise ConfigError("; ".join(problems), hint="set them in the section 'data'")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What is measured before and after training, beside the held-out loss."""
+
+    samples: int = 5
+    """Held-out prompts answered before and after."""
+    max_new_tokens: int = 96
+    """Longest answer, in tokens."""
+    general_kl: bool = True
+    """Measure how far the model moved on general prompts (nats per token)."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.max_new_tokens < 1:
+            raise ConfigError(
+                "samples must be at least 0 and max_new_tokens at least 1",
+                hint="set them in the section 'evals'",
+            )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: ``default``, ``file``, ``--set``, ``flag`` or ``derived``."""
+
+    kind: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.note}" if self.note else self.kind
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A complete run as data.
+
+    Example:
+        >>> recipe = resolve(flags={"data.path": "rows.jsonl"}, sets=["method.rank=4"])
+        >>> recipe.method.rank, str(recipe.origin("method.rank")), str(recipe.origin("train.epochs"))
+        (4, '--set', 'default')
+    """
+
+    base: BaseSettings
+    data: DataSettings
+    method: Method
+    targets: str | tuple[str, ...] | None
+    train: TrainConfig
+    evals: EvalSettings
+    name: str
+    out: str | None
+    origins: Mapping[str, Origin] = field(default_factory=dict, compare=False)
+
+    def origin(self, key: str) -> Origin:
+        """Where the value of ``key`` (dotted) came from."""
+        return self.origins.get(key, Origin("default"))
+
+    def derive(self, key: str, value: object, reason: str) -> Recipe:
+        """Return the recipe with ``key`` (dotted) set because of ``reason``.
+
+        A value that was chosen by the user is never derived over; callers test it first.
+        """
+        section, _, name = key.rpartition(".")
+        origins = {**self.origins, key: Origin("derived", reason)}
+        if not section or key == "method.targets":
+            return dataclasses.replace(self, **{name: value}, origins=origins)
+        changed = dataclasses.replace(getattr(self, section), **{name: value})
+        return dataclasses.replace(self, **{section: changed}, origins=origins)
+
+    def values(self) -> dict[str, Any]:
+        """Every key, dotted, with its value, in the order of the TOML file."""
+        found: dict[str, Any] = {"name": self.name, "out": self.out}
+        for section in ("base", "data"):
+            found.update(_prefixed(section, vars(getattr(self, section))))
+        found.update({"method.name": self.method.name, "method.targets": self.targets})
+        found.update(_prefixed("method", self.method.settings()))
+        for section in ("train", "evals"):
+            found.update(_prefixed(section, vars(getattr(self, section))))
+        return found
+
+    def to_toml(self) -> str:
+        """The recipe as TOML, each value with its origin as a comment; `resolve` reads it back."""
+        lines: list[str] = []
+        section = ""
+        for key, value in self.values().items():
+            table, _, name = key.rpartition(".")
+            if table != section:
+                section = table
+                lines += ["", f"[{table}]"]
+            origin = self.origin(key)
+            if value is None:
+                lines.append(f"# {name} is unset  ({origin})")
+            else:
+                lines.append(f"{name} = {_toml(value)}  # {origin}")
+        return "\n".join(lines) + "\n"
+
+    def document(self) -> dict[str, dict[str, object]]:
+        """The recipe as JSON: ``{key: {"value", "origin"}}`` with dotted keys."""
+        return {
+            key: {"value": value, "origin": str(self.origin(key))} for key, value in self.values().items()
+        }
+
+
+def resolve(
+    *, file: Path | None = None, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
+) -> Recipe:
+    """Build a recipe from a TOML file, ``--set`` assignments and flags; later ones win.
+
+    Args:
+        file: a recipe, such as ``recipe.resolved.toml`` of another run.
+        sets: ``section.key=value`` with the value spelled as in TOML (bare words are text).
+        flags: dotted keys and values; None values are left out.
+
+    Raises:
+        ConfigError: unknown keys, values of a wrong type or out of range; all of them at once.
+        NotFoundError: the file does not exist.
+    """
+    given: dict[str, tuple[Any, Origin]] = {}
+    problems: dict[str, str] = {}
+    if file is not None:
+        given.update({key: (value, Origin("file", str(file))) for key, value in _read(file).items()})
+    given.update({key: (value, Origin("--set")) for key, value in _assignments(sets, problems).items()})
+    given.update({k: (v, Origin("flag")) for k, v in (flags or {}).items() if v is not None})
+    method_type = registry.get(str(given.get("method.name", ("lora", None))[0]))
+    schema = dict(_schema(method_type))
+    values: dict[str, Any] = {}
+    for key, (value, origin) in given.items():
+        if key not in schema:
+            problems[key] = _unknown(key, schema, origin)
+            continue
+        try:
+            values[key] = _conform(value, schema[key])
+        except _Unfit as wrong:
+            problems[key] = f"{wrong}, got {_toml(value)} ({origin})"
+    origins = {key: origin for key, (_, origin) in given.items()}
+    return _build(values, origins, method_type, problems)
+
+
+def _build(
+    values: Mapping[str, Any], origins: dict[str, Origin], method_type: type[Method], problems: dict[str, str]
+) -> Recipe:
+    built: dict[str, Any] = {}
+    sections: dict[str, Any] = {
+        "base": BaseSettings,
+        "data": DataSettings,
+        "train": TrainConfig,
+        "evals": EvalSettings,
+    }
+    for section, make in {**sections, "method": method_type}.items():
+        chosen = {
+            key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")
+        }
+        if section == "method":
+            chosen = {key: value for key, value in chosen.items() if key not in ("name", "targets")}
+        try:
+            built[section] = make(**chosen)
+        except ConfigError as wrong:
+            problems[section] = wrong.message
+    if problems:
+        _refuse(problems)
+    if built["train"].learning_rate is None:
+        rate = method_type.learning_rate
+        built["train"] = dataclasses.replace(built["train"], learning_rate=rate)
+        origins["train.learning_rate"] = Origin("derived", f"suits {method_type.name}")
+    chosen = {
+        "targets": values.get("method.targets"),
+        "name": values.get("name", "default"),
+        "out": values.get("out"),
+    }
+    return Recipe(**built, **chosen, origins=origins)
+
+
+def _refuse(problems: Mapping[str, str]) -> typing.NoReturn:
+    if len(problems) == 1:
+        [(key, text)] = problems.items()
+        raise ConfigError(
+            f"{key}: {text}", hint="'addenda train --help' names the sections, 'addenda methods' the methods"
+        )
+    raise ConfigError(
+        f"{len(problems)} problems in the recipe",
+        where=problems,
+        hint="nothing was run; put these right and run again",
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise NotFoundError(
+            f"no recipe at '{path}'", hint="'addenda train --dry-run' prints one to start from"
+        ) from None
+    except UnicodeDecodeError as wrong:
+        raise ConfigError(
+            f"recipe '{path}' is not UTF-8 at byte {wrong.start}", hint="save it as UTF-8"
+        ) from None
+    try:
+        return dict(_flat(tomllib.loads(text)))
+    except tomllib.TOMLDecodeError as wrong:
+        raise ConfigError(f"recipe '{path}' is not TOML: {wrong}", hint="text needs double quotes") from None
+
+
+def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
+
+
+def _assignments(sets: Sequence[str], problems: dict[str, str]) -> dict[str, Any]:
+    found = {}
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            problems[text] = "--set takes section.key=value"
+            continue
+        try:
+            found[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key.strip()] = value.strip()
+    return found
+
+
+def _schema(method_type: type[Method]) -> Iterator[tuple[str, Any]]:
+    yield from {"name": str, "out": str}.items()
+    yield from {"method.name": str, "method.targets": str | tuple[str, ...]}.items()
+    sections = {"base": BaseSettings, "data": DataSettings, "train": TrainConfig, "evals": EvalSettings}
+    for section, owner in {**sections, "method": method_type}.items():
+        hints = typing.get_type_hints(owner)
+        yield from ((f"{section}.{f.name}", hints[f.name]) for f in dataclasses.fields(owner))
+
+
+def _unknown(key: str, schema: Mapping[str, Any], origin: Origin) -> str:
+    near = nearest(key, schema, count=1)
+    if not near:
+        near = [name for name in schema if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    section = key.partition(".")[0]
+    known = [name for name in schema if name.startswith(f"{section}.")]
+    if near:
+        return f"unknown key ({origin}); did you mean '{near[0]}'?"
+    return f"unknown key ({origin}); known: {' '.join(known or schema)}"
+
+
+class _Unfit(Exception):
+    """A value is not of the kind its key asks for; the text says which kind that is."""
+
+
+def _conform(value: Any, hint: Any) -> Any:
+    """Return ``value`` as ``hint`` asks, or raise `_Unfit` saying what it must be."""
+    shape, inner = typing.get_origin(hint), typing.get_args(hint)
+    if shape in (typing.Union, types.UnionType):
+        return _conform_any(value, inner)
+    if shape is Literal:
+        if value in inner:
+            return value
+        raise _Unfit("must be " + " or ".join(f"'{name}'" for name in inner))
+    if shape is tuple and isinstance(value, (list, tuple)):
+        return tuple(_conform(item, inner[0]) for item in value)
+    if shape is not None and issubclass(shape, Mapping) and isinstance(value, Mapping):
+        return {str(key): _conform(item, inner[1]) for key, item in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise _Unfit(f"must be {_kind(hint)}")
+
+
+def _conform_any(value: Any, hints: Sequence[Any]) -> Any:
+    reasons = []
+    for hint in hints:
+        try:
+            return _conform(value, hint)
+        except _Unfit as wrong:
+            if hint is not type(None):
+                reasons.append(str(wrong).removeprefix("must be "))
+    raise _Unfit("must be " + " or ".join(reasons))
+
+
+def _kind(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
+    return names.get(typing.get_origin(hint) or hint, "a table")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    # JSON's text is TOML's basic string, but for DEL, which TOML wants escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _prefixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for name, value in values.items()}

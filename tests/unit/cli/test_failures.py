@@ -1,0 +1,60 @@
+"""Every failure has its exit code, its text, and its JSON form."""
+
+from __future__ import annotations
+
+import errno
+
+import click
+import pytest
+
+from addenda import errors
+from addenda.cli.failures import EXIT_CODES, describe
+
+
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "nearest"])
+def test_every_addenda_error_keeps_message_hint_and_code(name: str) -> None:
+    kind = getattr(errors, name)
+    failure = describe(kind("it broke", where={"file": "a.txt"}, hint="mend it"))
+    assert failure.exit_code == kind.exit_code
+    assert failure.exit_code in EXIT_CODES
+    assert failure.text() == "error: it broke\n  file: a.txt\n\nhint: mend it"
+    assert failure.document() == {
+        "error": {"type": name, "message": "it broke", "where": {"file": "a.txt"}, "hint": "mend it"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 6, "the disk is full"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), 4, "no such file or folder"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "permission denied"),
+    ],
+)
+def test_system_errors_name_the_path(error: OSError, code: int, text: str) -> None:
+    failure = describe(error)
+    assert (failure.exit_code, failure.message, failure.where) == (code, text, {"path": "/a/b"})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+)
+def test_running_out_of_memory_says_what_to_set(error: Exception) -> None:
+    failure = describe(error)
+    assert failure.exit_code == 5
+    assert "train.tokens_per_batch" in failure.hint
+
+
+def test_interrupt_is_not_called_a_fault() -> None:
+    assert describe(KeyboardInterrupt()).exit_code == describe(click.Abort()).exit_code == 130
+
+
+def test_usage_error_reads_like_ours_and_points_to_help() -> None:
+    context = click.Context(click.Command("check"), info_name="check")
+    failure = describe(click.UsageError("Missing argument 'DATA'.", ctx=context))
+    assert (failure.message, failure.exit_code) == ("missing argument 'DATA'", 2)
+    assert failure.hint == "'check --help' shows what it takes"
