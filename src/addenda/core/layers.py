@@ -238,7 +238,7 @@ class BlockView(LayerView):
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(module, path, **settings)
-        views = [view for child in module.children() if (view := _leaf_view(child, path))]
+        views = [view for child in _linear_children(module) if (view := _leaf_view(child, path))]
         self._first, self._last = views[0], views[-1]
         self.input_name = list(inspect.signature(self.original.forward).parameters)[1]
 
@@ -304,16 +304,15 @@ def _is_plain_embedding(module: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module) -> bool:
-    children = list(module.children())
-    linear = [c for c in children if (k := _leaf_kind(c)) and k.linear]
-    if len(linear) < 2 or any(list(c.children()) for c in children if c not in linear and not _is_host(c)):
+    linear = _linear_children(module)
+    if len(linear) < 2 or any(list(child.children()) for child in module.children() if child not in linear):
         return False
     first, last = _leaf_view(linear[0], ""), _leaf_view(linear[-1], "")
     return first is not None and last is not None and first.d_in == last.d_out != first.d_out
 
 
-def _is_host(module: nn.Module) -> bool:
-    return hasattr(module, "_addenda")
+def _linear_children(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if (kind := _leaf_kind(child)) and kind.linear]
 
 
 KINDS: tuple[LayerKind, ...] = (
@@ -342,6 +341,9 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         >>> kind_of(nn.Conv2d(3, 8, 3)).name
         'conv'
     """
+    state = getattr(module, "_addenda", None)
+    if state is not None:  # adapters inside must not change what the layer is
+        return next(k for k in KINDS if k.name == state.view.kind)
     return next((k for k in KINDS if k.matches(module)), None)
 
 

@@ -1,0 +1,331 @@
+"""Every registered method, with every declared variant, on every layer kind: the properties that make it a method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import addenda
+import addenda.errors
+from addenda.core import registry
+from addenda.core.contract import Method
+from addenda.core.layers import view_of
+
+
+class FeedForward(nn.Module):
+    """A gated feed-forward block, as most language models have."""
+
+    def __init__(self, d: int, inner: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d, inner)
+        self.up = nn.Linear(d, inner)
+        self.down = nn.Linear(inner, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Small(nn.Module):
+    """The layer under test between a fixed first part and a head, so that gradients must pass through it."""
+
+    def __init__(self, layer: nn.Module, before: nn.Module, width: int) -> None:
+        super().__init__()
+        self.before = before
+        self.layer = layer
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(self.before(x))
+        return self.head(y.flatten(2).mean(-1) if y.dim() > 3 else y)
+
+
+def _linear() -> tuple[nn.Module, Tensor]:
+    return Small(nn.Linear(24, 20), nn.Identity(), 20), torch.randn(4, 5, 24)
+
+
+def _linear_without_bias() -> tuple[nn.Module, Tensor]:
+    return Small(nn.Linear(24, 20, bias=False), nn.Identity(), 20), torch.randn(4, 5, 24)
+
+
+def _transposed() -> tuple[nn.Module, Tensor]:
+    layer = Conv1D(20, 24)
+    nn.init.normal_(layer.bias)
+    return Small(layer, nn.Identity(), 20), torch.randn(4, 5, 24)
+
+
+def _conv(layer: nn.Module, *space: int) -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential()
+    model.add_module("layer", layer)
+    return model, torch.randn(2, layer.in_channels, *space)
+
+
+def _embedding() -> tuple[nn.Module, Tensor]:
+    return Small(nn.Embedding(30, 24), nn.Identity(), 24), torch.randint(30, (4, 7))
+
+
+def _block() -> tuple[nn.Module, Tensor]:
+    return Small(FeedForward(24, 40), nn.Identity(), 24), torch.randn(4, 5, 24)
+
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "linear": _linear,
+    "linear-no-bias": _linear_without_bias,
+    "conv1d-transposed": _transposed,
+    "conv1d": lambda: _conv(nn.Conv1d(16, 20, 3, padding=1), 9),
+    "conv2d": lambda: _conv(nn.Conv2d(16, 20, 3, stride=2, padding=1), 8, 9),
+    "conv2d-grouped": lambda: _conv(nn.Conv2d(16, 32, 3, groups=4, dilation=2, bias=False), 8, 9),
+    "conv2d-reflect": lambda: _conv(nn.Conv2d(16, 20, 3, padding="same", padding_mode="reflect"), 8, 9),
+    "conv3d": lambda: _conv(nn.Conv3d(16, 20, (1, 2, 3)), 4, 5, 6),
+    "embedding": _embedding,
+    "block": _block,
+}
+"""Every layer on which every method is tried; the layer is called ``layer``."""
+
+
+VARIANTS = [
+    registry.get(name).from_settings(v) for name in registry.names() for v in registry.get(name).variants
+]
+
+
+def refused(method: Method, layer: str) -> bool:
+    view = view_of(LAYERS[layer]()[0].layer, "layer")
+    return view.kind not in method.layer_kinds() or bool(method.problems_at(view))
+
+
+PAIRS = [(f"{m.name}-{i}-{layer}", m, layer) for i, m in enumerate(VARIANTS) for layer in LAYERS]
+CASES = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if not refused(method, layer)]
+REFUSED = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if refused(method, layer)]
+
+
+@pytest.fixture
+def case(layer: str) -> tuple[nn.Module, Tensor]:
+    return LAYERS[layer]()
+
+
+@pytest.mark.parametrize(("method", "layer"), REFUSED)
+def test_a_layer_it_cannot_adapt_is_refused_by_the_plan(method: Method, layer: str) -> None:
+    model, _ = LAYERS[layer]()
+    with pytest.raises((addenda.errors.TargetError, addenda.errors.MethodError)) as caught:
+        addenda.plan(model, method, "layer")
+    assert caught.value.hint
+    assert type(model.layer).__name__ == type(LAYERS[layer]()[0].layer).__name__
+
+
+def stirred(handle: addenda.Handle) -> addenda.Handle:
+    """Give the adapter values of a trained size, so that nothing is zero."""
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return handle
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_starts_equal_to_its_base(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, batch = case
+    before = model(batch)
+    addenda.attach(model, method, "layer", probe=batch)
+    if "identity" in method.exceptions:
+        assert not torch.allclose(model(batch), before), "the declared exception does not hold"
+    else:
+        torch.testing.assert_close(model(batch), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_disabled_equals_base_and_detached_gives_the_base_back(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    before, weights, kind = model(batch), snapshot(model), type(model.layer)
+    trainable = [p.requires_grad for p in model.parameters()]
+    handle = stirred(addenda.attach(model, method, "layer"))
+    assert not torch.allclose(model(batch), before), "a trained adapter must change the output"
+    handle.disable()
+    assert torch.equal(model(batch), before)
+    handle.enable()
+    assert not torch.allclose(model(batch), before)
+    handle.detach()
+    assert torch.equal(model(batch), before)
+    assert same(snapshot(model), weights)
+    assert type(model.layer) is kind
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert not [key for key in vars(model.layer) if "addenda" in key]
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_gradients_reach_every_adapter_parameter_and_no_base_parameter(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    base = dict(model.named_parameters())
+    handle = stirred(addenda.attach(model, method, "layer"))
+    weights = {name: p.detach().clone() for name, p in base.items()}
+    optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
+    before = [p.detach().clone() for p in handle.parameters()]
+    (model(batch) * torch.randn_like(model(batch))).sum().backward()
+    optimizer.step()
+    for name, parameter in handle.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(not torch.equal(p, old) for p, old in zip(handle.parameters(), before, strict=True))
+    assert all(p.grad is None and torch.equal(p, weights[name]) for name, p in base.items())
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_fold_agrees_with_forward(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, batch = case
+    model, batch = model.double(), batch.double() if batch.is_floating_point() else batch
+    handle = stirred(addenda.attach(model, method, "layer"))
+    view = model.layer._addenda.view
+    if not method.mergeable:
+        with pytest.raises(addenda.errors.MethodError, match="cannot be folded"):
+            handle.adapters["layer"].fold(torch.zeros(1, 1), None)
+        return
+    weight, bias = handle.adapters["layer"].fold(view.weight(), view.bias())
+    x = model.before(batch) if hasattr(model, "before") else batch
+    torch.testing.assert_close(view.apply(x, weight, bias), model.layer(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_merge_then_unmerge_restores_the_base_bitwise(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    handle = stirred(addenda.attach(model, method, "layer"))
+    adapted, weights = model(batch), snapshot(model)
+    if not method.mergeable:
+        with pytest.raises(addenda.errors.MethodError, match="cannot be merged"):
+            handle.merge()
+        assert same(snapshot(model), weights)
+        return
+    handle.merge()
+    assert handle.merged
+    torch.testing.assert_close(model(batch), adapted, rtol=1e-4, atol=1e-4)
+    handle.unmerge()
+    assert same(snapshot(model), weights)
+    assert torch.equal(model(batch), adapted)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_save_and_load_are_bitwise(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor], tmp_path: object
+) -> None:
+    model, batch = case
+    handle = stirred(addenda.attach(model, method, "layer", name="mine"))
+    expected = model(batch)
+    saved = {name: p.detach().clone() for name, p in handle.named_parameters()}
+    addenda.save(model, f"{tmp_path}/adapter")
+    handle.detach()
+    loaded = addenda.load(model, f"{tmp_path}/adapter")
+    assert same({name: p.detach() for name, p in loaded.named_parameters()}, saved)
+    assert torch.equal(model(batch), expected)
+    assert (loaded.name, loaded.method) == ("mine", method)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_dtype_follows_the_base_and_parameters_stay_wide(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    model, batch = model.bfloat16(), batch.bfloat16() if batch.is_floating_point() else batch
+    handle = stirred(addenda.attach(model, method, "layer"))
+    output = model(batch)
+    assert output.dtype == torch.bfloat16
+    assert {p.dtype for p in handle.parameters()} == {torch.float32}
+    output.float().sum().backward()
+    assert {p.grad.dtype for p in handle.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_parameter_count_equals_the_plan(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, _ = case
+    state = torch.get_rng_state()
+    planned = addenda.plan(model, method, "layer")
+    handle = addenda.attach(model, method, "layer")
+    assert handle.trainable_parameters == planned.parameters
+    assert sum(p.numel() * p.element_size() for p in handle.parameters()) == planned.bytes
+    assert torch.equal(torch.get_rng_state(), state), "attaching must not draw from the global generator"
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_same_seed_gives_the_same_adapter(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, _ = case
+    first = {
+        n: p.detach().clone()
+        for n, p in addenda.attach(model, method, "layer", name="a", seed=7).named_parameters()
+    }
+    second = dict(addenda.attach(model, method, "layer", name="b", seed=7).named_parameters())
+    assert same(first, {n: p.detach() for n, p in second.items()})
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_deepcopy_is_independent(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, batch = case
+    handle = stirred(addenda.attach(model, method, "layer"))
+    expected = model(batch)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(batch), expected)
+    stirred(addenda.core.handles(twin)["default"])
+    assert torch.equal(model(batch), expected)
+    assert not torch.allclose(twin(batch), expected)
+    handle.detach()
+    assert hasattr(twin.layer, "adapters")
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_activation_checkpointing_gives_the_same_gradients(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    handle = stirred(addenda.attach(model, method, "layer"))
+    model(batch).square().sum().backward()
+    plain = [p.grad.clone() for p in handle.parameters()]
+    model.zero_grad()
+    checkpoint(model, batch, use_reentrant=False).square().sum().backward()
+    for parameter, expected in zip(handle.parameters(), plain, strict=True):
+        torch.testing.assert_close(parameter.grad, expected)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_two_adapters_stack(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, batch = case
+    first = stirred(addenda.attach(model, method, "layer", name="first"))
+    alone = model(batch)
+    second = addenda.attach(model, method, "layer", name="second")
+    if "identity" not in method.exceptions:
+        torch.testing.assert_close(model(batch), alone, rtol=0, atol=1e-5)
+    stirred(second)
+    both = model(batch)
+    assert not torch.allclose(both, alone)
+    second.disable()
+    assert torch.equal(model(batch), alone)
+    second.enable()
+    assert torch.equal(model(batch), both)
+    first.detach()
+    second.detach()
+    assert not hasattr(model.layer, "adapters")
+
+
+COMPILED = [case for case in CASES if case.values[1] in ("linear", "conv2d")]
+
+
+@pytest.mark.parametrize(("method", "layer"), COMPILED)
+def test_compiled_equals_eager(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+    model, batch = case
+    stirred(addenda.attach(model, method, "layer"))
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
