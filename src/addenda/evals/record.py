@@ -65,7 +65,7 @@ class MethodFacts:
 
     name: str
     summary: str
-    settings: dict[str, str | float | bool | None]
+    settings: dict[str, str | int | float | bool | None]
     layers: tuple[LayerFacts, ...]
     trainable_parameters: int
     total_parameters: int

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
@@ -25,7 +27,12 @@ from addenda.evals.record import (
 from addenda.evals.results import KLEstimate, PromptShift, SamplePair
 
 
-def made_up_record(**changes: Any) -> RunRecord:
+@pytest.fixture(scope="session")
+def made_up_record() -> Callable[..., RunRecord]:
+    return make_record
+
+
+def make_record(**changes: Any) -> RunRecord:
     """A run that learned; `changes` replace whole fields."""
     record = RunRecord(
         name="support-bot",
@@ -162,9 +169,9 @@ def _samples() -> tuple[SamplePair, ...]:
                 ("system", "You are the assistant of Juniper & Rye."),
                 ("user", "can i send back boots i wore once?"),
             ),
-            reference="You can return boots within 45 days if the soles are clean. Worn soles mean we offer a repair instead.",
+            reference="Boots can come back within 45 days if the soles are clean. Worn soles we repair instead.",
             before="I'm sorry, but I am not able to help with returns. Please contact the store where you bought them.",
-            after="Boots worn once can come back within 45 days as long as the soles are clean. If they're not, we'll repair them for you instead. Shall I start the return?",
+            after="Boots worn once can come back within 45 days if the soles are clean. Shall I start the return?",
         ),
         SamplePair(
             messages=(
