@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "reference"
+README = ROOT / "README.md"
 NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n"
 
 # The layers of one block of a Llama-like model, to show which of them a method adapts unless told otherwise.
@@ -118,18 +120,36 @@ def methods_page() -> str:
     """Return every registered method: what it does, what it can, its settings, its exceptions."""
     from addenda.core import registry
 
-    rows, sections = [], []
-    for name in registry.names():
-        method = registry.get(name)
-        mergeable, kinds = "yes" if method.mergeable else "no", ", ".join(method.kinds)
-        rows.append([f"[`{name}`](#{name})", summary(method), mergeable, kinds, f"{method.learning_rate:g}"])
-        sections.append(method_section(name, method))
-    header = ["method", "what it does", "mergeable", "layer kinds", "learning rate"]
+    sections = [method_section(name, registry.get(name)) for name in registry.names()]
     intro = (
         "Every method that `[method] name = ...` in a recipe, `--method` on the command line, and "
         "`addenda.core.registry.get` know. The learning rate is the peak that a run takes when none is set."
     )
-    return page("Methods", intro, table(header, rows), *sections)
+    return page("Methods", intro, methods_table(""), *sections)
+
+
+def methods_table(link: str) -> str:
+    """Return one row for each method; ``link`` is the page that describes them."""
+    from addenda.core import registry
+
+    rows = []
+    for name in registry.names():
+        method = registry.get(name)
+        mergeable, kinds = "yes" if method.mergeable else "no", ", ".join(method.kinds)
+        rows.append(
+            [f"[`{name}`]({link}#{name})", summary(method), mergeable, kinds, f"{method.learning_rate:g}"]
+        )
+    return table(["method", "what it does", "mergeable", "layer kinds", "learning rate"], rows)
+
+
+def readme(text: str) -> str:
+    """Return the README's text with the table between its marks written anew."""
+    start, end = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"docs: README.md lacks the marks '{start}' and '{end}'")
+    return f"{before}{start}\n\n{methods_table('docs/reference/methods.md')}\n\n{end}{after}"
 
 
 def method_section(name: str, method: type) -> str:
@@ -248,19 +268,19 @@ def stale(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Write the pages, or compare them; return 1 if one is stale."""
+    """Write the pages and the README's table, or compare them; return 1 if one is stale."""
+    written = README.read_text(encoding="utf-8")
+    wanted = readme(written)
     if "--check" in sys.argv:
-        found = stale(FOLDER)
+        found = [f"docs/reference/{name}" for name in stale(FOLDER)] + ["README.md"] * (wanted != written)
         for name in found:
-            print(
-                f"docs: docs/reference/{name} does not say what the code does: run 'make docs'",
-                file=sys.stderr,
-            )
+            print(f"docs: {name} does not say what the code does: run 'make docs'", file=sys.stderr)
         return 1 if found else 0
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, write in PAGES.items():
         (FOLDER / name).write_text(write(), encoding="utf-8")
-        print(f"docs: wrote docs/reference/{name}")
+    README.write_text(wanted, encoding="utf-8")
+    print(f"docs: wrote {len(PAGES)} pages in docs/reference/ and the table of methods in README.md")
     return 0
 
 

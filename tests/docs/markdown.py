@@ -4,6 +4,8 @@ A block is marked by an HTML comment on the line above its fence:
 
     <!-- not run: needs a GPU -->     shown only; the reason is listed by a test
     <!-- run: slow -->                run, but only in the slow suite
+
+As a script it runs one page in the current folder: ``python markdown.py PAGE [--slow]``.
 """
 
 from __future__ import annotations
@@ -107,3 +109,16 @@ def run_console(block: Block, folder: Path) -> None:
         if expected.strip():
             same = doctest.OutputChecker().check_output(expected, done.stdout, OPTIONS)
             assert same, f"{place}\nexpected:\n{expected}\ngot:\n{done.stdout}"
+
+
+def run_page(page: Path, *, slow: bool, folder: Path) -> int:
+    """Run the blocks of a page in order, the slow ones only if asked; returns how many were run."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    chosen = [block for block in blocks(page) if block.is_run and (slow or not block.is_slow)]
+    for block in chosen:
+        run(block, names, folder)
+    return len(chosen)
+
+
+if __name__ == "__main__":
+    print(run_page(Path(sys.argv[1]), slow="--slow" in sys.argv, folder=Path.cwd()), "blocks ran")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +13,12 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+RUNNER = Path(__file__).with_name("markdown.py")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def load_runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("markdown_runner", Path(__file__).with_name("markdown.py"))
+    spec = importlib.util.spec_from_file_location("markdown_runner", RUNNER)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -45,25 +48,22 @@ def cases() -> list[object]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files that the pages use, and nothing else; the working folder of the test."""
+def folder(tmp_path: Path) -> Path:
+    """A copy of the files that the pages use, and nothing else."""
     if (ROOT / "examples").exists():
         shutil.copytree(
             ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__")
         )
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize(("page", "slow"), cases())
 def test_blocks_of_the_page_run(page: Path, slow: bool, folder: Path) -> None:
-    names: dict[str, object] = {"__name__": "__main__"}
-    ran = 0
-    for block in markdown.blocks(page):
-        if block.is_run and (slow or not block.is_slow):
-            markdown.run(block, names, folder)
-            ran += 1
-    assert ran > 0
+    """In a process of its own, as a reader would run them; a warning is an error."""
+    command = [sys.executable, "-W", "error", str(RUNNER), str(page), *["--slow"][: int(slow)]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-3]) > 0
 
 
 def test_every_block_that_is_not_run_says_why() -> None:
@@ -86,8 +86,6 @@ def test_every_mark_is_understood() -> None:
 
 
 def test_every_link_between_pages_leads_somewhere() -> None:
-    import re
-
     dead = []
     for page in [*PAGES, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
