@@ -1,0 +1,116 @@
+"""Every setting of a training run, with its range; ``None`` always means "derive it"."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from addenda.core.ranges import integer, number
+from addenda.errors import ConfigError
+
+__all__ = ["HARMLESS", "SCHEDULES", "TrainConfig"]
+
+SCHEDULES = ("cosine", "linear", "constant")
+HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads")
+"""Settings that change no number of the result, so a resumed run may change them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train; all values are checked together when it is made.
+
+    Raises:
+        ConfigError: one or more settings are out of range; all are named.
+
+    Example:
+        >>> TrainConfig(epochs=1, batch_size=8).schedule
+        'cosine'
+    """
+
+    epochs: int = 3
+    """Passes over the training rows, >= 1."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps if the epochs are not over by then; None for no such limit."""
+    learning_rate: float | None = None
+    """Peak learning rate of AdamW, > 0; None takes the method's own."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes from its peak to the end: ``cosine``, ``linear`` or ``constant``."""
+    warmup_fraction: float = 0.03
+    """Share of all steps in which the learning rate rises linearly, in [0, 1); if above 0, three steps at least."""
+    min_lr_fraction: float = 0.0
+    """Where cosine and linear schedules end, as a share of the peak, in [0, 1]."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices, >= 0; vectors (biases, scales) are never decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging factors of the gradient and of its square, each in [0, 1)."""
+    eps: float = 1e-8
+    """AdamW's guard against division by zero, > 0."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient of all adapter parameters together, > 0; None never clips."""
+    batch_size: int = 16
+    """Rows per optimiser step (the global batch), >= 1; it does not change the memory needed."""
+    tokens_per_micro_batch: int | None = None
+    """Tokens run at once, >= 1; more is faster up to a point and takes more memory; None derives it."""
+    evals_per_epoch: int = 2
+    """Evaluations on the held-out rows per epoch, evenly spread, >= 1."""
+    eval_every_steps: int | None = None
+    """Steps between evaluations, >= 1; None spreads ``evals_per_epoch``."""
+    patience: int | None = 3
+    """Stop after this many evaluations in a row without a better held-out nll, >= 1; None never stops early."""
+    save_every_steps: int | None = None
+    """Steps between checkpoints, >= 1; None saves by time alone."""
+    save_every_minutes: float | None = 2.0
+    """Minutes between checkpoints, > 0; None saves by steps alone."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, >= 2, so that one damaged checkpoint never ends a run."""
+    seed: int = 0
+    """Seed of the row order and of dropout, >= 0."""
+    threads: int | None = None
+    """CPU threads; None leaves PyTorch's choice. Another number may change the last bits of the result."""
+
+    def __post_init__(self) -> None:
+        # TOML and JSON have no tuples.
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
+        found = self._problems()
+        if found:
+            raise ConfigError("; ".join(found), where={"section": "train"}, hint="see 'addenda train --help'")
+
+    def _problems(self) -> list[str]:
+        found = integer("epochs", self.epochs) + integer("batch_size", self.batch_size)
+        found += integer("evals_per_epoch", self.evals_per_epoch) + integer("seed", self.seed, least=0)
+        found += integer("keep_checkpoints", self.keep_checkpoints, least=2)
+        optional = (
+            "max_steps",
+            "tokens_per_micro_batch",
+            "eval_every_steps",
+            "patience",
+            "save_every_steps",
+            "threads",
+        )
+        for name in optional:
+            found += [] if getattr(self, name) is None else integer(name, getattr(self, name))
+        for name in ("learning_rate", "clip_norm", "save_every_minutes"):
+            found += [] if getattr(self, name) is None else number(name, getattr(self, name), above=0.0)
+        found += number("warmup_fraction", self.warmup_fraction, least=0.0, below=1.0)
+        found += number("min_lr_fraction", self.min_lr_fraction, least=0.0)
+        found += number("weight_decay", self.weight_decay, least=0.0) + number("eps", self.eps, above=0.0)
+        return found + self._choices()
+
+    def _choices(self) -> list[str]:
+        found = []
+        if self.schedule not in SCHEDULES:
+            found.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if isinstance(self.min_lr_fraction, int | float) and self.min_lr_fraction > 1.0:
+            found.append(f"min_lr_fraction must be at most 1, got {self.min_lr_fraction!r}")
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            return [*found, f"betas must be two numbers, got {self.betas!r}"]
+        for index, beta in enumerate(self.betas):
+            found += number(f"betas[{index}]", beta, least=0.0, below=1.0)
+        return found
+
+    def identity(self) -> dict[str, str]:
+        """Return the settings that a resumed run must share, as text."""
+        fields = dataclasses.fields(self)
+        return {f"train.{f.name}": repr(getattr(self, f.name)) for f in fields if f.name not in HARMLESS}

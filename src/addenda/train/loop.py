@@ -1,0 +1,283 @@
+"""The training loop, to be read in one piece."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from addenda.core.handle import Handle
+from addenda.data.rows import Example
+from addenda.train import guards
+from addenda.train.config import TrainConfig
+from addenda.train.evaluation import Evaluate, heldout_nll, judge, run_evaluation, training_mode
+from addenda.train.events import EvalEvent, NoticeEvent, OnEvent, StepEvent
+from addenda.train.failpoints import failpoint
+from addenda.train.interrupt import Interrupted, Interrupts
+from addenda.train.lock import lock_run
+from addenda.train.loss import packed_loss
+from addenda.train.memory import out_of_memory_named
+from addenda.train.optimizer import clip, learning_rate_factor, set_learning_rate, warmup_steps
+from addenda.train.session import Session, begin, open_session
+from addenda.train.state import load_adapter, random_state, set_random_state
+
+__all__ = ["CHECKPOINTS", "TrainResult", "train"]
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints within the run folder."""
+
+
+class HasModel(Protocol):
+    """What is trained on: a loaded base."""
+
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run did."""
+
+    steps: int
+    """Optimiser steps done."""
+    epochs: float
+    """Passes over the training rows done."""
+    trained_tokens: int
+    """Prediction targets seen."""
+    context_tokens: int
+    """Tokens seen that were context only."""
+    seconds: float
+    """Time spent, evaluations and checkpoints included, over all resumed parts."""
+    tokens_per_second: float
+    """Trained and context tokens by the time spent in optimiser steps."""
+    best_step: int
+    """The step whose adapter was kept."""
+    stopped_early: bool
+    """Whether it stopped because the held-out loss no longer fell."""
+    history: tuple[Mapping[str, Any], ...]
+    """Every evaluation: ``step``, ``epoch``, ``metrics``, ``best``."""
+
+
+def train(
+    base: HasModel,
+    handle: Handle,
+    train_examples: Sequence[Example],
+    heldout_examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    run_dir: str | Path,
+    on_event: OnEvent,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    identity: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Train an adapter; when it returns, the adapter on the model is the best one of the run.
+
+    Args:
+        base: holds the model that carries the adapter.
+        handle: the adapter.
+        train_examples: rows to learn from.
+        heldout_examples: rows to judge by, used where ``evaluate`` is None; may be empty.
+        config: all settings.
+        run_dir: the run's folder; checkpoints go into ``checkpoints/`` there. Held by one process at a time.
+        on_event: told of every step, evaluation and checkpoint.
+        evaluate: measures the model as it is, before, during and after training; returns ``nll_per_token`` at least.
+        resume: go on from the newest whole checkpoint; the result has the same bits as that of an unbroken run.
+        identity: further facts that a resumed run must share, such as hashes of the data and the chat template.
+
+    Raises:
+        TrainingError: a number is not finite, an adapter gets no gradient, the run diverges, or nothing moved.
+        Interrupted: SIGINT or SIGTERM came; the state is saved.
+        BusyError: another process trains in ``run_dir``.
+        CheckpointError: the checkpoints cannot be used, or are of another run.
+        ConfigError: ``run_dir`` holds a run that is not to be resumed.
+        DataError: no row has a token to train on.
+        DiskFullError: a checkpoint found no room; the one before is whole.
+        OutOfMemory: a step did not fit into memory.
+    """
+    folder = Path(run_dir)
+    with lock_run(folder), Interrupts() as interrupts, _own_process_settings(config, handle):
+        session = open_session(
+            base.model,
+            handle,
+            train_examples,
+            config,
+            folder=folder / CHECKPOINTS,
+            emit=on_event,
+            identity=identity or {},
+        )
+        if evaluate is None and heldout_examples:
+            evaluate = _own_evaluation(session, heldout_examples)
+        begin(session, resume=resume, heldout_rows=len(heldout_examples))
+        if evaluate is None:
+            on_event(
+                NoticeEvent(
+                    session.state.step, "no held-out rows: the last adapter is kept, whatever it is worth"
+                )
+            )
+        with training_mode(base.model, handle), out_of_memory_named(_smaller(session)):
+            if not session.state.finished:
+                _run(session, evaluate, interrupts)
+        return _finish(session)
+
+
+def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) -> None:
+    """Evaluate, save and step, until the last step is done and evaluated.
+
+    Everything a resumed run needs is decided by ``session.state`` at the top of the loop, so a checkpoint made there
+    continues with the same bits.
+    """
+    state, order, config, handle = session.state, session.order, session.config, session.handle
+    parameters = [p for p in handle.parameters() if p.requires_grad]
+    warmup = warmup_steps(order.steps, config.warmup_fraction)
+    began, began_at_step, seconds_before = time.monotonic(), state.step, state.seconds
+
+    while True:
+        state.seconds = seconds_before + time.monotonic() - began
+        if interrupts.requested:
+            raise Interrupted(interrupts.signum, str(session.save()))
+
+        if evaluate is not None and order.evaluates_at(state.step) and not state.evaluated:
+            started = time.monotonic()
+            try:
+                with interrupts.at_once():
+                    metrics = run_evaluation(evaluate, handle, step=state.step, device=session.device)
+            except Interrupted:
+                continue  # saved at the top; the evaluation is made when the run is resumed
+            best = judge(state, metrics, epoch=session.epoch, patience=config.patience)
+            if best:
+                session.keep_best()
+            session.emit(EvalEvent(state.step, session.epoch, metrics, best, time.monotonic() - started))
+        if state.step >= order.steps or state.stopped_early:
+            break
+        if session.save_due():
+            session.save()
+
+        started = time.monotonic()
+        rows = order.rows_of(state.step)
+        groups = session.micro_batches(rows)
+        step, random_before = state.step + 1, random_state(session.device)
+        refs = [example.row for group in groups for example in group]
+        tokens = sum(len(example) for group in groups for example in group)
+        trained = sum(example.trained_tokens for group in groups for example in group)
+        loss = 0.0
+        for group in groups:
+            if interrupts.requested:
+                break
+            batch = session.packed_batch(group)
+            hidden = session.packed.hidden(batch.input_ids, batch.lengths)
+            # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
+            part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
+            guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        if interrupts.requested:  # give the step up: what it has drawn and added is undone
+            session.optimizer.zero_grad(set_to_none=True)
+            set_random_state(random_before, session.device)
+            continue
+
+        norm = clip(parameters, config.clip_norm)
+        guards.require_finite_gradients(handle, norm, step=step, rows=refs)
+        if step == 1:
+            guards.require_reached(handle, step=step)
+        factor = learning_rate_factor(
+            step, total=order.steps, warmup=warmup, schedule=config.schedule, floor=config.min_lr_fraction
+        )
+        set_learning_rate(session.optimizer, session.learning_rate * factor)
+        failpoint("step.before_update")
+        session.optimizer.step()
+        session.optimizer.zero_grad(set_to_none=True)
+        guards.require_finite_adapter(handle, step=step, rows=refs)
+        state.enter_step(loss, tokens=tokens, trained_tokens=trained, seconds=time.monotonic() - started)
+        failpoint("step.after_update")
+
+        elapsed = time.monotonic() - began
+        session.emit(
+            StepEvent(
+                step=state.step,
+                of_steps=order.steps,
+                epoch=session.epoch,
+                loss=loss,
+                lr=session.learning_rate * factor,
+                grad_norm=float(norm),
+                tokens=tokens,
+                trained_tokens=trained,
+                tokens_per_second=tokens / max(time.monotonic() - started, 1e-9),
+                seconds=seconds_before + elapsed,
+                eta_seconds=elapsed / (state.step - began_at_step) * (order.steps - state.step),
+            )
+        )
+        guards.require_no_divergence(state, learning_rate=session.learning_rate)
+
+
+def _finish(session: Session) -> TrainResult:
+    """Save the end of the run, put the best adapter on the model, and sum up."""
+    state = session.state
+    if not state.finished:
+        guards.require_moved(session.handle, state.initial_sha256)
+        state.finished = True
+        session.save()
+        _say_if_worse(session)
+    if session.best is not None:
+        load_adapter(session.handle, session.best)
+    failpoint("finish")
+    return TrainResult(
+        steps=state.step,
+        epochs=session.epoch,
+        trained_tokens=state.trained_tokens,
+        context_tokens=state.tokens - state.trained_tokens,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / max(state.step_seconds, 1e-9),
+        best_step=state.step if state.best_step is None else state.best_step,
+        stopped_early=state.stopped_early,
+        history=tuple(state.evaluations),
+    )
+
+
+def _say_if_worse(session: Session) -> None:
+    state = session.state
+    untrained = [e["metrics"]["nll_per_token"] for e in state.evaluations if e["step"] == 0]
+    if untrained and state.best_nll is not None and state.best_nll >= untrained[0]:
+        found = f"{state.best_nll:.4g} nats per token, the base's {untrained[0]:.4g}"
+        session.emit(
+            NoticeEvent(state.step, f"no adapter is better than the base on held-out rows: best {found}")
+        )
+
+
+def _own_evaluation(session: Session, examples: Sequence[Example]) -> Evaluate | None:
+    usable = [example for example in examples if example.trained_tokens]
+    if not usable:
+        return None
+    return lambda: heldout_nll(session.packed, usable, tokens=session.tokens_per_micro_batch)
+
+
+@contextlib.contextmanager
+def _own_process_settings(config: TrainConfig, handle: Handle) -> Iterator[None]:
+    """Keep the caller's thread count and random generators out of the run, and the run out of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
+    devices = {p.device for p in handle.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _smaller(session: Session) -> dict[str, tuple[object, object]]:
+    tokens, longest = session.tokens_per_micro_batch, max(len(example) for example in session.examples)
+    settings: dict[str, tuple[object, object]] = {
+        "train.tokens_per_micro_batch": (tokens, max(1, tokens // 2)),
+        "data.max_tokens": (f"longest row {longest}", max(2, longest // 2)),
+    }
+    rank = getattr(session.handle.method, "rank", None)
+    if isinstance(rank, int) and rank > 1:
+        settings["method.rank"] = (rank, rank // 2)
+    else:
+        settings["base.dtype"] = (next(session.model.parameters()).dtype, "bfloat16")
+    return settings

@@ -1,0 +1,280 @@
+"""The parts of one run, made and checked before the first step, and saved between two steps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from addenda.bases.packed import PackedModel
+from addenda.core.fingerprint import fingerprint
+from addenda.core.handle import Handle
+from addenda.data.pack import PackedBatch, collate, plan_batches
+from addenda.data.rows import Example
+from addenda.errors import CheckpointError, ConfigError, DataError
+from addenda.train.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+    sweep,
+)
+from addenda.train.config import TrainConfig
+from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
+from addenda.train.guards import require_trainable
+from addenda.train.optimizer import make_optimizer
+from addenda.train.order import RowOrder
+from addenda.train.state import (
+    RunState,
+    adapter_tensors,
+    digest_of_examples,
+    digest_of_tensors,
+    load_adapter,
+    load_optimizer,
+    optimizer_tensors,
+    random_state,
+    require_same_run,
+    set_random_state,
+)
+
+__all__ = ["Session", "begin", "open_session"]
+
+TOKENS_PER_MICRO_BATCH = 1024
+"""Where the speed of a processor levels off; more costs memory in proportion."""
+
+
+@dataclass
+class Session:
+    """What a run works with. ``state`` is all that changes beside the adapter, the optimiser and the generators."""
+
+    model: nn.Module
+    handle: Handle
+    packed: PackedModel
+    optimizer: torch.optim.AdamW
+    examples: Sequence[Example]
+    order: RowOrder
+    config: TrainConfig
+    learning_rate: float
+    tokens_per_micro_batch: int
+    device: torch.device
+    folder: Path
+    """Where the checkpoints are."""
+    identity: dict[str, str]
+    emit: OnEvent
+    state: RunState
+    best: dict[str, Tensor] | None = None
+    saved_step: int | None = None
+    saved_at: float = 0.0
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done."""
+        return self.order.epoch_of(self.state.step)
+
+    def micro_batches(self, rows: Sequence[int]) -> list[list[Example]]:
+        """Divide the rows of a step into groups that fit into memory."""
+        examples = [self.examples[row] for row in rows]
+        lengths = [len(example) for example in examples]
+        plan = plan_batches(lengths, tokens_per_batch=self.tokens_per_micro_batch)
+        return [[examples[i] for i in group] for group in plan]
+
+    def packed_batch(self, examples: Sequence[Example]) -> PackedBatch:
+        """Make one packed row on the model's device."""
+        return collate(examples).to(self.device)
+
+    def keep_best(self) -> None:
+        """Keep a copy of the adapter as it is now."""
+        self.best = adapter_tensors(self.handle)
+
+    def save_due(self) -> bool:
+        """Whether a checkpoint is due now."""
+        step, every, minutes = self.state.step, self.config.save_every_steps, self.config.save_every_minutes
+        if step in (0, self.saved_step):
+            return False
+        by_time = minutes is not None and time.monotonic() - self.saved_at >= 60.0 * minutes
+        return by_time or (every is not None and step % every == 0)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state between two steps, and say so.
+
+        Raises:
+            DiskFullError: there is no room.
+            CheckpointError: it cannot be written.
+        """
+        started = time.monotonic()
+        folder, size = save_checkpoint(self._checkpoint(), self.folder, keep=self.config.keep_checkpoints)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        self.emit(CheckpointEvent(self.state.step, str(folder), size, self.saved_at - started))
+        return folder
+
+    def _checkpoint(self) -> Checkpoint:
+        epoch, within = divmod(self.state.step, self.order.steps_per_epoch)
+        state = {
+            "run": self.state.document(),
+            "epoch": epoch,
+            "position": within * self.config.batch_size,
+            "random": random_state(self.device),
+            "identity": self.identity,
+            "versions": _versions(),
+        }
+        adapter = adapter_tensors(self.handle)
+        return Checkpoint(
+            self.state.step, adapter, optimizer_tensors(self.handle, self.optimizer), self.best, state
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put everything back to where a checkpoint found it.
+
+        Raises:
+            CheckpointError: it is of another run, or lacks a part.
+        """
+        lacking = {"run", "random", "identity", "versions"} - set(checkpoint.state)
+        if lacking:
+            raise CheckpointError(
+                f"the checkpoint's state lacks {', '.join(sorted(lacking))}", hint="train anew"
+            )
+        require_same_run(checkpoint.state["identity"], self.identity)
+        state = RunState.from_document(checkpoint.state["run"])
+        load_adapter(self.handle, checkpoint.adapter)
+        load_optimizer(self.handle, self.optimizer, checkpoint.optimizer)
+        set_random_state(checkpoint.state["random"], self.device)
+        self.state, self.best, self.saved_step = state, checkpoint.best, state.step
+        for name, now in _versions().items():
+            before = checkpoint.state["versions"].get(name)
+            if before != now:
+                text = (
+                    f"{name} was {before} when the run was saved and is {now} now: the last bits may differ"
+                )
+                self.emit(NoticeEvent(state.step, text))
+
+
+def open_session(
+    model: nn.Module,
+    handle: Handle,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    *,
+    folder: Path,
+    emit: OnEvent,
+    identity: Mapping[str, str],
+) -> Session:
+    """Make the parts of a run; nothing is trained or written yet.
+
+    Raises:
+        TrainingError: the adapter cannot be trained as it is.
+        DataError: no row has a trained token.
+    """
+    require_trainable(handle)
+    usable = [example for example in examples if example.trained_tokens]
+    if not usable:
+        raise DataError(
+            "no row has a token to train on",
+            where={"rows": len(examples)},
+            hint="look at the loss mask: addenda check DATA --show 3",
+        )
+    if len(usable) < len(examples):
+        emit(NoticeEvent(0, f"{len(examples) - len(usable)} rows have no token to train on and are left out"))
+    learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
+    session = Session(
+        model=model,
+        handle=handle,
+        packed=PackedModel(model),
+        optimizer=make_optimizer((p for p in handle.parameters() if p.requires_grad), config, learning_rate),
+        examples=usable,
+        order=RowOrder(len(usable), config),
+        config=config,
+        learning_rate=learning_rate,
+        tokens_per_micro_batch=config.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH,
+        device=next(handle.parameters()).device,
+        folder=folder,
+        identity=dict(identity),
+        emit=emit,
+        state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
+        saved_at=time.monotonic(),
+    )
+    session.identity.update(_identity(session))
+    return session
+
+
+def _identity(session: Session) -> dict[str, str]:
+    """What a resumed run must share with the one that was begun, whatever the caller adds."""
+    method = {"name": session.handle.method.name, **session.handle.method.settings()}
+    return {
+        **session.config.identity(),
+        "base weights": fingerprint(session.model),
+        "base dtype": _dtype_name(session.model),
+        "method": json.dumps(method, sort_keys=True),
+        "layers": hashlib.sha256("\n".join(session.handle.paths).encode()).hexdigest(),
+        "adapter before training": session.state.initial_sha256,
+        "training rows": digest_of_examples(session.examples),
+        "tokens per micro-batch": str(session.tokens_per_micro_batch),
+        "packing": session.packed.path,
+    }
+
+
+def _dtype_name(model: nn.Module) -> str:
+    frozen = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    return str(max(frozen, key=frozen.count, default=torch.float32)).removeprefix("torch.")
+
+
+def _versions() -> dict[str, Any]:
+    return {"torch": torch.__version__, "CPU threads": torch.get_num_threads()}
+
+
+def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
+    """Go to the newest checkpoint, or to the first step where there is none, and say which.
+
+    Raises:
+        ConfigError: there are checkpoints, but the run is not to be resumed.
+        CheckpointError: there are checkpoints, but none can be used.
+    """
+    torch.manual_seed(session.config.seed)
+    sweep(session.folder)
+    found = find_checkpoint(session.folder)
+    if (found.folder or found.skipped) and not resume:
+        raise ConfigError(
+            f"'{session.folder.parent}' already holds a run",
+            where={"newest checkpoint": found.folder or next(iter(found.skipped))},
+            hint="resume it (--resume), or train into another folder",
+        )
+    if found.skipped and found.folder is None:
+        raise CheckpointError(
+            "no checkpoint of this run can be used",
+            where={str(folder): reason for folder, reason in found.skipped.items()},
+            hint=f"remove '{session.folder}' to begin anew",
+        )
+    if found.folder is not None:
+        session.restore(load_checkpoint(found.folder))
+        skipped = tuple(f"{set_aside(folder)}: {reason}" for folder, reason in found.skipped.items())
+        session.emit(ResumeEvent(session.state.step, str(found.folder), skipped))
+    session.emit(_start_event(session, resumed=found.folder is not None, heldout_rows=heldout_rows))
+    if resume and found.folder is None:
+        session.emit(
+            NoticeEvent(0, f"there is no checkpoint in '{session.folder}' yet: starting from the beginning")
+        )
+
+
+def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> StartEvent:
+    return StartEvent(
+        step=session.state.step,
+        resumed=resumed,
+        of_steps=session.order.steps,
+        epochs=session.config.epochs,
+        rows=len(session.examples),
+        heldout_rows=heldout_rows,
+        trainable_parameters=session.handle.trainable_parameters,
+        learning_rate=session.learning_rate,
+        tokens_per_micro_batch=session.tokens_per_micro_batch,
+        threads=torch.get_num_threads(),
+        dtype=_dtype_name(session.model),
+        path=session.packed.path,
+        path_reason=session.packed.reason,
+    )

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from addenda.train.config import TrainConfig
+from addenda.train.order import RowOrder, shuffled
+
+
+@pytest.mark.parametrize("trial", range(20))
+def test_every_epoch_shows_every_row_once(trial):
+    rows, size, epochs = random.randint(1, 60), random.randint(1, 70), random.randint(1, 4)
+    order = RowOrder(rows, TrainConfig(epochs=epochs, batch_size=size, seed=trial))
+    assert order.steps == epochs * order.steps_per_epoch
+    for epoch in range(epochs):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        seen = [row for step in steps for row in order.rows_of(step)]
+        assert sorted(seen) == list(range(rows))
+        assert all(len(order.rows_of(step)) == min(size, rows) for step in steps[:-1])
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    assert shuffled(50, 3, 1) == shuffled(50, 3, 1)
+    shuffled.cache_clear()
+    again = shuffled(50, 3, 1)
+    assert again == shuffled(50, 3, 1)
+    assert len({again, shuffled(50, 3, 2), shuffled(50, 4, 1)}) == 3
+
+
+def test_max_steps_cuts_the_run_but_never_lengthens_it():
+    assert RowOrder(10, TrainConfig(epochs=2, batch_size=5, max_steps=3)).steps == 3
+    assert RowOrder(10, TrainConfig(epochs=2, batch_size=5, max_steps=30)).steps == 4
+
+
+def test_epochs_done_count_rows_not_steps():
+    order = RowOrder(5, TrainConfig(epochs=2, batch_size=2))
+    assert [order.epoch_of(step) for step in range(7)] == [0, 0.4, 0.8, 1, 1.4, 1.8, 2]
+
+
+def test_evaluations_come_first_regularly_and_last():
+    order = RowOrder(40, TrainConfig(epochs=2, batch_size=4, evals_per_epoch=2))
+    assert [step for step in range(order.steps + 1) if order.evaluates_at(step)] == [0, 5, 10, 15, 20]
+    odd = RowOrder(40, TrainConfig(epochs=1, batch_size=4, eval_every_steps=4))
+    assert [step for step in range(odd.steps + 1) if odd.evaluates_at(step)] == [0, 4, 8, 10]
