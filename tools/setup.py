@@ -277,9 +277,15 @@ def resolve(venv: Path, arguments: list[str]) -> tuple[dict | None, str]:
         command = pip(venv, "install", "--disable-pip-version-check", *options, *arguments)
         answer = subprocess.run(command, capture_output=True, text=True)
         if answer.returncode or not target.exists():
-            lines = [line for line in answer.stderr.splitlines() if line.startswith("ERROR")]
-            return None, lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with {answer.returncode}"
+            return None, complaint(answer.stderr) or f"pip ended with exit code {answer.returncode}"
         return json.loads(target.read_text()), ""
+
+
+def complaint(stderr: str) -> str:
+    """Return the last error line of pip's output, and whether an index did not answer at all."""
+    errors = [line.removeprefix("ERROR: ") for line in stderr.splitlines() if line.startswith("ERROR: ")]
+    unreachable = ["an index could not be reached"] if "connection broken by" in stderr else []
+    return "; ".join([*errors[-1:], *unreachable])
 
 
 def install_torch(venv: Path, pin: str, *, gpu: bool, clock: Clock) -> None:

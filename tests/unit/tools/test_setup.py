@@ -331,6 +331,14 @@ def test_a_failing_pip_is_reported_with_its_last_words(
         setup.run_pip(tmp_path, ["torch"], task="torch", clock=setup.Clock())
 
 
+def test_an_index_that_does_not_answer_is_told_from_one_without_the_build(setup: ModuleType) -> None:
+    broken = "WARNING: Retrying (total=0) after connection broken by 'NewConnectionError'\n"
+    missing = "ERROR: Could not find a version\nERROR: No matching distribution found for torch\n"
+    assert setup.complaint(missing) == "No matching distribution found for torch"
+    assert setup.complaint(broken + missing).endswith("for torch; an index could not be reached")
+    assert setup.complaint("") == ""
+
+
 def test_nothing_is_done_when_nothing_changed(
     setup: ModuleType, monkeypatch: pytest.MonkeyPatch, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
