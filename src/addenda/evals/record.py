@@ -7,9 +7,8 @@ import json
 from dataclasses import dataclass, field
 
 from addenda.errors import CheckpointError
-from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
-from addenda.evals.results import KLEstimate, SamplePair
+from addenda.evals.results import HeldoutChange, KLEstimate, SamplePair
 
 __all__ = [
     "BaseFacts",
@@ -18,7 +17,6 @@ __all__ = [
     "Curves",
     "DataFacts",
     "FindingCount",
-    "HeldoutChange",
     "LayerFacts",
     "MethodFacts",
     "RecipeValue",
@@ -72,23 +70,6 @@ class MethodFacts:
     """Base and adapter together."""
     adapter_bytes: int
     """Size of the adapter's file."""
-
-
-@dataclass(frozen=True)
-class HeldoutChange:
-    """Held-out rows, base against adapted."""
-
-    nll_before: float
-    """Nats per trained token."""
-    nll_after: float
-    nll_change: Interval
-    """After minus before, paired by row."""
-    accuracy_before: float
-    """Share in [0, 1] of trained tokens that were the most likely next one."""
-    accuracy_after: float
-    accuracy_change: Interval
-    tokens: int
-    rows: int
 
 
 @dataclass(frozen=True)

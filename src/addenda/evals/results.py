@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from addenda.evals.interval import Interval
 
-__all__ = ["HeldoutMetrics", "KLEstimate", "PromptShift", "RowScore", "SamplePair"]
+__all__ = ["HeldoutChange", "HeldoutMetrics", "KLEstimate", "PromptShift", "RowScore", "SamplePair"]
 
 
 class RowScore(NamedTuple):
@@ -68,6 +68,23 @@ class HeldoutMetrics:
 
 
 @dataclass(frozen=True)
+class HeldoutChange:
+    """Held-out rows, base against adapted."""
+
+    nll_before: float
+    """Nats per trained token."""
+    nll_after: float
+    nll_change: Interval
+    """After minus before, paired by row."""
+    accuracy_before: float
+    """Share in [0, 1] of trained tokens that were the most likely next one."""
+    accuracy_after: float
+    accuracy_change: Interval
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class PromptShift:
     """How far one general prompt's predictions moved."""
 
@@ -104,6 +121,8 @@ class KLEstimate:
     """Share in [0, 1] of positions where both models name the same most likely next token."""
     prompts: tuple[PromptShift, ...]
     """One entry a prompt."""
+    skipped: int = 0
+    """Prompts that the base's chat template or context cannot hold."""
 
     @property
     def interval(self) -> Interval:

@@ -1,14 +1,18 @@
-"""A made-up run record that is as full as a real one, for the tests of the report."""
+"""A tiny base that runs in milliseconds, and a made-up run record that is as full as a real one."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from addenda.bases.loaded import LoadedBase
 from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
 from addenda.evals.record import (
@@ -18,13 +22,67 @@ from addenda.evals.record import (
     Curves,
     DataFacts,
     FindingCount,
-    HeldoutChange,
     LayerFacts,
     MethodFacts,
     RecipeValue,
     RunRecord,
 )
-from addenda.evals.results import KLEstimate, PromptShift, SamplePair
+from addenda.evals.results import HeldoutChange, KLEstimate, PromptShift, SamplePair
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture
+def tiny_base() -> LoadedBase:
+    """A Llama of two layers with random weights and a tokenizer of bytes; other weights for each test."""
+    return make_base(chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def plain_base() -> LoadedBase:
+    """The same without a chat template."""
+    return make_base(chat_template=None)
+
+
+def make_base(*, chat_template: str | None) -> LoadedBase:
+    specials = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(specials + alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", additional_special_tokens=specials[1:]
+    )
+    tokenizer.chat_template = chat_template
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LoadedBase(
+        name="tiny",
+        source="made for a test",
+        folder=Path(),
+        model=LlamaForCausalLM(config).eval(),
+        tokenizer=tokenizer,
+        kind="causal-lm",
+        chat_template=chat_template,
+        template_sha256=None,
+        tokenizer_sha256="0" * 64,
+        context_length=1024,
+        license="none",
+    )
 
 
 @pytest.fixture(scope="session")
