@@ -168,7 +168,7 @@ def _compare(packed: PackedModel, handle: Handle, examples: list[Example]) -> li
         original = packed.hidden(input_ids, batch.lengths)
     positions = _predicting(batch)
     kls, agreeing = [], []
-    for part in positions.to(input_ids.device).split(CHUNK):
+    for part in torch.split(positions.to(input_ids.device), CHUNK):
         adapted_logits = packed.logits(adapted[part])
         with handle.disabled():
             base_logits = packed.logits(original[part])
