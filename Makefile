@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 SETUP := $(PYTHON) tools/setup.py
-CODE := src tests tools examples benchmarks
+CODE := $(wildcard src tests tools examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup fmt check test test-all demo docs bench size clean
