@@ -19,7 +19,7 @@ from addenda.data.raw import RawRow
 from addenda.data.rows import Conversation, Message, RowRef, messages_digest
 from addenda.data.shapes import SHAPES, build, matching
 
-__all__ = ["Examined", "Examiner", "is_error", "is_plain_chat"]
+__all__ = ["Examined", "Examiner", "is_error", "parse", "plain_messages"]
 
 _KEY = re.compile(rb'"[ \t\r\n]*:')
 _DIAGNOSES = (
@@ -66,12 +66,15 @@ class Examiner:
         if raw.problem is not None:
             return Examined(problems=[raw.problem])
         value: Any = raw.value
+        messages = None
         if raw.data is not None:
             value, problems = parse(raw.data)
             if problems:
                 return Examined(problems=problems)
-            if not self.columns and self.shape in (None, "chat") and is_plain_chat(value):
-                return _plain(value["messages"], ref)
+        if not self.columns:
+            messages = plain_messages(value)
+        if messages is not None and self.shape in (None, _PLAIN_SHAPE[len(value)]):
+            return _plain(messages, _PLAIN_SHAPE[len(value)], ref)
         return self._examine_value(value, ref or RowRef("", raw.line, raw.index), keep=ref is not None)
 
     def _examine_value(self, value: Any, ref: RowRef, *, keep: bool) -> Examined:
@@ -141,30 +144,49 @@ def parse(raw: bytes) -> tuple[Any, list[Problem]]:
     if raw.count(b"{") + raw.count(b"[") > syntax.MAX_DEPTH:
         problems += syntax.NestedTooDeep.find(raw)
     # The text cannot have fewer `"key":` than the row has keys; more means a repeated key, or such text in a string.
-    if len(_KEY.findall(raw)) != _count_keys(value) and not problems:
+    if len(_KEY.findall(raw)) != _count_keys([value]) and not problems:
         problems += syntax.DuplicateKey.find(raw)
     return value, problems
 
 
 def _count_keys(value: Any) -> int:
-    """How many keys all objects of a parsed value have together."""
-    is_dict = type(value) is dict
-    if not is_dict and type(value) is not list:
-        return 0
-    count = len(value) if is_dict else 0
-    for item in value.values() if is_dict else value:
-        if type(item) is dict or type(item) is list:
+    """How many keys all objects inside a list or an object have together, its own too."""
+    count = 0
+    if type(value) is dict:
+        count, value = len(value), value.values()
+    for item in value:
+        kind = type(item)
+        if kind is dict or kind is list:
             count += _count_keys(item)
     return count
 
 
-def is_plain_chat(value: Any) -> bool:
-    """Whether a row is messages alone: system at most first, then user and assistant by turns, text in each."""
-    if type(value) is not dict or len(value) != 1:
-        return False
-    messages = value.get("messages")
-    if type(messages) is not list:
-        return False
+def plain_messages(value: Any) -> list[dict[str, str]] | None:
+    """Return the messages of a row in which no check can fire, or None where they have to be run.
+
+    Such a row is messages alone (a system message at most first, then user and assistant by turns, text in each),
+    or a prompt and a completion, both text.
+    """
+    if type(value) is not dict:
+        return None
+    if len(value) == 1:
+        messages = value.get("messages")
+        return messages if type(messages) is list and _is_plain_chat(messages) else None
+    prompt, completion = value.get("prompt"), value.get("completion")
+    if len(value) != 2 or not _is_text(prompt) or not _is_text(completion):
+        return None
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+_PLAIN_SHAPE = {1: "chat", 2: "prompt-completion"}
+"""The shape of a plain row by the number of its keys."""
+
+
+def _is_text(value: Any) -> bool:
+    return type(value) is str and bool(value) and not value.isspace()
+
+
+def _is_plain_chat(messages: list[Any]) -> bool:
     before = ""
     for message in messages:
         if type(message) is not dict or len(message) != 2:
@@ -181,7 +203,7 @@ def is_plain_chat(value: Any) -> bool:
         elif role != "system" or before:
             return False
         before = role
-    return any(message["role"] == "assistant" for message in messages)
+    return before == "assistant" or any(message["role"] == "assistant" for message in messages)
 
 
 def is_error(problem: Problem) -> bool:
@@ -189,9 +211,9 @@ def is_error(problem: Problem) -> bool:
     return (problem.severity or CHECKS[problem.code].severity) == "error"
 
 
-def _plain(messages: list[dict[str, str]], ref: RowRef | None) -> Examined:
-    out = Examined("chat", digest=messages_digest(messages))
+def _plain(messages: list[dict[str, str]], shape: str, ref: RowRef | None) -> Examined:
+    out = Examined(shape, digest=messages_digest(messages))
     if ref is not None:
         turns = tuple(Message(message["role"], message["content"]) for message in messages)
-        out.conversation = Conversation(turns, ref)
+        out.conversation = Conversation(turns, ref, shape=shape)
     return out

@@ -17,7 +17,8 @@ from addenda.data.raw import RawRow
 __all__ = ["ByteStream", "JsonArray", "Member", "Skimmer", "object_members"]
 
 _CHUNK = 1 << 20
-_EVENT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}"]', re.DOTALL)
+# Passes over whole strings and everything else up to the next bracket, or to a string that goes on in the next piece.
+_EVENT = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}"])', re.DOTALL)
 _REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _REST_OF_SCALAR = re.compile(rb"[^\s,\[\]{}\"]*+")
 _SPACE = re.compile(rb"[ \t\r\n]*+")
@@ -47,22 +48,22 @@ class Skimmer:
                 return at
         if self._depth == 0:
             first = piece[at : at + 1]
-            if self._in_scalar or first not in (b'"', b"{", b"["):
+            if first == b'"' and not self._in_scalar:
+                self._in_string = True
+                return self._string(piece, at + 1)
+            if self._in_scalar or first not in (b"{", b"["):
                 return self._scalar(piece, at)
         return self._nested(piece, at)
 
     def _nested(self, piece: bytes, at: int) -> int:
-        for event in _EVENT.finditer(piece, at):
-            mark = event.group()
+        while event := _EVENT.match(piece, at):
+            mark, at = event.group(1), event.end()
             if mark == b'"':
                 self._in_string = True
-                return self._string(piece, event.end())
-            if mark in b"[{":
-                self._depth += 1
-            elif mark in b"]}":
-                self._depth -= 1
+                return self._string(piece, at)
+            self._depth += 1 if mark in b"[{" else -1
             if self._depth == 0:
-                return event.end()
+                return at
         return -1
 
     def _string(self, piece: bytes, at: int) -> int:

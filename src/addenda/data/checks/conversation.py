@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from addenda.data.checks.base import Check, register
+from addenda.data.checks.messages import ROLES
 from addenda.data.problem import Problem, Turn
 
 __all__ = ["ExampleMissingAssistantMessage", "FirstRole", "NoTrainableToken", "RolesNotAlternating"]
@@ -30,7 +31,9 @@ class ExampleMissingAssistantMessage(Check):
 
     @classmethod
     def find(cls, turns: Sequence[Turn]) -> Iterator[Problem]:
-        if turns and not any(turn.fields.get("role") == "assistant" for turn in turns):
+        roles = [turn.fields.get("role") for turn in turns]
+        # A role that is wrong or missing is named by its own check; it may have been meant for the assistant.
+        if roles and all(isinstance(role, str) and role in ROLES and role != "assistant" for role in roles):
             yield cls.problem(f"{len(turns)} messages, none from the assistant", path=turns[0].path[:1])
 
 

@@ -11,6 +11,7 @@ from addenda.data.shapes import describe
 from addenda.errors import nearest
 
 __all__ = [
+    "ROLES",
     "InvalidToolCall",
     "InvalidWeight",
     "MessageMissingKey",
@@ -20,6 +21,8 @@ __all__ = [
 ]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Roles that are read; developer is read as system, and function as tool."""
+
 _SYNONYMS = {
     "human": "user",
     "customer": "user",

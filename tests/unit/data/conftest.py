@@ -1,10 +1,15 @@
-"""A tiny tokenizer trained on the spot, and chat templates in the styles of well-known models."""
+"""A tiny tokenizer trained on the spot, chat templates in the styles of well-known models, and files of rows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+import orjson
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = [
@@ -57,7 +62,7 @@ THINKING = (
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-END = {"chatml": "<|im_end|>", "default-system": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot_id|>"}
+END = {"chatml": "<|im_end|>", "default-system": "<|im_end|>", "llama2": " </s>", "llama3": "<|eot_id|>"}
 END |= {"gemma": "<end_of_turn>"}
 TEMPLATES = {
     "chatml": CHATML,
@@ -65,6 +70,7 @@ TEMPLATES = {
     "llama2": LLAMA2,
     "llama3": LLAMA3,
     "gemma": GEMMA,
+    "thinking": THINKING,
 }
 
 
@@ -78,11 +84,8 @@ def tiny_tokenizer(kind: str = "byte-level") -> PreTrainedTokenizerFast:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         # As GPT-2's: it trims white space from the offsets, which must not move the mask.
-        from tokenizers import processors
-
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
     else:
-        backend.normalizer = normalizers.Sequence([])
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
         backend.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -99,3 +102,40 @@ def tiny_tokenizer(kind: str = "byte-level") -> PreTrainedTokenizerFast:
         eos_token="</s>",
         extra_special_tokens=[token for token in SPECIAL if token not in ("<s>", "</s>")],
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer("byte-level")
+
+
+@pytest.fixture(scope="session", params=["byte-level", "metaspace"])
+def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session")
+def templates() -> SimpleNamespace:
+    """``source`` of each template by name, and what it ends an answer with (``end``)."""
+    return SimpleNamespace(source=TEMPLATES, end=END, special=SPECIAL)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a file, or a folder of files; rows given as objects become JSON lines."""
+
+    def put(content: object, name: str = "data.jsonl") -> Path:
+        path = tmp_path / name
+        if isinstance(content, Mapping):
+            path = tmp_path / "folder"
+            path.mkdir()
+            for part, data in content.items():
+                (path / part).write_bytes(data)
+        elif isinstance(content, list):
+            path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in content))
+        else:
+            assert isinstance(content, bytes)
+            path.write_bytes(content)
+        return path
+
+    return put
