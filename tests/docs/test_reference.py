@@ -89,6 +89,17 @@ def test_every_verb_method_check_and_key_is_documented() -> None:
     assert not missing
 
 
+def test_the_maps_name_every_room() -> None:
+    root = REFERENCE.parents[1]
+    rooms = [path.parent.name for path in (root / "src" / "addenda").glob("*/__init__.py")]
+    architecture, readme = (
+        (root / name).read_text(encoding="utf-8") for name in ("ARCHITECTURE.md", "README.md")
+    )
+    assert rooms
+    assert [room for room in rooms if f"**{room}**" not in architecture] == []
+    assert [room for room in rooms if f"  {room}/" not in readme] == []
+
+
 def test_every_setting_says_what_it_means(docs: ModuleType) -> None:
     recipe = resolve()
     classes = [type(part) for part in (recipe.base, recipe.data, recipe.train, recipe.evals)]
