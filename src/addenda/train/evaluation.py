@@ -10,8 +10,9 @@ from torch import nn
 
 from addenda.bases.packed import PackedModel
 from addenda.core.handle import Handle
-from addenda.data.pack import collate, plan_batches
+from addenda.data.pack import plan_batches
 from addenda.data.rows import Example
+from addenda.train.batches import packed_batch
 from addenda.train.failpoints import failpoint
 from addenda.train.guards import require_finite_metrics
 from addenda.train.loss import packed_loss
@@ -68,7 +69,7 @@ def heldout_nll(packed: PackedModel, examples: Sequence[Example], *, tokens: int
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
         for rows in plan_batches([len(example) for example in examples], tokens_per_batch=tokens):
-            batch = collate([examples[row] for row in rows]).to(device)
+            batch = packed_batch([examples[row] for row in rows], device)
             hidden = packed.hidden(batch.input_ids, batch.lengths)
             total += (
                 packed_loss(packed, hidden, batch.predict_from, batch.targets, denominator=1.0).double().cpu()

@@ -15,6 +15,7 @@ from torch import nn
 from addenda.core.handle import Handle
 from addenda.data.rows import Example
 from addenda.train import guards
+from addenda.train.batches import packed_batch
 from addenda.train.config import TrainConfig
 from addenda.train.evaluation import Evaluate, heldout_nll, judge, run_evaluation, training_mode
 from addenda.train.events import EvalEvent, NoticeEvent, OnEvent, StepEvent
@@ -169,7 +170,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
         for group in groups:
             if interrupts.requested:
                 break
-            batch = session.packed_batch(group)
+            batch = packed_batch(group, session.device)
             hidden = session.packed.hidden(batch.input_ids, batch.lengths)
             # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
             part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from addenda.bases.packed import PackedModel
 from addenda.core.fingerprint import fingerprint
 from addenda.core.handle import Handle
-from addenda.data.pack import PackedBatch, collate, plan_batches
+from addenda.data.pack import plan_batches
 from addenda.data.rows import Example
 from addenda.errors import CheckpointError, ConfigError, DataError
+from addenda.train.batches import RowOrder
 from addenda.train.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -31,7 +32,6 @@ from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
 from addenda.train.guards import require_trainable
 from addenda.train.optimizer import make_optimizer
-from addenda.train.order import RowOrder
 from addenda.train.state import (
     RunState,
     adapter_tensors,
@@ -85,10 +85,6 @@ class Session:
         lengths = [len(example) for example in examples]
         plan = plan_batches(lengths, tokens_per_batch=self.tokens_per_micro_batch)
         return [[examples[i] for i in group] for group in plan]
-
-    def packed_batch(self, examples: Sequence[Example]) -> PackedBatch:
-        """Make one packed row on the model's device."""
-        return collate(examples).to(self.device)
 
     def keep_best(self) -> None:
         """Keep a copy of the adapter as it is now."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -45,7 +46,7 @@ def assert_same(one, other):
     assert (one.best is None) == (other.best is None)
     for name, tensors in one.tensor_files().items():
         read = other.tensor_files()[name]
-        assert list(sorted(tensors)) == sorted(read)
+        assert sorted(tensors) == sorted(read)
         assert all(torch.equal(tensors[key], read[key]) for key in tensors)
 
 
@@ -127,7 +128,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(parent):
     folder, _ = save_checkpoint(made(3), parent, keep=2)
     manifest = folder / "MANIFEST.json"
     text = manifest.read_text().replace('"best.safetensors"', '"../best.safetensors"')
-    manifest.write_bytes(module._json(__import__("json").loads(text)))
+    manifest.write_bytes(module._json(json.loads(text)))
     assert "outside" in verify_checkpoint(folder)
 
 

@@ -29,7 +29,7 @@ def test_the_nth_passage_fails_and_no_other(monkeypatch, action, number):
     failpoint("checkpoint.write")
     failpoint("checkpoint.fsync")
     failpoint("checkpoint.write")
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=r"checkpoint\.write") as caught:
         failpoint("checkpoint.write")
     assert caught.value.errno == number
     failpoint("checkpoint.write")

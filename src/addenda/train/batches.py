@@ -1,16 +1,19 @@
-"""Which rows each optimiser step sees: a function of the seed and the step alone, so nothing need be replayed."""
+"""Which rows each optimiser step sees: a function of the seed and the step alone, so resuming replays nothing."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from addenda.data.pack import PackedBatch, collate, epoch_order
+from addenda.data.rows import Example
 from addenda.train.config import TrainConfig
 
-__all__ = ["RowOrder", "shuffled"]
+__all__ = ["RowOrder", "packed_batch"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class RowOrder:
         """Return the rows of the optimiser step after ``step`` steps, 0 <= step < steps."""
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.config.batch_size
-        return list(shuffled(self.rows, self.config.seed, epoch)[start : start + self.config.batch_size])
+        return _shuffled(self.rows, self.config.seed, epoch)[start : start + self.config.batch_size]
 
     def epoch_of(self, step: int) -> float:
         """Return how many epochs are done after ``step`` steps."""
@@ -63,13 +66,16 @@ class RowOrder:
 
 
 @functools.lru_cache(maxsize=2)
-def shuffled(rows: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """Return the numbers below ``rows`` in an order that depends on the seed and the epoch alone.
+def _shuffled(rows: int, seed: int, epoch: int) -> list[int]:
+    return epoch_order(rows, seed=seed, epoch=epoch)
 
-    Example:
-        >>> shuffled(4, 0, 0) == shuffled(4, 0, 0), sorted(shuffled(4, 0, 1))
-        (True, [0, 1, 2, 3])
-    """
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return tuple(torch.randperm(rows, generator=generator).tolist())
+
+def packed_batch(examples: Sequence[Example], device: torch.device) -> PackedBatch:
+    """Lay examples end to end in one row on the model's device."""
+    batch = collate(examples)
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids.to(device),
+        predict_from=batch.predict_from.to(device),
+        targets=batch.targets.to(device),
+    )

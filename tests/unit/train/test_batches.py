@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from addenda.train.batches import RowOrder
 from addenda.train.config import TrainConfig
-from addenda.train.order import RowOrder, shuffled
 
 
 @pytest.mark.parametrize("trial", range(20))
@@ -21,11 +21,10 @@ def test_every_epoch_shows_every_row_once(trial):
 
 
 def test_order_depends_on_seed_and_epoch_alone():
-    assert shuffled(50, 3, 1) == shuffled(50, 3, 1)
-    shuffled.cache_clear()
-    again = shuffled(50, 3, 1)
-    assert again == shuffled(50, 3, 1)
-    assert len({again, shuffled(50, 3, 2), shuffled(50, 4, 1)}) == 3
+    orders = {seed: RowOrder(50, TrainConfig(epochs=2, batch_size=50, seed=seed)) for seed in (3, 4)}
+    shown = [orders[3].rows_of(0), orders[3].rows_of(1), orders[4].rows_of(0)]
+    assert len(set(map(tuple, shown))) == 3
+    assert RowOrder(50, TrainConfig(epochs=9, batch_size=10, seed=3)).rows_of(1) == shown[0][10:20]
 
 
 def test_max_steps_cuts_the_run_but_never_lengthens_it():
