@@ -95,6 +95,8 @@ def general(record: RunRecord) -> list[Html]:
         f"token at {kl.agreement:.1%} of the positions. Where the prompts' answers are written, the mean is "
         f"{kl.answer_mean:.4f}."
     )
+    if kl.skipped:
+        intro += f" {kl.skipped} more could not be written in the base's chat template or context."
     moved = sorted(kl.prompts, key=lambda shift: -shift.kl_per_token)[:5]
     return [
         tag("p", intro),

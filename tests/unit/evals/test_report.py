@@ -166,7 +166,7 @@ def test_sparse_run_still_gives_a_whole_page(made_up_record: MakeRecord) -> None
             gap=unknown,
             gap_growth=unknown,
         ),
-        general=dataclasses.replace(record.general, mean=0.0, low=0.0, high=0.0),
+        general=dataclasses.replace(record.general, mean=0.0, low=0.0, high=0.0, skipped=5),
         data=dataclasses.replace(record.data, findings=()),
     )
     text = Page(render_report(sparse)).text
