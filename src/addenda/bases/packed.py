@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from addenda.bases.attention import Segments, packed_attention_on
 from addenda.errors import BaseModelError
 
-__all__ = ["PackedModel"]
+__all__ = ["PackedModel", "evaluating"]
 
 CROSSED_WINDOW = 1024
 """Sliding windows up to this many tokens are crossed by the probe; of wider ones only the argument is checked."""
@@ -57,7 +57,7 @@ class PackedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        with _evaluating(model):
+        with evaluating(model):
             self._decoder, self._output_class, problem = _headless(model)
             problem = problem or _probe_packing(self)
         self.path = "general" if problem else "packed"
@@ -154,7 +154,7 @@ _REFUSALS = (
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards each module is in the mode it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
