@@ -83,9 +83,7 @@ class Encoder:
 
     def _prepare(self, conversation: Conversation) -> _Prepared:
         if conversation.text is not None:
-            return _Prepared(
-                Rendered(conversation.text, {}, ends=False), _text_guard(self.tokenizer, conversation)
-            )
+            return _plain_text(self.tokenizer, conversation.text)
         if self.chat_template is None:
             return _without_template(self.tokenizer, conversation)
         messages: Sequence[Message] = conversation.messages
@@ -286,8 +284,10 @@ def _restored(rendered: Rendered, guard: Guard, plain: str) -> Rendered:
     return Rendered(plain, answers, ends=rendered.ends)
 
 
-def _text_guard(tokenizer: Any, conversation: Conversation) -> Guard | None:
-    return tokens_of(tokenizer).guard([Message("user", conversation.text or "")], "")
+def _plain_text(tokenizer: Any, text: str) -> _Prepared:
+    message = Message("user", text)
+    guard = tokens_of(tokenizer).guard([message], "")
+    return _Prepared(Rendered(guard.hide(message).content if guard else text, {}, ends=False), guard)
 
 
 def _without_template(tokenizer: Any, conversation: Conversation) -> _Prepared:

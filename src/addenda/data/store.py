@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -24,6 +25,7 @@ class ExampleStore(Sequence[Example]):
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="addenda-examples-")  # noqa: SIM115 - it lives as long as the store
+        weakref.finalize(self, self._file.close)
         self._starts, self._lines, self._rows = array("q"), array("I"), array("q")
         self._names: list[str] = []
         self.lengths = array("i")

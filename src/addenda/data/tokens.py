@@ -50,7 +50,7 @@ class Tokens:
         self._other = [
             str(t.content) for t in added.values() if not t.special and not str(t.content).isspace()
         ]
-        self._added_ids = frozenset(added)
+        self._added = {number: str(token.content) for number, token in added.items()}
         whole = [list(backend.encode("a", add_special_tokens=flag).ids) for flag in (True, False)]
         self.prefix = _prefix(*whole)
         """Ids the tokenizer puts before plain text, such as a beginning-of-text token."""
@@ -103,9 +103,11 @@ class Tokens:
     def _split(self, text: str) -> list[tuple[str, bool]]:
         """Cut a guarded text into the control tokens that are meant, and what stands between them."""
         encoding = self._full.encode(text, add_special_tokens=False)
-        spans = zip(encoding.ids, encoding.offsets, strict=True)
         pieces, at = [], 0
-        for start, end in (span for token, span in spans if token in self._added_ids):
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            # A byte token of the fallback may be an added token too; it does not cover its own name.
+            if text[start:end].strip() != self._added.get(token, "\x00").strip():
+                continue
             pieces += [(text[at:start], False), (text[start:end], True)]
             at = end
         pieces.append((text[at:], False))

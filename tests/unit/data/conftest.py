@@ -96,6 +96,9 @@ def tiny_tokenizer(kind: str = "byte-level") -> PreTrainedTokenizerFast:
         vocab_size=700, special_tokens=extra, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(_TEXT, trainer)
+    state = orjson.loads(backend.to_str())
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in SPECIAL]
+    backend = Tokenizer.from_str(orjson.dumps(state).decode())  # the byte tokens are ordinary ones
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",

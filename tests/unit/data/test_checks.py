@@ -38,7 +38,9 @@ def report_of(check: type[Check], path: Path, tokenizer: PreTrainedTokenizerFast
 
 
 @pytest.mark.parametrize("code", CHECKS)
-def test_a_check_fires_on_its_bad_example(code: str, write: Write, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_check_fires_on_its_bad_example(
+    code: str, write: Write, tokenizer: PreTrainedTokenizerFast
+) -> None:
     check = CHECKS[code]
     report = report_of(check, write(check.bad, check.file_name), tokenizer)
     assert code in report.counts
@@ -50,7 +52,11 @@ def test_a_check_fires_on_its_bad_example(code: str, write: Write, tokenizer: Pr
 
 @pytest.mark.parametrize("code", CHECKS)
 def test_a_check_is_silent_on_its_good_example(
-    code: str, write: Write, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, templates: object
+    code: str,
+    write: Write,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    templates: object,
 ) -> None:
     check = CHECKS[code]
     if check.stage == "encode" and code in ("template_not_prefix_stable", "no_end_token"):
@@ -73,7 +79,9 @@ def test_a_check_explains_itself(code: str) -> None:
 
 
 def test_finding_the_same_file_twice_finds_the_same(write: Write) -> None:
-    path = write(b"".join(check.bad for check in CHECKS.values() if check.stage in ("bytes", "record", "turns")))
+    path = write(
+        b"".join(check.bad for check in CHECKS.values() if check.stage in ("bytes", "record", "turns"))
+    )
     first, second = read_dataset(path).report, read_dataset(path).report
     assert first.to_json() == second.to_json()
     assert first.errors > 15
@@ -102,7 +110,9 @@ def test_no_check_fires_on_a_row_that_the_short_path_lets_through() -> None:
 
 def mutant(rng: random.Random) -> dict[str, object]:
     """A row that is sometimes right: roles, contents and keys are drawn, mostly from the right ones."""
-    roles = ["user", "assistant"] * 2 if rng.random() < 0.7 else rng.choices(["user", "assistant", "system"], k=3)
+    roles = (
+        ["user", "assistant"] * 2 if rng.random() < 0.7 else rng.choices(["user", "assistant", "system"], k=3)
+    )
     if rng.random() < 0.3:
         roles.insert(0, "system")
     values: list[object] = ["", "  ", None, 3, [], "\u00a0", ["a"]]
@@ -115,7 +125,9 @@ def mutant(rng: random.Random) -> dict[str, object]:
         if rng.random() < 0.03:
             del messages[-1][rng.choice(["role", "content"])]
     if rng.random() < 0.3:
-        prompt, completion = (rng.choice(["a", "b", *values]) if rng.random() < 0.4 else "x" for _ in range(2))
+        prompt, completion = (
+            rng.choice(["a", "b", *values]) if rng.random() < 0.4 else "x" for _ in range(2)
+        )
         return {"prompt": prompt, "completion": completion}
     return {"messages": messages} | ({"text": "x"} if rng.random() < 0.05 else {})
 
