@@ -27,12 +27,14 @@ __all__ = ["BaseSettings", "DataSettings", "EvalSettings", "Origin", "Recipe", "
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Which model is adapted."""
+    """Which model is adapted, and how it is held."""
 
     source: str = "smollm2-135m-instruct"
     """A name from ``addenda models``, a model folder, a .gguf file, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Number format of the frozen weights; unset: what this machine multiplies fastest."""
     template: str | None = None
-    """A Jinja file that replaces the model's chat template."""
+    """What replaces the model's chat template: ``plain``, or a Jinja file."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,11 @@ class DataSettings:
     """A file, a folder with train and valid files, or ``-`` for standard input."""
     valid: str | None = None
     """A file of held-out rows; unset: rows are held out of ``path``."""
-    prompt_column: str | None = None
+    shape: str | None = None
+    """The shape of the rows (chat, sharegpt, alpaca, prompt-completion, vertex, text); unset: found out."""
+    prompt: str | None = None
     """Column that holds the prompt, where the file has columns of its own."""
-    completion_column: str | None = None
+    completion: str | None = None
     """Column that holds the answer to train on."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are predicted: every assistant turn, the last one only, or everything."""
@@ -66,22 +70,20 @@ class DataSettings:
             problems.append(f"heldout_fraction must be in (0, 0.5], got {self.heldout_fraction}")
         if self.heldout_minimum < 1:
             problems.append(f"heldout_minimum must be at least 1, got {self.heldout_minimum}")
-        if (self.prompt_column is None) != (self.completion_column is None):
-            problems.append("prompt_column and completion_column are given together or not at all")
+        if (self.prompt is None) != (self.completion is None):
+            problems.append("prompt and completion name two columns: give both or neither")
         if problems:
             raise ConfigError("; ".join(problems), hint="set them in the section 'data'")
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What is measured before and after training, beside the held-out loss."""
+    """What the report shows beside the figures."""
 
     samples: int = 5
     """Held-out prompts answered before and after."""
     max_new_tokens: int = 96
     """Longest answer, in tokens."""
-    general_kl: bool = True
-    """Measure how far the model moved on general prompts (nats per token)."""
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.max_new_tokens < 1:
@@ -126,7 +128,7 @@ class Recipe:
         """Where the value of ``key`` (dotted) came from."""
         return self.origins.get(key, Origin("default"))
 
-    def derive(self, key: str, value: object, reason: str) -> Recipe:
+    def derive(self, key: str, value: Any, reason: str) -> Recipe:
         """Return the recipe with ``key`` (dotted) set because of ``reason``.
 
         A value that was chosen by the user is never derived over; callers test it first.
@@ -134,9 +136,11 @@ class Recipe:
         section, _, name = key.rpartition(".")
         origins = {**self.origins, key: Origin("derived", reason)}
         if not section or key == "method.targets":
-            return dataclasses.replace(self, **{name: value}, origins=origins)
+            changes: dict[str, Any] = {name: value, "origins": origins}
+            return dataclasses.replace(self, **changes)
         changed = dataclasses.replace(getattr(self, section), **{name: value})
-        return dataclasses.replace(self, **{section: changed}, origins=origins)
+        changes = {section: changed, "origins": origins}
+        return dataclasses.replace(self, **changes)
 
     def values(self) -> dict[str, Any]:
         """Every key, dotted, with its value, in the order of the TOML file."""

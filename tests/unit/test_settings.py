@@ -42,7 +42,7 @@ def test_resolved_toml_read_back_is_the_same_recipe(tmp_path: Path) -> None:
             "train.learning_rate=3e-05",
             'method.targets=["q_proj", "v_proj"]',
             "method.ranks={q_proj = 4}",
-            "evals.general_kl=false",
+            "method.rank_stabilized=true",
         ]
     )
     again = resolve(file=written(tmp_path, recipe.to_toml()))
@@ -92,12 +92,12 @@ def test_all_problems_are_reported_at_once_with_nearest_names(tmp_path: Path) ->
         ("train.epochs=0", "epochs"),
         ("train.epochs=2.5", "must be a whole number, got 2.5 (--set)"),
         ("train.epochs=true", "must be a whole number, got true (--set)"),
-        ("evals.general_kl=1", "must be true or false, got 1 (--set)"),
+        ("method.rank_stabilized=1", "must be true or false, got 1 (--set)"),
         ("data.overflow=wrap", "must be 'drop' or 'cut', got \"wrap\" (--set)"),
         ("method.targets=3", "must be text or a list, got 3 (--set)"),
         ("method.rank=0", "rank"),
         ("data.heldout_fraction=0.9", "heldout_fraction must be in (0, 0.5], got 0.9"),
-        ("data.prompt_column=q", "given together"),
+        ("data.prompt=q", "give both or neither"),
         ("rank=8", "did you mean 'method.rank'?"),
     ],
 )

@@ -20,6 +20,7 @@ class Verb(click.Command):
     examples: Sequence[str] = ()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples below the options."""
         lines = "".join(f"  {example}\n" for example in self.examples)
         formatter.write(f"\nExamples:\n{lines}")
 

@@ -4,12 +4,13 @@ Layout (peft 0.21): ``adapter_config.json`` and ``adapter_model.safetensors`` wi
 ``base_model.model.<layer path>.lora_A.weight`` (rank, d_in), ``.lora_B.weight`` (d_out, rank), and for (IA)3
 ``.ia3_l``, (1, d_in) where the input is scaled and (d_out, 1) where the output is.
 
-What is read is literal: no regular expression from a file is ever run, no pickle opened, and ``auto_mapping``, which names
-a class to import, is not looked at.
+What is read is literal: no regular expression from a file is ever run, no pickle opened, and ``auto_mapping``, which
+names a class to import, is not looked at.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -24,22 +25,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from addenda.bases import LoadedBase
 from addenda.core.attach import attach_paths
 from addenda.core.contract import Adapter, Method
 from addenda.core.handle import Handle
 from addenda.core.layers import kind_of
 from addenda.core.plan import planned_rows
+from addenda.core.progress import OnProgress
 from addenda.core.targets import exact, matches
 from addenda.errors import CheckpointError, ExportError, NotFoundError, UnsafeError
+from addenda.export.card import model_card
+from addenda.export.folder import new_folder, write_record
+from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.methods.ia3 import IA3, IA3Adapter
 from addenda.methods.lora import LoRA
 
-__all__ = ["CONFIG", "TENSORS", "import_peft", "write_peft"]
+__all__ = ["CONFIG", "TENSORS", "export_peft", "import_peft", "write_peft"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _CONFIG_LIMIT = 2**20
+
+_USAGE = """
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({source!r})
+model = PeftModel.from_pretrained(base, "this folder")
+"""
 
 # Settings of PEFT that change what the model computes and have no counterpart here; set, they are refused.
 _UNSUPPORTED = (
@@ -62,6 +76,74 @@ _UNSUPPORTED = (
 )
 # Initialisations that also change the base's weights, so that the tensors alone do not say what was trained.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def export_peft(
+    base: LoadedBase,
+    handle: Handle,
+    folder: str | os.PathLike[str],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Parity:
+    """Write an adapter as a PEFT folder with tokenizer, chat template, card and ``export.json``.
+
+    The folder is read again, by PEFT where it is installed and by `import_peft` otherwise, and must answer like the
+    adapted model before it appears under its name. The model in memory stays as it was.
+
+    Args:
+        base: the loaded base, in float32, carrying the adapter.
+        handle: a LoRA or (IA)3 adapter.
+        folder: the new folder; must not exist, or be empty.
+        provenance: what the adapter's manifest says of its training.
+        on_progress: told of the steps.
+
+    Raises:
+        ExportError: PEFT has no form for the adapter, or the export answers otherwise.
+        BusyError: the folder exists and is not empty.
+    """
+    facts = dict(provenance or {})
+    source, _, revision = base.source.partition("@")
+    with new_folder(folder) as work:
+        write_peft(handle, work, base_name=source, revision=revision or None)
+        rows = probe_rows(base)
+        wanted = logits_of(base.model, rows, on_progress=on_progress)
+        with handle.disabled():
+            reader, found = _read_again(base.model, work, rows, on_progress)
+        parity = require_parity(wanted, found, reader=reader)
+        base.tokenizer.save_pretrained(work)
+        write_record(work, form="peft", parity=parity, provenance=facts)
+        card = model_card(
+            title=f"Adapter '{handle.name}' for {base.name}",
+            library="peft",
+            tags=["addenda", handle.method.name],
+            usage=_USAGE.format(source=source),
+            provenance=facts,
+            parity=parity,
+        )
+        (work / "README.md").write_text(card, encoding="utf-8")
+    return parity
+
+
+def _read_again(
+    model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
+) -> tuple[str, list[Tensor]]:
+    """Load the folder onto the bare model, run it, and take it off again."""
+    if importlib.util.find_spec("peft") is None:
+        again = import_peft(model, folder, name="export-gate")
+        try:
+            return "addenda's own reader (peft is not installed)", logits_of(
+                model, rows, on_progress=on_progress
+            )
+        finally:
+            again.detach()
+    import peft
+
+    theirs = peft.PeftModel.from_pretrained(model, folder)
+    try:
+        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+    finally:
+        theirs.unload()
 
 
 def write_peft(

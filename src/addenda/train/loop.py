@@ -37,7 +37,9 @@ CHECKPOINTS = "checkpoints"
 class HasModel(Protocol):
     """What is trained on: a loaded base."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """The model that carries the adapter."""
 
 
 @dataclass(frozen=True)

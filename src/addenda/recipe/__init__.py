@@ -1,0 +1,18 @@
+"""The composition root: a recipe is run from rows to report here, the only room that knows every other."""
+
+from __future__ import annotations
+
+from addenda.recipe.adapted import load_adapted
+from addenda.recipe.prepare import Note, OnRunEvent, encoder_for, prepare_base, prepare_data
+from addenda.recipe.runner import RunSummary, run
+
+__all__ = [
+    "Note",
+    "OnRunEvent",
+    "RunSummary",
+    "encoder_for",
+    "load_adapted",
+    "prepare_base",
+    "prepare_data",
+    "run",
+]

@@ -1,0 +1,65 @@
+"""An adapter with the base it was trained on, loaded from any folder that holds one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from addenda.bases import LoadedBase, with_chat_template
+from addenda.core import Handle, load, read_manifest
+from addenda.errors import NotFoundError
+from addenda.export.peft import CONFIG as PEFT_CONFIG
+from addenda.export.peft import import_peft
+from addenda.recipe.prepare import Note, OnRunEvent, prepare_base
+from addenda.recipe.runner import ADAPTER
+
+__all__ = ["load_adapted"]
+
+
+def load_adapted(
+    folder: str | os.PathLike[str],
+    *,
+    source: str | None = None,
+    dtype: torch.dtype | None = None,
+    on_event: OnRunEvent,
+) -> tuple[LoadedBase, Handle, dict[str, Any]]:
+    """Load an adapter with the base it was trained on.
+
+    Args:
+        folder: an adapter folder of ours, the run folder around one, or a folder of PEFT.
+        source: the base; None takes the one the adapter names.
+        dtype: of the base's weights; None keeps the stored one.
+        on_event: told of progress and notes.
+
+    Returns:
+        The base, the handle, and the adapter's provenance.
+
+    Raises:
+        NotFoundError: the folder holds no adapter, or names no base.
+    """
+    place = Path(folder)
+    place = place / ADAPTER if (place / ADAPTER / "adapter.json").is_file() else place
+    if (place / PEFT_CONFIG).is_file() and not (place / "adapter.json").is_file():
+        named = json.loads((place / PEFT_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = prepare_base(_require_source(source or named, place), None, dtype, on_event)
+        return base, import_peft(base.model, place), {}
+    provenance = dict(read_manifest(place).get("provenance") or {})
+    known = provenance.get("base") or {}
+    base = prepare_base(_require_source(source or known.get("load"), place), None, dtype, on_event)
+    template = provenance.get("chat_template")
+    if template is not None and provenance.get("template_sha256") != base.template_sha256:
+        base = with_chat_template(base, template)
+        on_event(Note("base: the chat template is the one the adapter was trained with"))
+    return base, load(base.model, place), provenance
+
+
+def _require_source(source: str | None, place: Path) -> str:
+    if not source:
+        raise NotFoundError(
+            f"the adapter in '{place}' does not say which base it is for", hint="name it with --base"
+        )
+    return source

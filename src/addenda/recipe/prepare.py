@@ -1,0 +1,163 @@
+"""From rows and a base to everything a run needs before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from addenda.bases import LoadedBase, load_base, with_chat_template
+from addenda.bases.packed import PackedModel
+from addenda.core import Handle, Plan, Progress, attach, plan
+from addenda.data import Dataset, Encoded, Encoder, Rows, Split, collate, encode_rows, read_dataset, split
+from addenda.errors import BaseModelError, ConfigError, DataError
+from addenda.settings import DataSettings, Recipe
+from addenda.train import Event, Precision, choose_precision
+
+__all__ = ["Note", "OnRunEvent", "Prepared", "encoder_for", "prepare", "prepare_base", "prepare_data"]
+
+LONGEST_ROW = 2048
+"""Tokens of the longest row where neither the recipe nor the base says less."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something worth knowing that is no measurement: what was detected, chosen, or left out."""
+
+    text: str
+
+
+OnRunEvent = Callable[[Event | Progress | Note], None]
+"""Told of everything a run does; must return quickly, and what it raises ends the run."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs before its first step."""
+
+    recipe: Recipe
+    dataset: Dataset
+    split: Split
+    base: LoadedBase
+    precision: Precision
+    plan: Plan
+    handle: Handle
+    train: Encoded
+    heldout: Encoded
+
+
+def prepare(recipe: Recipe, on_event: OnRunEvent) -> Prepared:
+    """Read, check, split, load, encode, plan and attach; what the recipe left open is derived and noted.
+
+    Raises:
+        DataError: the data has errors, or no row can be held out.
+        ConfigError: settings that do not fit the base or the data.
+        TargetError: a target matches nothing, or an adapter that the probe did not reach.
+    """
+    dataset = prepare_data(recipe.data, on_event)
+    parts = split(
+        dataset,
+        fraction=recipe.data.heldout_fraction,
+        minimum=recipe.data.heldout_minimum,
+        seed=recipe.train.seed,
+    )
+    on_event(Note(f"split: {parts.note}"))
+    if not len(parts.heldout):
+        raise DataError(f"no row of {len(dataset)} can be held out", hint="give at least two different rows")
+    precision = choose_precision(recipe.base.dtype or "auto")
+    on_event(Note(f"precision: {precision.name}, {precision.reason}"))
+    if recipe.base.dtype is None:
+        recipe = recipe.derive("base.dtype", precision.name, precision.reason)
+    base = prepare_base(recipe.base.source, recipe.base.template, precision.dtype, on_event)
+    encoder = encoder_for(base, recipe.data)
+    if recipe.data.max_tokens is None:
+        reason = f"the base's context is {base.context_length:,} tokens, and {LONGEST_ROW:,} are enough"
+        recipe = recipe.derive("data.max_tokens", encoder.max_tokens, reason)
+    train_rows = _encode(parts.train, encoder, "training", on_event)
+    heldout_rows = _encode(parts.heldout, encoder, "held-out", on_event)
+    planned = plan(base.model, recipe.method, recipe.targets)
+    on_event(Note(str(planned)))
+    handle = _attach(base, recipe, train_rows)
+    return Prepared(recipe, dataset, parts, base, precision, planned, handle, train_rows, heldout_rows)
+
+
+def prepare_data(settings: DataSettings, on_event: OnRunEvent) -> Dataset:
+    """Read and check the data; say what was detected and what was noticed.
+
+    Raises:
+        DataError: it has errors.
+    """
+    if not settings.path:
+        raise ConfigError("no data was named", hint="addenda train DATA, or data.path in the recipe")
+    columns = {
+        key: value for key in ("prompt", "completion") if (value := getattr(settings, key)) is not None
+    }
+    dataset = read_dataset(
+        settings.path, valid=settings.valid, shape=settings.shape, columns=columns, on_progress=on_event
+    ).require_clean()
+    on_event(Note(f"data: {dataset.name}: {dataset.detected}"))
+    for part in (dataset, dataset.valid):
+        if part is not None and part.report.warnings:
+            on_event(Note("\n".join(part.report.lines())))
+    return dataset
+
+
+def prepare_base(
+    source: str, template: str | None, dtype: torch.dtype | None, on_event: OnRunEvent
+) -> LoadedBase:
+    """Load a causal language model, with another chat template where one is named.
+
+    Raises:
+        BaseModelError: it is an encoder, or the template is none.
+    """
+    base = load_base(source, dtype=dtype, on_progress=on_event)
+    if base.kind != "causal-lm":
+        raise BaseModelError(
+            f"'{base.name}' is an encoder, which answers nothing",
+            hint="choose a causal language model: 'addenda models'",
+        )
+    if template is not None:
+        path = Path(template)
+        base = with_chat_template(base, path.read_text(encoding="utf-8") if path.is_file() else template)
+    for note in base.notes:
+        on_event(Note(f"base: {note}"))
+    return base
+
+
+def encoder_for(base: LoadedBase, settings: DataSettings) -> Encoder:
+    """The encoder that the data settings ask for, with the row limit of the base where none is set."""
+    limit = settings.max_tokens or min(LONGEST_ROW, base.context_length)
+    if limit > base.context_length:
+        raise ConfigError(
+            f"data.max_tokens = {limit:,} is more than the base's context of {base.context_length:,} tokens",
+            hint=f"set data.max_tokens={base.context_length}, or leave it unset",
+        )
+    return Encoder(base.tokenizer, base.chat_template, settings.train_on, limit, settings.overflow)
+
+
+def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> Encoded:
+    encoded = encode_rows(rows, encoder, on_progress=on_event)
+    if len(encoded.report):
+        on_event(Note("\n".join(encoded.report.lines(5))))
+    on_event(
+        Note(
+            f"{which} rows: {len(encoded.examples):,}, {encoded.tokens:,} tokens, {encoded.trained_tokens:,} of them "
+            f"trained; {encoded.dropped:,} rows left out, {encoded.cut:,} cut"
+        )
+    )
+    return encoded
+
+
+def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
+    """Attach with a probe on real rows, run as training will run them."""
+    packed = PackedModel(base.model)
+    batch = collate([rows.examples[index] for index in range(min(2, len(rows.examples)))])
+
+    def probe(_: torch.nn.Module) -> torch.Tensor:
+        return packed.logits(packed.hidden(batch.input_ids, batch.lengths)[batch.predict_from])
+
+    return attach(
+        base.model, recipe.method, recipe.targets, name=recipe.name, seed=recipe.train.seed, probe=probe
+    )

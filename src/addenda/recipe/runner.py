@@ -1,0 +1,225 @@
+"""One run: read, check, load, attach, train, measure, save, report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from addenda.core import save
+from addenda.errors import BusyError, NotFoundError
+from addenda.evals.record import RunRecord
+from addenda.evals.report import write_report
+from addenda.evals.results import SamplePair
+from addenda.evals.samples import sample_pairs
+from addenda.evals.suite import Evaluation, evaluate
+from addenda.recipe.prepare import Note, OnRunEvent, Prepared, prepare
+from addenda.recipe.record import environment, make_record, versions
+from addenda.settings import Recipe
+from addenda.train import Event, MetricsLog, TrainResult, lock_run, peak_memory_bytes, train
+
+__all__ = ["ADAPTER", "RECIPE", "RunSummary", "run"]
+
+RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
+METRICS, ENVIRONMENT = "metrics.jsonl", "environment.json"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run left behind."""
+
+    folder: Path
+    figures: dict[str, Any]
+    """The content of ``summary.json``."""
+    record: RunRecord
+
+
+def run(
+    recipe: Recipe, *, on_event: OnRunEvent, resume: bool = False, force: bool = False, command: str = ""
+) -> RunSummary:
+    """Run a recipe: read, check, load, attach, train, measure, save, report.
+
+    Args:
+        recipe: from `addenda.settings.resolve`.
+        on_event: told of progress, notes, and every step.
+        resume: go on with the run in ``recipe.out``.
+        force: replace the run in ``recipe.out``.
+        command: the command line, for the report.
+
+    Raises:
+        DataError: the data has errors; nothing was loaded or trained.
+        BusyError: the run folder is not empty, or another process works in it.
+        ConfigError: settings that do not fit the base or the data.
+        TrainingError: training could not go on.
+    """
+    started = time.monotonic()
+    recipe = _with_folder(recipe)
+    folder = Path(recipe.out or "")
+    _require_place(folder, resume=resume, force=force)
+    with lock_run(folder):
+        _require_place(folder, resume=resume, force=force)
+        if force and not resume:
+            _clear(folder)
+        ready = prepare(recipe, on_event)
+        if not resume:
+            _write(folder / RECIPE, ready.recipe.to_toml())
+            _write_json(folder / ENVIRONMENT, environment())
+        result = _train(ready, folder, on_event, resume=resume)
+        measured = _evaluate(ready, on_event)
+        samples = _samples(ready, on_event)
+        wall = time.monotonic() - started
+        figures = _figures(ready, result, measured, wall)
+        save(
+            ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
+        )
+        record = make_record(
+            ready, result, measured, samples, run_folder=folder, wall_seconds=wall, command=command
+        )
+        write_report(folder / REPORT, record)
+        _write_json(folder / SUMMARY, figures)
+    return RunSummary(folder, figures, record)
+
+
+def _with_folder(recipe: Recipe) -> Recipe:
+    """Choose the run folder where none is named: runs/<data>-<method>, with a number if that is taken."""
+    if recipe.out is not None:
+        return recipe
+    stem = Path(recipe.data.path).stem if recipe.data.path != "-" else "stdin"
+    name = f"{stem or 'run'}-{recipe.method.name}"
+    taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    free = next(path for path in taken if not path.exists())
+    return recipe.derive("out", str(free), "data and method, the first free name")
+
+
+def _require_place(folder: Path, *, resume: bool, force: bool) -> None:
+    there = [path.name for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
+    ours = RECIPE in there
+    if resume and not ours:
+        raise NotFoundError(
+            f"there is no run to resume in '{folder}'", hint="leave out --resume to start one"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise BusyError(f"'{folder}' is a file", hint="choose another --out")
+    if there and not resume and not (force and ours):
+        hint = "--resume goes on with it, --force replaces it, --out names another folder"
+        raise BusyError(
+            f"'{folder}' is not empty",
+            where={"holds": " ".join(sorted(there)[:8])},
+            hint=hint if ours else "it holds no run; choose another --out",
+        )
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+def _train(ready: Prepared, folder: Path, on_event: OnRunEvent, *, resume: bool) -> TrainResult:
+    log = MetricsLog(folder / METRICS)
+
+    def both(event: Event) -> None:
+        log(event)
+        on_event(event)
+
+    identity = {
+        "data": ready.dataset.sha256,
+        "chat template": str(ready.base.template_sha256),
+        "tokenizer": ready.base.tokenizer_sha256,
+    }
+    ready.dataset.verify()
+    return train(
+        ready.base,
+        ready.handle,
+        ready.train.examples,
+        ready.heldout.examples,
+        ready.recipe.train,
+        run_dir=folder,
+        on_event=both,
+        resume=resume,
+        identity=identity,
+    )
+
+
+def _evaluate(ready: Prepared, on_event: OnRunEvent) -> Evaluation:
+    return evaluate(
+        ready.base,
+        ready.handle,
+        ready.heldout.examples,
+        train_examples=ready.train.examples,
+        seed=ready.recipe.train.seed,
+        on_progress=on_event,
+    )
+
+
+def _samples(ready: Prepared, on_event: OnRunEvent) -> list[SamplePair]:
+    if ready.base.chat_template is None:
+        on_event(Note("no answers before and after: the base has no chat template"))
+        return []
+    evals = ready.recipe.evals
+    return sample_pairs(
+        ready.base,
+        ready.handle,
+        ready.split.heldout,
+        count=evals.samples,
+        max_new_tokens=evals.max_new_tokens,
+        on_progress=on_event,
+    )
+
+
+def _figures(ready: Prepared, result: TrainResult, measured: Evaluation, wall: float) -> dict[str, Any]:
+    return {
+        **measured.figures(),
+        "trained_tokens": result.trained_tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "peak_rss_bytes": peak_memory_bytes()["rss"],
+        "trainable_parameters": ready.handle.trainable_parameters,
+        "total_parameters": ready.plan.base_parameters + ready.handle.trainable_parameters,
+        "train_rows": len(ready.train.examples),
+        "train_seconds": result.seconds,
+        "wall_seconds": wall,
+    }
+
+
+def _provenance(ready: Prepared, figures: Mapping[str, Any]) -> dict[str, Any]:
+    base, data = ready.base, ready.dataset
+    described = {key: value for key, value in base.describe().items() if key != "folder"}
+    return {
+        "base": {**described, "load": ready.recipe.base.source},
+        "chat_template": base.chat_template,
+        "template_sha256": base.template_sha256,
+        "tokenizer_sha256": base.tokenizer_sha256,
+        "data": {
+            "name": data.name,
+            "sha256": data.sha256,
+            "shape": data.shape,
+            "rows": data.row_count,
+            "train_rows": len(ready.train.examples),
+            "heldout_rows": len(ready.heldout.examples),
+        },
+        "method": ready.recipe.method.name,
+        "seed": ready.recipe.train.seed,
+        "versions": versions(),
+        "recipe": {key: value for key, value in ready.recipe.values().items() if value is not None},
+        "figures": dict(figures),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
