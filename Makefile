@@ -21,7 +21,7 @@ check: setup ## formatter, linter, types, import contracts, sizes, generated pag
 	@$(PY) -m ruff format --check $(CODE)
 	@$(PY) -m ruff check $(CODE)
 	@$(PY) -m mypy
-	@.venv/bin/lint-imports
+	@.venv/bin/lint-imports --no-cache
 	@$(PY) tools/size.py --quiet
 	@$(PY) tools/docs.py --check
 
@@ -46,5 +46,5 @@ size: setup ## print the lines of each room beside its budget
 	@$(PY) tools/size.py
 
 clean: ## remove caches and build products; runs/ and .venv stay
-	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	@find src tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
