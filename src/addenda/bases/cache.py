@@ -192,7 +192,7 @@ def check_manifest(folder: Path, *, verify: bool = False) -> dict[str, Any]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if record["format_version"] != FORMAT_VERSION or not isinstance(record["files"], dict):
             raise ValueError(f"format version {record['format_version']!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:

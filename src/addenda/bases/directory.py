@@ -33,7 +33,7 @@ def open_directory(
     name: str,
     source: str,
     dtype: torch.dtype | None = None,
-    license: str | None = None,
+    license_name: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> LoadedBase:
     """Load the model, tokenizer and template in ``folder``.
@@ -43,7 +43,7 @@ def open_directory(
         name: for `LoadedBase.name`.
         source: for `LoadedBase.source`.
         dtype: of the parameters; None keeps the stored one, but widens float16 to float32, which CPUs compute well.
-        license: None reads it from the folder's README.
+        license_name: for `LoadedBase.license`; None reads it from the folder's README.
         notes: added before the loader's own.
 
     Raises:
@@ -72,7 +72,7 @@ def open_directory(
         template_sha256=template_sha256(template),
         tokenizer_sha256=tokenizer_sha256(folder),
         context_length=context,
-        license=license or _license(folder),
+        license=license_name or _license(folder),
         notes=(*notes, *context_notes, *template_notes),
     )
 

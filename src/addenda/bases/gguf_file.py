@@ -16,7 +16,7 @@ from pathlib import Path
 
 from addenda.bases.gguf_header import GGUFHeader, read_header
 from addenda.core.progress import OnProgress, Progress
-from addenda.errors import BaseModelError, MissingDependencyError, OutOfMemory
+from addenda.errors import BaseModelError, OutOfMemory
 
 __all__ = ["CONVERTER_VERSION", "convert", "converted_bytes", "examine"]
 
@@ -58,7 +58,6 @@ def convert(path: Path, folder: Path, *, on_progress: OnProgress | None = None) 
         Facts for the manifest: ``stored`` (the dtype) and ``tokenizer_note`` (empty unless something is amiss).
     """
     header = examine(path)
-    need = ["gguf", "accelerate"]
     command = [
         sys.executable,
         "-m",
@@ -93,22 +92,16 @@ def convert(path: Path, folder: Path, *, on_progress: OnProgress | None = None) 
         errors.seek(0)
         said = errors.read().decode("utf-8", errors="replace").strip().splitlines()
     if process.returncode:
-        raise _failed(path, header, process.returncode, said, need)
+        raise _failed(path, header, process.returncode, said)
     return facts
 
 
-def _failed(path: Path, header: GGUFHeader, status: int, said: list[str], need: list[str]) -> Exception:
+def _failed(path: Path, header: GGUFHeader, status: int, said: list[str]) -> Exception:
     where = {
         "file": path,
         "architecture": header.architecture,
         "converter said": said[-1] if said else "nothing",
     }
-    text = "\n".join(said)
-    for package in need:
-        if f"No module named '{package}'" in text or f"{package} is required" in text:
-            return MissingDependencyError(
-                f"'{package}' is needed to read GGUF files", hint=f"pip install {package}"
-            )
-    if status in (-9, 137) or "MemoryError" in text:
+    if status in (-9, 137) or any("MemoryError" in line or "DefaultCPUAllocator" in line for line in said):
         return OutOfMemory("the machine ran out of memory converting a GGUF file", where=where)
     return BaseModelError(f"the GGUF file cannot be converted (exit status {status})", where=where)

@@ -9,6 +9,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
@@ -89,7 +90,7 @@ class GGUFHeader:
     @property
     def architecture(self) -> str:
         """The model family, e.g. ``llama``."""
-        return self.metadata["general.architecture"]
+        return str(self.metadata["general.architecture"])
 
     @property
     def elements(self) -> int:
@@ -167,7 +168,7 @@ class _Reader:
 
     def count(self, limit: int, what: str) -> int:
         start = self.at
-        claimed = self.number("<Q", f"the number of {what}")
+        claimed: int = self.number("<Q", f"the number of {what}")
         if claimed > limit:
             raise self.unsafe(f"it claims {claimed:,} {what}, more than {limit:,}", start)
         return claimed
@@ -234,7 +235,7 @@ class _Reader:
         if twice := [name for name, times in names.items() if times > 1]:
             raise self.damaged(f"tensor '{twice[0]}' comes {names[twice[0]]} times")
         ordered = sorted(tensors, key=lambda tensor: tensor.start)
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             if before.start + before.bytes > after.start:
                 raise self.unsafe(f"tensors '{before.name}' and '{after.name}' overlap", after.start)
         return tensors

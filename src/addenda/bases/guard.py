@@ -15,7 +15,7 @@ from typing import Any
 
 from addenda.errors import BaseModelError, NotFoundError, UnsafeError
 
-__all__ = ["check_settings", "read_object", "weight_files"]
+__all__ = ["PICKLES", "check_settings", "read_object", "weight_files"]
 
 MAX_JSON = 16 * 2**20
 """Bytes of a settings file."""
@@ -38,7 +38,7 @@ _CHOICE_KEYS = {
     "experts_implementation",
     "_experts_implementation",
 }
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _shards(index)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise UnsafeError(
             f"the weights come only as {', '.join(repr(name) for name in pickles[:3])}, which can run code when read",

