@@ -88,6 +88,30 @@ def test_no_path_of_one_machine_is_named() -> None:
     assert not found, found
 
 
+def room_of(path: Path) -> str:
+    """The room that a file is in, or its own name beside the rooms."""
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def test_only_the_command_line_prints() -> None:
+    child = (
+        PACKAGE / "bases" / "gguf_convert.py"
+    )  # a process of its own that reports to its parent by this stream
+    quiet = [path for path in SOURCES if room_of(path) not in {"cli", "__main__.py"} and path != child]
+    loud = {"print", "input", "sys.stdout.write", "sys.stderr.write", "pprint.pprint"}
+    assert quiet
+    assert not [f"{place}: {called_name(node)}" for place, node in nodes(quiet) if called_name(node) in loud]
+
+
+def test_only_training_knows_optimizers() -> None:
+    elsewhere = [path for path in SOURCES if room_of(path) != "train"]
+    dotted = [
+        (place, ast.unparse(node)) for place, node in nodes(elsewhere) if isinstance(node, ast.Attribute)
+    ]
+    assert dotted
+    assert not [f"{place}: {text}" for place, text in dotted if text.startswith(("torch.optim", "optim."))]
+
+
 def error_raises() -> Iterator[tuple[str, ast.Call]]:
     """Every call that makes one of our errors, in ``src`` outside errors.py."""
     for path in SOURCES:
