@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from addenda.bases.packed import PackedModel
+from addenda.bases.packed import PackedModel, evaluating
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.data.encode import encode
 from addenda.data.pack import PackedBatch, collate, plan_batches
 from addenda.data.rows import Conversation, Example, Message, RowRef
 from addenda.errors import DataError, MethodError
-from addenda.evals.heldout import evaluation_mode, sample_of
+from addenda.evals.heldout import sample_of
 from addenda.evals.interval import interval_of_ratio
 from addenda.evals.results import KLEstimate, PromptShift
 
@@ -94,7 +94,7 @@ def general_kl(
     kept = _encoded(base, chosen)
     packed = packed or PackedModel(base.model)
     shifts: dict[int, _Shift] = {}
-    with evaluation_mode(base.model), torch.no_grad():
+    with evaluating(base.model):
         for rows in plan_batches([len(example) for _, example in kept], tokens_per_batch=TOKENS_PER_BATCH):
             found = _compare(packed, handle, [kept[row][1] for row in rows])
             shifts.update(zip(rows, found, strict=True))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from addenda.bases.packed import PackedModel
+from addenda.bases.packed import PackedModel, evaluating
 from addenda.bases.scores import CHUNK, evaluate_positions
 from addenda.core.progress import OnProgress, Progress
 from addenda.data.pack import PackedBatch, collate, plan_batches
@@ -20,7 +19,7 @@ from addenda.evals.results import HeldoutMetrics, RowScore
 if TYPE_CHECKING:
     from addenda.bases.loaded import LoadedBase
 
-__all__ = ["TOKENS_PER_BATCH", "HeldoutMetrics", "evaluation_mode", "heldout", "sample_of"]
+__all__ = ["TOKENS_PER_BATCH", "HeldoutMetrics", "heldout", "sample_of"]
 
 TOKENS_PER_BATCH = 1024
 
@@ -56,8 +55,7 @@ def heldout(
     packed = packed or PackedModel(base.model)
     device = next(base.model.parameters()).device
     scores: dict[int, RowScore] = {}
-    # No inference mode: what a model caches under it could not take part in later training.
-    with evaluation_mode(base.model), torch.no_grad():
+    with evaluating(base.model):
         for rows in plan_batches([len(example) for example in examples], tokens_per_batch=tokens_per_batch):
             batch = collate([examples[row] for row in rows])
             hidden = packed.hidden(batch.input_ids.to(device), batch.lengths)
@@ -68,18 +66,6 @@ def heldout(
             if on_progress:
                 on_progress(Progress(task, done=len(scores), total=len(examples), unit="rows"))
     return HeldoutMetrics.of([scores[row] for row in range(len(examples))])
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode inside the block, and back into its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def sample_of(batch: PackedBatch, positions: Tensor) -> Tensor:

@@ -47,7 +47,12 @@ def curves(record: RunRecord) -> list[Html]:
 def answers(record: RunRecord) -> list[Html]:
     """Held-out questions answered by the base and by the adapted model."""
     if not record.samples:
-        return [tag("p", "The held-out rows hold no question with an answer, so there is nothing to answer.")]
+        return [
+            tag(
+                "p",
+                "No question was asked: the base has no chat template, or no held-out row ends with an answer.",
+            )
+        ]
     intro = (
         f"{len(record.samples)} held-out questions, answered by both models with greedy decoding (at each step the "
         "most likely token). They were picked to differ from one another, before any answer was seen."

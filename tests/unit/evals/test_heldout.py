@@ -12,7 +12,7 @@ from addenda.bases.packed import PackedModel
 from addenda.core.progress import Progress
 from addenda.data.rows import Example, RowRef
 from addenda.errors import DataError
-from addenda.evals.heldout import evaluation_mode, heldout
+from addenda.evals.heldout import heldout
 
 
 def random_examples(base: LoadedBase, count: int = 9) -> list[Example]:
@@ -90,20 +90,6 @@ def test_dropout_is_off_while_measuring_and_modes_come_back(tiny_base: LoadedBas
     assert heldout(tiny_base, examples) == expected
     assert [module.training for module in tiny_base.model.modules()] == modes
     assert any(modes)
-
-
-def test_mode_comes_back_after_an_error() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
-    model[1].eval()
-
-    def fail() -> None:
-        with evaluation_mode(model):
-            assert not model[0].training
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert [module.training for module in model.modules()] == [True, True, False]
 
 
 def test_measuring_leaves_training_possible_and_gradients_alone(tiny_base: LoadedBase) -> None:

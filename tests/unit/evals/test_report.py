@@ -172,7 +172,7 @@ def test_sparse_run_still_gives_a_whole_page(made_up_record: MakeRecord) -> None
     text = Page(render_report(sparse)).text
     for words in (
         "no interval: only 3 units",
-        "nothing to answer",
+        "No question was asked",
         "No loss was recorded",
         "found nothing to report",
     ):
