@@ -39,8 +39,8 @@ class Series:
         ]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers that span [low, high].
+def ticks(low: float, high: float, count: int = 5, *, least_step: float = 0.0) -> list[float]:
+    """Return about `count` round numbers that span [low, high], at least `least_step` apart.
 
     Example:
         >>> ticks(0.13, 0.88, 4)
@@ -50,6 +50,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    step = max(step, least_step)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, max(last, first + 1) + 1)]
 
@@ -68,7 +69,7 @@ def line_chart(
     """
     drawn = [(line, line.thinned()) for line in series if line.points]
     every = [point for _, points in drawn for point in points]
-    x_ticks = ticks(min(0.0, *(x for x, _ in every)), max(x for x, _ in every), 6)
+    x_ticks = ticks(min(0.0, *(x for x, _ in every)), max(x for x, _ in every), 6, least_step=1)
     y_ticks = ticks(min(y for _, y in every), max(y for _, y in every), 5)
     plot = _Plot(x_ticks, y_ticks)
     parts = [*plot.axes(x_label, y_label), *([plot.mark(*mark)] if mark else [])]

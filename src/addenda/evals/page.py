@@ -16,6 +16,7 @@ __all__ = [
     "escape",
     "folded",
     "interval_text",
+    "moment",
     "prose",
     "signed",
     "table",
@@ -170,6 +171,18 @@ def bytes_of(number: float) -> str:
             break
         size, unit = size / 1000, larger
     return f"{size:.0f}{NBSP}{unit}" if unit == "bytes" else f"{size:.3g}{NBSP}{unit}"
+
+
+def moment(iso: str) -> str:
+    """Return an ISO 8601 time as people write it.
+
+    Example:
+        >>> moment("2026-11-23T14:05:09+00:00")
+        '2026-11-23 14:05 UTC'
+    """
+    date, _, clock = iso.partition("T")
+    zone = "UTC" if clock.endswith(("+00:00", "Z")) else clock[8:]
+    return f"{date} {clock[:5]} {zone}".strip()
 
 
 def duration(seconds: float) -> str:

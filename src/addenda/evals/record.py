@@ -92,7 +92,7 @@ class Curves:
     kept_step: int | None = None
     """The step whose adapter was kept, or None when it is the last one."""
     stopped: str = ""
-    """Why training ended, in words."""
+    """Why training ended, as it reads after the word because."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DataFacts:
     dropped_rows: int
     cut_rows: int
     max_tokens: int
-    """Longest row allowed."""
+    """Longest row allowed; 0 where no limit was set."""
     trained_tokens: int
     """Tokens of the training rows that the model learned to predict, one pass."""
     all_tokens: int

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from addenda.evals.charts import whisker_chart
 from addenda.evals.interval import Interval
-from addenda.evals.page import Html, bytes_of, count, duration, interval_text, signed, table, tag
+from addenda.evals.page import Html, bytes_of, count, duration, interval_text, moment, signed, table, tag
 from addenda.evals.record import RunRecord
 from addenda.evals.sections import answers, cost, curves, data, environment, general, limits, trained
 
@@ -68,7 +68,8 @@ def render_report(record: RunRecord) -> str:
         tag("nav", tag("ul", *links), aria_label="Sections"),
         tag("main", *sections, id="main"),
         tag(
-            "footer", f"Written by Addenda {record.version}, {record.finished}. This page holds all it shows."
+            "footer",
+            f"Written by Addenda {record.version}, {moment(record.finished)}. This page holds all it shows.",
         ),
     )
     return f"<!doctype html>\n{tag('html', _head(record), body, lang='en')}\n"
@@ -95,7 +96,7 @@ def _head(record: RunRecord) -> Html:
 def _header(record: RunRecord) -> Html:
     verdict = record.learning.verdict
     style = verdict if verdict in ("learned", "memorising") else "unsure"
-    facts = f"{record.base.name} adapted with {record.method.name} on {record.data.source}, {record.finished}"
+    facts = f"{record.base.name} adapted with {record.method.name} on {record.data.source}, {moment(record.finished)}"
     return tag(
         "header",
         tag("p", "Addenda run report", class_="eyebrow"),

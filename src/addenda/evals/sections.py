@@ -34,8 +34,10 @@ def curves(record: RunRecord) -> list[Html]:
         mark=None if kept is None else (kept, f"kept: step {count(kept)}"),
     )
     rows = [[count(point.step), f"{point.nll:.4f}"] for point in found.heldout]
+    intro = "The first held-out point, at step 0, is the base before any training."
+    ended = f" Training ended because {found.stopped}." if found.stopped else ""
     return [
-        tag("p", "The first held-out point, at step 0, is the base before any training. " + found.stopped),
+        tag("p", intro + ended),
         tag("div", chart, class_="scroll", role="region", tabindex="0", aria_label="Chart of the loss"),
         folded(
             "Held-out points as a table",
@@ -214,6 +216,7 @@ def cost(record: RunRecord) -> list[Html]:
 def data(record: RunRecord) -> list[Html]:
     """Source, shape, split, dropped and cut rows, findings."""
     facts = record.data
+    allowed = f"{count(facts.max_tokens)} tokens" if facts.max_tokens else "no limit set"
     rows = [
         ["source", facts.source],
         ["rows", f"{count(facts.rows)}, detected as {facts.shape}"],
@@ -225,7 +228,7 @@ def data(record: RunRecord) -> list[Html]:
         ],
         [
             "longest row allowed",
-            f"{count(facts.max_tokens)} tokens; {count(facts.dropped_rows)} rows dropped, {count(facts.cut_rows)} cut",
+            f"{allowed}; {count(facts.dropped_rows)} rows dropped, {count(facts.cut_rows)} cut",
         ],
         ["SHA-256", tag("code", facts.sha256)],
     ]

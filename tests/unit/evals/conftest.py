@@ -94,7 +94,7 @@ def make_record(**changes: Any) -> RunRecord:
     """A run that learned; `changes` replace whole fields."""
     record = RunRecord(
         name="support-bot",
-        finished="2026-11-23 14:05",
+        finished="2026-11-23T14:05:09+00:00",
         version="0.1.0",
         base=BaseFacts(
             name="smollm2-135m-instruct",
@@ -198,7 +198,7 @@ def _curves() -> Curves:
         train=tuple(CurvePoint(int(step), float(nll)) for step, nll in zip(steps, train, strict=True)),
         heldout=tuple(CurvePoint(step, nll) for step, nll in heldout),
         kept_step=64,
-        stopped="Training ended after the planned 3 epochs.",
+        stopped="all steps were done",
     )
 
 

@@ -23,6 +23,10 @@ def test_ticks_span_the_data_in_even_round_steps(scale: float) -> None:
         assert np.allclose(np.diff(marks), marks[1] - marks[0])
 
 
+def test_ticks_of_steps_are_whole_numbers() -> None:
+    assert ticks(0, 3, 6, least_step=1) == [0, 1, 2, 3]
+
+
 def test_ticks_of_a_single_value_still_make_an_axis() -> None:
     for value in (0.0, 2.5, -3.0):
         marks = ticks(value, value)

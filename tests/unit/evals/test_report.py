@@ -88,6 +88,8 @@ def test_page_shows_the_figures_with_units_and_intervals(page: Page) -> None:
         "Shipping to Norway is 12 euros, and it's free once your order reaches 90 euros.",
         "default of lora",
         "same as line 4",
+        "2026-11-23 14:05 UTC",
+        "Training ended because all steps were done.",
         "What this report does not show",
     ):
         assert words in page.text
@@ -167,7 +169,7 @@ def test_sparse_run_still_gives_a_whole_page(made_up_record: MakeRecord) -> None
             gap_growth=unknown,
         ),
         general=dataclasses.replace(record.general, mean=0.0, low=0.0, high=0.0, skipped=5),
-        data=dataclasses.replace(record.data, findings=()),
+        data=dataclasses.replace(record.data, findings=(), max_tokens=0),
     )
     text = Page(render_report(sparse)).text
     for words in (
