@@ -147,7 +147,9 @@ def staged(final: Path, *, label: str) -> Iterator[Path]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DiskFullError(
-                "the disk filled up while a model was written", where={"folder": work}
+                "the disk filled up while a model was written",
+                where={"folder": work},
+                hint="free some space, or set ADDENDA_HOME to a folder on a larger disk",
             ) from error
         raise
     finally:

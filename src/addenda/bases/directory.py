@@ -8,21 +8,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from addenda.bases.guard import check_settings, weight_files
+from addenda.bases.guard import weight_files
 from addenda.bases.loaded import LoadedBase
+from addenda.bases.model_config import load_config
 from addenda.bases.template import NO_TEMPLATE, check_template, template_sha256, tokenizer_sha256
-from addenda.errors import BaseModelError, NotFoundError, OutOfMemory, UnsafeError, nearest
+from addenda.errors import BaseModelError, NotFoundError, OutOfMemory
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["load_config", "load_tokenizer", "open_directory", "quiet_transformers"]
+__all__ = ["open_directory"]
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
-_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -52,15 +52,13 @@ def open_directory(
         NotFoundError: a needed file is missing.
     """
     weights = weight_files(folder)
-    config, kind = load_config(folder, tensors=_tensor_count(weights))
-    tokenizer = load_tokenizer(folder, config)
-    dtype = dtype or _compute_dtype(weights)
+    stored = _stored(weights)
+    config, kind = load_config(folder, tensors=stored.total())
+    tokenizer = _load_tokenizer(folder, config)
+    dtype = dtype or _compute_dtype(stored, folder)
     model = _load_model(folder, config, kind, dtype)
     context, context_notes = _context_length(config, tokenizer)
     template = _template(tokenizer) if kind == "causal-lm" else None
-    template_notes = (
-        () if template or kind == "encoder" else (f"{NO_TEMPLATE}: not trained on conversations",)
-    )
     return LoadedBase(
         name=name,
         source=source,
@@ -73,100 +71,11 @@ def open_directory(
         tokenizer_sha256=tokenizer_sha256(folder),
         context_length=context,
         license=license_name or _license(folder),
-        notes=(*notes, *context_notes, *template_notes),
+        notes=(*notes, *context_notes, *_shortcomings(model, tokenizer, kind)),
     )
 
 
-def load_config(
-    folder: Path, *, tensors: int | None = None
-) -> tuple[PreTrainedConfig, Literal["causal-lm", "encoder"]]:
-    """Return the folder's config object and what the model does, after every check on its settings.
-
-    ``tensors`` is the number of tensors in the weight files: a config with more layers than that is refused before
-    it could allocate anything.
-    """
-    path = folder / "config.json"
-    if not path.is_file() and (folder / "adapter_config.json").is_file():
-        raise BaseModelError("this folder holds an adapter, not a base", where={"folder": folder})
-    settings = check_settings(path)
-    for other in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / other).is_file():
-            check_settings(folder / other)
-    if (folder / "adapter_config.json").is_file():
-        # transformers would attach it without a word
-        raise BaseModelError(
-            "this folder holds an adapter beside the base",
-            where={"file": folder / "adapter_config.json"},
-            hint="move the adapter elsewhere, load the base, then load the adapter on it",
-        )
-    if (packing := settings.get("quantization_config")) is not None:
-        packing = packing.get("quant_method") if isinstance(packing, dict) else packing
-        raise BaseModelError(
-            f"these weights are packed by '{packing}', which is not read here",
-            where={"file": path},
-            hint="take the model's unpacked weights, or a GGUF file of it",
-        )
-    for key in _DEPTH_KEYS:
-        depth = settings.get(key)
-        if tensors is not None and isinstance(depth, int) and depth > tensors:
-            raise BaseModelError(
-                f"'{key}' is {depth:,} but the files hold {tensors} tensors", where={"file": path}
-            )
-    return _config_object(settings, path), _kind(settings, path)
-
-
-def _config_object(settings: dict[str, Any], path: Path) -> PreTrainedConfig:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    family = settings.get("model_type")
-    if not isinstance(family, str) or family not in CONFIG_MAPPING:
-        near = nearest(str(family), list(CONFIG_MAPPING.keys()))
-        raise BaseModelError(
-            f"model type {family!r} is not one transformers knows",
-            where={"file": path},
-            hint=f"nearest: {', '.join(near)}" if near else "a newer transformers may know it",
-        )
-    try:
-        with quiet_transformers():
-            return CONFIG_MAPPING[family].from_dict(settings)
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise BaseModelError(
-            f"'config.json' is not a valid {family} config: {error}", where={"file": path}
-        ) from error
-    except Exception as error:
-        # The config classes raise their own validation errors, which derive from Exception alone.
-        if type(error).__module__.startswith("huggingface_hub"):
-            message = f"'config.json' is not a valid {family} config: {error}"
-            raise BaseModelError(message, where={"file": path}) from error
-        raise
-
-
-def _kind(settings: dict[str, Any], path: Path) -> Literal["causal-lm", "encoder"]:
-    from transformers.models.auto import modeling_auto
-
-    heads = settings.get("architectures") or [
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(settings["model_type"], "none")
-    ]
-    head = heads[0] if isinstance(heads, list) else heads
-    if head in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        return "causal-lm"
-    if head in _names(modeling_auto.MODEL_MAPPING_NAMES):
-        return "encoder"
-    raise BaseModelError(
-        f"architecture '{head}' is neither a causal language model nor a plain encoder",
-        where={"file": path, "model type": settings["model_type"]},
-        hint="in Python any nn.Module is a base: load it yourself and pass it to addenda.attach",
-    )
-
-
-def _names(mapping: Any) -> set[str]:
-    names: set[str] = set()
-    for value in mapping.values():
-        names |= set(value) if isinstance(value, tuple | list) else {value}
-    return names
-
-
-def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
     """Return the folder's tokenizer, which must come as tokenizer.json."""
     from transformers import AutoTokenizer
 
@@ -177,19 +86,20 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
             where={"folder": folder, "tokenizer files found": ", ".join(present) or "none"},
             hint="AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one",
         )
-    with quiet_transformers():
+    where = {"folder": folder}
+    with _quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True)
-        except MemoryError:
-            raise
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise BaseModelError(
-                f"the tokenizer cannot be read: {error}", where={"folder": folder}
-            ) from error
+        except MemoryError as error:
+            hint = "free memory, or take a smaller model"
+            raise OutOfMemory("the tokenizer does not fit into memory", where=where, hint=hint) from error
+        except Exception as error:  # the tokenizers library raises nothing narrower
+            hint = "fetch 'tokenizer.json' and 'tokenizer_config.json' again"
+            raise BaseModelError(f"the tokenizer cannot be read: {error}", where=where, hint=hint) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise BaseModelError(
-            f"'{type(tokenizer).__name__}' is not backed by 'tokenizer.json'", where={"folder": folder}
-        )
+        found = type(tokenizer).__name__
+        hint = "name 'PreTrainedTokenizerFast' as 'tokenizer_class' in tokenizer_config.json"
+        raise BaseModelError(f"'{found}' is not backed by 'tokenizer.json'", where=where, hint=hint)
     return tokenizer
 
 
@@ -197,8 +107,9 @@ def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM
 
+    where = {"folder": folder}
     loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    with quiet_transformers():
+    with _quiet_transformers():
         try:
             model, info = loader.from_pretrained(
                 str(folder),
@@ -210,11 +121,11 @@ def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.
                 ignore_mismatched_sizes=True,  # reported below, all at once
             )
         except MemoryError as error:
-            raise OutOfMemory("the model does not fit into memory", where={"folder": folder}) from error
+            hint = "free memory, ask for dtype=torch.bfloat16, or take a smaller model"
+            raise OutOfMemory("the model does not fit into memory", where=where, hint=hint) from error
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise BaseModelError(
-                f"the weights cannot be loaded: {error}", where={"folder": folder}
-            ) from error
+            hint = "fetch the weights again; config.json and weights must be of the same model"
+            raise BaseModelError(f"the weights cannot be loaded: {error}", where=where, hint=hint) from error
     _require_exact(info, folder)
     return model.eval()
 
@@ -239,43 +150,40 @@ def _require_exact(info: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _headers(weights: list[Path]) -> Iterator[tuple[str, str, int]]:
-    """Yield name, stored dtype and number of values of every tensor, from the headers alone."""
+def _stored(weights: list[Path]) -> Counter[str]:
+    """Return the number of tensors by stored dtype, from the headers alone."""
     from safetensors import SafetensorError, safe_open
 
+    found: Counter[str] = Counter()
     for path in weights:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    piece = file.get_slice(name)
-                    count = 1
-                    for side in piece.get_shape():
-                        count *= side
-                    yield name, piece.get_dtype(), count
+                found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - no mapping
         except (SafetensorError, OSError) as error:
             raise BaseModelError(
-                f"'{path.name}' is not a whole safetensors file: {error}", where={"file": path}
+                f"'{path.name}' is not a whole safetensors file: {error}",
+                where={"file": path},
+                hint="fetch the file again",
             ) from error
+    if not found:
+        raise BaseModelError(
+            "the weight files hold no tensor", where={"file": weights[0]}, hint="fetch the file again"
+        )
+    return found
 
 
-def _tensor_count(weights: list[Path]) -> int:
-    return sum(1 for _ in _headers(weights))
-
-
-def _compute_dtype(weights: list[Path]) -> torch.dtype:
-    """The dtype most values are stored in, with float16 widened to float32."""
+def _compute_dtype(stored: Counter[str], folder: Path) -> torch.dtype:
+    """The dtype most tensors are stored in, with float16 widened to float32."""
     import torch
 
-    stored: Counter[str] = Counter()
-    for _, dtype, count in _headers(weights):
-        stored[dtype] += count
-    name = _STORED.get(stored.most_common(1)[0][0])
-    if name is None:
+    most = stored.most_common(1)[0][0]
+    if most not in _STORED:
         raise BaseModelError(
-            f"the weights are stored as '{stored.most_common(1)[0][0]}', which is not read here",
-            where={"file": weights[0]},
+            f"the weights are stored as '{most}', which is not read here",
+            where={"folder": folder, "read": ", ".join(_STORED)},
+            hint="take the model in bfloat16, float16 or float32",
         )
-    return torch.float32 if name == "float16" else getattr(torch, name)
+    return torch.float32 if most == "F16" else getattr(torch, _STORED[most])
 
 
 def _context_length(
@@ -293,16 +201,22 @@ def _context_length(
 
 
 def _template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return the chat template, the default one of several; the tokenizer then holds that one alone."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    if template is None:
-        return None
-    if not isinstance(template, str):
-        raise UnsafeError(f"the chat template is a {type(template).__name__}, not text")
-    check_template(template)
+    if template is not None:
+        check_template(template)
     tokenizer.chat_template = template
     return template
+
+
+def _shortcomings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, kind: str) -> Iterator[str]:
+    if kind == "causal-lm" and tokenizer.chat_template is None:
+        yield f"{NO_TEMPLATE}: conversations need one to be chosen, e.g. 'plain'"
+    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if known > rows:
+        yield f"the tokenizer has {known:,} ids but the model {rows:,}: text with the {known - rows:,} last ones fails"
 
 
 def _license(folder: Path) -> str:
@@ -318,7 +232,7 @@ def _license(folder: Path) -> str:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """Keep transformers from drawing progress bars and printing reports: callers get errors and events instead."""
     from transformers.utils import logging as transformers_logging
 

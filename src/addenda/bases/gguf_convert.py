@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _say(**event: Any) -> None:
-    print(json.dumps(event), flush=True)
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
 
 
 def _write_tokenizer(path: Path, folder: Path, header: GGUFHeader) -> str:
@@ -129,7 +130,7 @@ def storage_dtype(tensors: list[Tensor]) -> torch.dtype:
 
     Example:
         >>> import torch
-        >>> storage_dtype([torch.tensor([1.0, 1e-30])]), storage_dtype([torch.tensor([1.0, 0.1])])
+        >>> storage_dtype([torch.tensor([70000.1])]), storage_dtype([torch.tensor([1.0, 0.1])])
         (torch.float32, torch.float16)
     """
     import torch

@@ -103,5 +103,13 @@ def _failed(path: Path, header: GGUFHeader, status: int, said: list[str]) -> Exc
         "converter said": said[-1] if said else "nothing",
     }
     if status in (-9, 137) or any("MemoryError" in line or "DefaultCPUAllocator" in line for line in said):
-        return OutOfMemory("the machine ran out of memory converting a GGUF file", where=where)
-    return BaseModelError(f"the GGUF file cannot be converted (exit status {status})", where=where)
+        return OutOfMemory(
+            "the machine ran out of memory converting a GGUF file",
+            where=where,
+            hint="convert it on a machine with more, or take a smaller model; about 5 bytes per parameter are needed",
+        )
+    return BaseModelError(
+        f"the GGUF file cannot be converted (exit status {status})",
+        where=where,
+        hint="transformers reads some GGUF architectures only; else take the model as safetensors",
+    )

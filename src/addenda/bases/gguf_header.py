@@ -33,6 +33,8 @@ MAX_NAME = 256
 MAX_DIMENSIONS = 4
 
 _MAGIC = b"GGUF"
+_DAMAGED = "fetch the file again, and compare its SHA-256 with the one its source states"
+_REFUSED = "no sound model looks like this: do not use the file unless you know who made it"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {
     0: "<B",
@@ -111,7 +113,9 @@ def read_header(path: Path) -> GGUFHeader:
     """
     size = path.stat().st_size
     if size < 24:
-        raise BaseModelError("not a GGUF file: shorter than its header", where={"file": path, "bytes": size})
+        raise BaseModelError(
+            "not a GGUF file: shorter than its header", where={"file": path, "bytes": size}, hint=_DAMAGED
+        )
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _Reader(data, path).header()
 
@@ -124,11 +128,11 @@ class _Reader:
 
     def damaged(self, problem: str, at: int | None = None) -> BaseModelError:
         where = {"file": self.path, "byte": self.at if at is None else at}
-        return BaseModelError(f"damaged GGUF file: {problem}", where=where)
+        return BaseModelError(f"damaged GGUF file: {problem}", where=where, hint=_DAMAGED)
 
     def unsafe(self, problem: str, at: int | None = None) -> UnsafeError:
         where = {"file": self.path, "byte": self.at if at is None else at}
-        return UnsafeError(f"refused GGUF file: {problem}", where=where)
+        return UnsafeError(f"refused GGUF file: {problem}", where=where, hint=_REFUSED)
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.at:

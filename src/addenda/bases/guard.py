@@ -38,6 +38,7 @@ _CHOICE_KEYS = {
     "experts_implementation",
     "_experts_implementation",
 }
+_LAYOUT = "a model folder holds config.json, model.safetensors (or its shards and index) and tokenizer.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
 
@@ -49,14 +50,24 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON:
-            raise BaseModelError(f"'{path.name}' is larger than {MAX_JSON:,} bytes", where={"file": path})
+            raise BaseModelError(
+                f"'{path.name}' is larger than {MAX_JSON:,} bytes",
+                where={"file": path},
+                hint="settings are small: this file is not what its name says",
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise NotFoundError(f"'{path.name}' is missing", where={"folder": path.parent}) from error
+        raise NotFoundError(
+            f"'{path.name}' is missing", where={"folder": path.parent}, hint=_LAYOUT
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BaseModelError(f"'{path.name}' is not readable JSON: {error}", where={"file": path}) from error
+        raise BaseModelError(
+            f"'{path.name}' is not readable JSON: {error}", where={"file": path}, hint="fetch the file again"
+        ) from error
     if not isinstance(value, dict):
-        raise BaseModelError(f"'{path.name}' holds no JSON object", where={"file": path})
+        raise BaseModelError(
+            f"'{path.name}' holds no JSON object", where={"file": path}, hint="fetch the file again"
+        )
     return value
 
 
@@ -118,20 +129,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise NotFoundError(
         "no 'model.safetensors' and no 'model.safetensors.index.json'",
         where={"folder": folder, **({"other safetensors files": ", ".join(others)} if others else {})},
+        hint=_LAYOUT,
     )
 
 
 def _shards(index: Path) -> list[Path]:
     mapping = read_object(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
-        raise BaseModelError(f"'{index.name}' has no 'weight_map'", where={"file": index})
+        raise BaseModelError(
+            f"'{index.name}' has no 'weight_map'", where={"file": index}, hint="fetch the file again"
+        )
     names = sorted({str(name) for name in mapping.values()})
     for name in names:
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            raise UnsafeError(f"'{index.name}' names '{name}', which is no safetensors file of its folder")
+            raise UnsafeError(
+                f"'{index.name}' names '{name}', which is no safetensors file of its folder",
+                where={"file": index},
+                hint="an index names plain file names; do not use this one unless you know who made it",
+            )
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise BaseModelError(
             f"'{index.name}' names files that are missing: {', '.join(missing)}",
             where={"folder": index.parent},
+            hint="fetch the missing files",
         )
     return [index.parent / name for name in names]

@@ -96,7 +96,8 @@ def _listing(repository: str, revision: str | None) -> list[str]:
     try:
         info = HfApi().model_info(repository, revision=revision, timeout=20)
     except errors.RevisionNotFoundError as error:
-        raise NotFoundError(f"'{repository}' has no revision '{revision}'", where=place) from error
+        hint = "give a branch, a tag or a commit of its page's history"
+        raise NotFoundError(f"'{repository}' has no revision '{revision}'", where=place, hint=hint) from error
     except errors.GatedRepoError as error:
         hint = "accept its terms on its page, then set HF_TOKEN"
         raise NotFoundError(
@@ -108,7 +109,10 @@ def _listing(repository: str, revision: str | None) -> list[str]:
             f"the hub has no model '{repository}' you may read", where=place, hint=hint
         ) from error
     except errors.HFValidationError as error:
-        raise NotFoundError(f"'{repository}' is not a valid hub id: {error}", where=place) from error
+        hint = "an id looks like org/name"
+        raise NotFoundError(
+            f"'{repository}' is not a valid hub id: {error}", where=place, hint=hint
+        ) from error
     except (OSError, errors.OfflineModeIsEnabled) as error:  # HTTP errors of the hub's are OSErrors
         raise _Unreachable(_brief(error)) from error
     except Exception as error:
@@ -136,7 +140,9 @@ def _require_safetensors(repository: str, files: list[str]) -> None:
             hint="take a repository with safetensors",
         )
     raise NotFoundError(
-        f"'{repository}' holds no safetensors weights", where={"files": ", ".join(sorted(top)[:12]) or "none"}
+        f"'{repository}' holds no safetensors weights",
+        where={"files": ", ".join(sorted(top)[:12]) or "none"},
+        hint="for a GGUF repository fetch the .gguf file and give its path",
     )
 
 

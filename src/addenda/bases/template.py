@@ -40,7 +40,7 @@ def template_sha256(template: str | None) -> str | None:
 
     Example:
         >>> template_sha256("{{ messages }}")[:12]
-        '90a3e6ee6f3d'
+        'f24189f08c85'
     """
     return None if template is None else hashlib.sha256(template.encode("utf-8")).hexdigest()
 
@@ -91,6 +91,7 @@ def render_chat(
         raise BaseModelError(
             f"the chat template refuses these messages: {error}",
             where={"roles": roles, "template sha256": template_sha256(tokenizer.chat_template)},
+            hint="many templates want user and assistant in turn, and a system message only in front",
         ) from error
 
 
@@ -100,13 +101,18 @@ def check_template(template: str) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if len(template) > MAX_TEMPLATE:
-        raise UnsafeError(f"the chat template has {len(template):,} characters, more than {MAX_TEMPLATE:,}")
+        raise UnsafeError(
+            f"the chat template has {len(template):,} characters, more than {MAX_TEMPLATE:,}",
+            hint="no sound template is that long",
+        )
     try:
         # transformers' additions to Jinja: loop controls, and a tag that marks trained text.
         text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
         ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except (jinja2.TemplateSyntaxError, RecursionError) as error:
-        raise BaseModelError(f"the chat template is not valid Jinja: {error}") from error
+        raise BaseModelError(
+            f"the chat template is not valid Jinja: {error}", hint="correct it, or name one: 'plain'"
+        ) from error
 
 
 def with_chat_template(base: LoadedBase, template: str) -> LoadedBase:
@@ -120,7 +126,10 @@ def with_chat_template(base: LoadedBase, template: str) -> LoadedBase:
         BaseModelError: the name is unknown, the text is not Jinja, or ``base`` is an encoder.
     """
     if base.kind != "causal-lm":
-        raise BaseModelError(f"'{base.name}' is an encoder: it answers no conversations")
+        raise BaseModelError(
+            f"'{base.name}' is an encoder: it answers no conversations",
+            hint="take a causal language model, e.g. 'smollm2-135m-instruct'",
+        )
     if "{" in template:
         text, note = template, "chat template given by the user"
     elif template in TEMPLATES:

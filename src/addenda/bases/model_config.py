@@ -1,0 +1,112 @@
+"""Read a model folder's config.json into a config object, after refusing what could run code or cannot be true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from addenda.bases.guard import check_settings
+from addenda.errors import BaseModelError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["load_config"]
+
+_DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def load_config(folder: Path, *, tensors: int) -> tuple[PreTrainedConfig, Literal["causal-lm", "encoder"]]:
+    """Return the folder's config object and what the model does.
+
+    Args:
+        folder: a model folder.
+        tensors: number of tensors in its weight files: a config with more layers than that is refused before it
+            could allocate anything.
+
+    Raises:
+        UnsafeError: a settings file could bring code along.
+        BaseModelError: the config is damaged, unknown, or of a kind that is not loaded here.
+        NotFoundError: there is no config.
+    """
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.is_file():  # transformers would attach it without a word
+        raise BaseModelError(
+            f"this folder holds an adapter{' beside the base' if path.is_file() else ', not a base'}",
+            where={"file": adapter},
+            hint="load a base from a folder of its own, then load the adapter on it",
+        )
+    settings = check_settings(path)
+    for other in _SETTINGS:
+        if (folder / other).is_file():
+            check_settings(folder / other)
+    _refuse_packed(settings, path)
+    for key in _DEPTH_KEYS:
+        depth = settings.get(key)
+        if isinstance(depth, int) and depth > tensors:
+            raise BaseModelError(
+                f"'{key}' is {depth:,} but the files hold {tensors} tensors",
+                where={"file": path},
+                hint="take config.json and weights from the same model",
+            )
+    return _config_object(settings, path), _kind(settings, path)
+
+
+def _refuse_packed(settings: dict[str, Any], path: Path) -> None:
+    packing = settings.get("quantization_config")
+    if packing is not None:
+        packing = packing.get("quant_method") if isinstance(packing, dict) else packing
+        raise BaseModelError(
+            f"these weights are packed by '{packing}', which is not read here",
+            where={"file": path},
+            hint="take the model's unpacked weights, or a GGUF file of it",
+        )
+
+
+def _config_object(settings: dict[str, Any], path: Path) -> PreTrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family = settings.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        near = nearest(str(family), list(CONFIG_MAPPING.keys()))
+        raise BaseModelError(
+            f"model type {family!r} is not one transformers knows",
+            where={"file": path},
+            hint=f"nearest: {', '.join(near)}" if near else "a newer transformers may know it",
+        )
+    damage = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError)
+    try:
+        return CONFIG_MAPPING[family].from_dict(settings)
+    except damage as error:
+        raise BaseModelError(
+            f"'config.json' is not a valid {family} config: {error}",
+            where={"file": path},
+            hint="fetch the file again, or take the one of the model it was made from",
+        ) from error
+
+
+def _kind(settings: dict[str, Any], path: Path) -> Literal["causal-lm", "encoder"]:
+    from transformers.models.auto import modeling_auto
+
+    heads = settings.get("architectures") or [
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(settings["model_type"], "none")
+    ]
+    head = heads[0] if isinstance(heads, list) else heads
+    if head in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return "causal-lm"
+    if head in _names(modeling_auto.MODEL_MAPPING_NAMES):
+        return "encoder"
+    raise BaseModelError(
+        f"architecture '{head}' is neither a causal language model nor a plain encoder",
+        where={"file": path, "model type": settings["model_type"]},
+        hint="in Python any nn.Module is a base: load it yourself and pass it to addenda.attach",
+    )
+
+
+def _names(mapping: Any) -> set[str]:
+    names: set[str] = set()
+    for value in mapping.values():
+        names |= set(value) if isinstance(value, tuple | list) else {value}
+    return names
