@@ -8,6 +8,7 @@ from addenda.data.findings import Finding, Report
 from addenda.data.pack import PackedBatch, collate, epoch_order, plan_batches, plan_steps
 from addenda.data.read import read_dataset
 from addenda.data.rows import Conversation, Example, Message, RowRef
+from addenda.data.show import bracketed, segments
 from addenda.data.split import Split, split
 from addenda.data.store import ExampleStore
 
@@ -25,6 +26,7 @@ __all__ = [
     "RowRef",
     "Rows",
     "Split",
+    "bracketed",
     "collate",
     "encode",
     "encode_rows",
@@ -32,5 +34,6 @@ __all__ = [
     "plan_batches",
     "plan_steps",
     "read_dataset",
+    "segments",
     "split",
 ]

@@ -25,6 +25,7 @@ __all__ = ["Dataset", "Rows", "read_file", "to_finding"]
 
 _PROGRESS_BYTES = 4 << 20
 _FEW_ROWS = 10
+_UNUSED_KEYS = 20
 
 
 @dataclass(eq=False)
@@ -203,6 +204,10 @@ class _Scan:
         for problem in row.problems:
             self._report(problem, raw)
             self._untrainable += problem.code == "no_trainable_token"
+        for key in row.unused:
+            first, count = self._unused.get(key, (None, 0))
+            if first or len(self._unused) < _UNUSED_KEYS:
+                self._unused[key] = (first or _light(raw), count + 1)
         if not row.digest:
             return
         dataset.positions.append(raw.position)
@@ -211,9 +216,6 @@ class _Scan:
         dataset.shapes[row.shape] += 1
         if row.shape not in self._first_of_shape:
             self._first_of_shape[row.shape] = _light(raw)
-        for key in row.unused:
-            first, count = self._unused.get(key, (None, 0))
-            self._unused[key] = (first or _light(raw), count + 1)
 
     def _report(self, problem: Problem, raw: RawRow | None) -> None:
         report = self._dataset.report
@@ -236,7 +238,7 @@ class _Scan:
             self._report_repeat(row, earlier)
 
     def _examine_columns(self) -> None:
-        for key, (raw, count) in list(self._unused.items())[:20]:
+        for key, (raw, count) in self._unused.items():
             fix = CHECKS["unused_column"].fix.format(key=key)
             found = f"column '{key}' is not used ({count:,} rows have it)"
             self._report(Problem("unused_column", found, path=(key,), fix=fix), raw)

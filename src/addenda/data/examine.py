@@ -66,25 +66,22 @@ class Examiner:
         if raw.problem is not None:
             return Examined(problems=[raw.problem])
         value: Any = raw.value
-        messages = None
         if raw.data is not None:
             value, problems = parse(raw.data)
             if problems:
                 return Examined(problems=problems)
-        if not self.columns:
-            messages = plain_messages(value)
-        if messages is not None and self.shape in (None, _PLAIN_SHAPE[len(value)]):
-            return _plain(messages, _PLAIN_SHAPE[len(value)], ref)
+        record = self._renamed(value) if self.columns else value
+        messages = plain_messages(record)
+        if messages is not None and self.shape in (None, _PLAIN_SHAPE[len(record)]):
+            return _plain(messages, _PLAIN_SHAPE[len(record)], ref)
         return self._examine_value(value, ref or RowRef("", raw.line, raw.index), keep=ref is not None)
 
     def _examine_value(self, value: Any, ref: RowRef, *, keep: bool) -> Examined:
         record, problems = self._mapped(value)
-        names = [self.shape] if self.shape and not problems else matching(record) if not problems else []
-        if not problems:
-            problems = self._record_problems(record)
-        if problems or not names:
+        problems = problems or self._record_problems(record)
+        if problems:
             return Examined(problems=problems)
-        shape = SHAPES[names[0]]
+        shape = SHAPES[self.shape or matching(record)[0]]
         turns, problems = shape.turns(record)
         if not problems and shape.name != "text":
             problems = [problem for check in _TURN_CHECKS for problem in check.find(turns)]
@@ -106,6 +103,12 @@ class Examiner:
             )
             return [Problem("missing_messages_list", found)] if missing else []
         return [problem for check in _RECORD_CHECKS for problem in check.find(record)]
+
+    def _renamed(self, value: Any) -> Any:
+        """A row under the names of its columns, or None where a column is missing or not used."""
+        if type(value) is not dict or len(value) != len(self.columns):
+            return None
+        return {key: value.get(column) for key, column in self.columns.items()}
 
     def _mapped(self, value: Any) -> tuple[Any, list[Problem]]:
         """Rename the columns the user named."""
@@ -172,18 +175,14 @@ def plain_messages(value: Any) -> list[dict[str, str]] | None:
     if len(value) == 1:
         messages = value.get("messages")
         return messages if type(messages) is list and _is_plain_chat(messages) else None
-    prompt, completion = value.get("prompt"), value.get("completion")
-    if len(value) != 2 or not _is_text(prompt) or not _is_text(completion):
+    texts: tuple[Any, Any] = value.get("prompt"), value.get("completion")
+    if len(value) != 2 or not all(type(text) is str and text and not text.isspace() for text in texts):
         return None
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
 
 
 _PLAIN_SHAPE = {1: "chat", 2: "prompt-completion"}
 """The shape of a plain row by the number of its keys."""
-
-
-def _is_text(value: Any) -> bool:
-    return type(value) is str and bool(value) and not value.isspace()
 
 
 def _is_plain_chat(messages: list[Any]) -> bool:

@@ -42,6 +42,8 @@ class Skimmer:
 
     def feed(self, piece: bytes, at: int) -> int:
         """Return the index just after the value, or -1 where it goes on in the next piece."""
+        if at >= len(piece):
+            return -1
         if self._in_string:
             at = self._string(piece, at)
             if at < 0 or self._depth == 0:

@@ -14,7 +14,7 @@ __all__ = ["ExampleStore"]
 
 
 class ExampleStore(Sequence[Example]):
-    """A growing list of examples; memory holds 20 bytes for each, the tokens lie in a file that goes with it.
+    """A growing list of examples; memory holds 28 bytes for each, the tokens lie in a file that goes with it.
 
     Example:
         >>> store = ExampleStore()
@@ -27,7 +27,8 @@ class ExampleStore(Sequence[Example]):
         self._file = tempfile.TemporaryFile(prefix="addenda-examples-")  # noqa: SIM115 - it lives as long as the store
         weakref.finalize(self, self._file.close)
         self._starts, self._lines, self._rows = array("q"), array("I"), array("q")
-        self._names: list[str] = []
+        self._files = array("I")
+        self._names: dict[str, int] = {}
         self.lengths = array("i")
         """Tokens of each example."""
         self.tokens = 0
@@ -35,8 +36,7 @@ class ExampleStore(Sequence[Example]):
 
     def append(self, example: Example) -> None:
         """Put an example at the end."""
-        if not self._names or self._names[-1] != example.row.file:
-            self._names.append(example.row.file)
+        self._files.append(self._names.setdefault(example.row.file, len(self._names)))
         # One 32-bit word a token: its id, and in the lowest bit whether it is trained on.
         words = array(
             "I", (token << 1 | on for token, on in zip(example.input_ids, example.trained, strict=True))
@@ -65,7 +65,8 @@ class ExampleStore(Sequence[Example]):
         self._file.seek(self._starts[index])
         words = array("I")
         words.frombytes(self._file.read(4 * self.lengths[index]))
-        row = RowRef(self._names[-1], self._lines[index], self._rows[index])
+        name = list(self._names)[self._files[index]]
+        row = RowRef(name, self._lines[index], self._rows[index])
         return Example(tuple(word >> 1 for word in words), tuple(bool(word & 1) for word in words), row)
 
     def __iter__(self) -> Iterator[Example]:
