@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Self
 import click
 
 from addenda.cli.console import Console, binary_size, duration
-from addenda.core.progress import Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+    from addenda.core.progress import Progress
 
 __all__ = ["PATIENCE", "PERIOD", "ProgressDisplay", "terminal"]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from addenda.recipe.adapted import load_adapted
-from addenda.recipe.prepare import Note, OnRunEvent, encoder_for, prepare_base, prepare_data
+from addenda.recipe.prepare import Note, OnRunEvent, encode_all, encoder_for, prepare_base, prepare_data
 from addenda.recipe.runner import RunSummary, run
 
 __all__ = [
     "Note",
     "OnRunEvent",
     "RunSummary",
+    "encode_all",
     "encoder_for",
     "load_adapted",
     "prepare_base",

@@ -16,7 +16,16 @@ from addenda.errors import BaseModelError, ConfigError, DataError
 from addenda.settings import DataSettings, Recipe
 from addenda.train import Event, Precision, choose_precision
 
-__all__ = ["Note", "OnRunEvent", "Prepared", "encoder_for", "prepare", "prepare_base", "prepare_data"]
+__all__ = [
+    "Note",
+    "OnRunEvent",
+    "Prepared",
+    "encode_all",
+    "encoder_for",
+    "prepare",
+    "prepare_base",
+    "prepare_data",
+]
 
 LONGEST_ROW = 2048
 """Tokens of the longest row where neither the recipe nor the base says less."""
@@ -135,6 +144,11 @@ def encoder_for(base: LoadedBase, settings: DataSettings) -> Encoder:
             hint=f"set data.max_tokens={base.context_length}, or leave it unset",
         )
     return Encoder(base.tokenizer, base.chat_template, settings.train_on, limit, settings.overflow)
+
+
+def encode_all(dataset: Dataset, base: LoadedBase, settings: DataSettings, on_event: OnRunEvent) -> Encoded:
+    """Encode every row of a data set, and say what became of them."""
+    return _encode(dataset.conversations, encoder_for(base, settings), "given", on_event)
 
 
 def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> Encoded:

@@ -1,0 +1,70 @@
+"""``addenda plan``: what would be adapted, and what that takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from addenda.cli.console import Console, binary_size
+from addenda.cli.display import Display
+from addenda.cli.recipe_flags import read_recipe, recipe_flags
+from addenda.cli.verb import verb
+
+if TYPE_CHECKING:
+    from addenda.core import Plan
+    from addenda.settings import Recipe
+    from addenda.train.memory import MemoryEstimate
+
+__all__ = ["command"]
+
+
+@verb(
+    "plan",
+    examples=[
+        "addenda plan",
+        "addenda plan --method ia3",
+        "addenda plan --targets q_proj,v_proj --set method.rank=4 --json",
+    ],
+)
+@recipe_flags
+def command(console: Console, **flags: Any) -> None:
+    """Show which layers a method would adapt, the parameters and bytes that takes, and the memory to train it.
+
+    The base is loaded and tried with a short row; nothing is trained or written.
+    """
+    recipe = read_recipe(**flags)
+    with Display(console) as display:
+        planned, memory = _measure(recipe, display)
+    document = {
+        "base": recipe.base.source,
+        "method": recipe.method.name,
+        "settings": recipe.method.settings(),
+        "parameters": planned.parameters,
+        "bytes": planned.bytes,
+        "base_parameters": planned.base_parameters,
+        "notes": list(planned.notes),
+        "memory_bytes": {**asdict(memory), "total": memory.total},
+        "layers": [asdict(row) for row in planned.rows],
+    }
+    console.result(document, lambda: f"{planned}\n{_memory(memory)}")
+
+
+def _measure(recipe: Recipe, display: Display) -> tuple[Plan, MemoryEstimate]:
+    from addenda.bases.packed import PackedModel
+    from addenda.core import attach, plan
+    from addenda.recipe import prepare_base
+    from addenda.train import choose_precision
+    from addenda.train.memory import estimate_memory
+    from addenda.train.session import TOKENS_PER_MICRO_BATCH
+
+    precision = choose_precision(recipe.base.dtype or "auto")
+    base = prepare_base(recipe.base.source, recipe.base.template, precision.dtype, display)
+    planned = plan(base.model, recipe.method, recipe.targets)
+    handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
+    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
+    return planned, estimate_memory(handle, PackedModel(base.model), tokens=tokens)
+
+
+def _memory(memory: MemoryEstimate) -> str:
+    parts = ", ".join(f"{name} {binary_size(size)}" for name, size in asdict(memory).items())
+    return f"memory to train: about {binary_size(memory.total)} ({parts})"

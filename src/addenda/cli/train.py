@@ -1,0 +1,116 @@
+"""``addenda train``: adapt a model to data, and show what that did."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from addenda.cli.columns import before_and_after
+from addenda.cli.console import Console, binary_size, duration
+from addenda.cli.display import Display
+from addenda.cli.recipe_flags import read_recipe, recipe_flags
+from addenda.cli.verb import verb
+from addenda.errors import ConfigError, NotFoundError
+
+if TYPE_CHECKING:
+    from addenda.recipe import RunSummary
+    from addenda.settings import Recipe
+
+__all__ = ["command"]
+
+
+@verb(
+    "train",
+    examples=[
+        "addenda train rows.jsonl",
+        "addenda train rows.jsonl --method ia3 --out runs/try --set train.epochs=5",
+        "addenda train rows.jsonl --base ./my-model --set method.rank=8 --dry-run",
+        "addenda train --recipe runs/try/recipe.resolved.toml --out runs/again",
+        "addenda train --resume --out runs/try",
+    ],
+)
+@click.argument("data", required=False)
+@click.option("--out", metavar="FOLDER", help="The run folder. [default: runs/DATA-METHOD]")
+@click.option("--name", metavar="NAME", help="The adapter's name.")
+@click.option("--valid", metavar="FILE", help="Held-out rows; otherwise a tenth of DATA is held out.")
+@click.option("--seed", type=int, metavar="N", help="Seed of split, order, initial values and dropout.")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
+@click.option("--force", is_flag=True, help="Replace the run in --out.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved recipe with each value's origin, and stop.")
+@recipe_flags
+def command(
+    console: Console, *, data: str | None, resume: bool, force: bool, dry_run: bool, **flags: Any
+) -> None:
+    """Adapt a model to DATA: a file, a folder with train and valid files, or - for standard input.
+
+    Writes a run folder: recipe.resolved.toml, environment.json, metrics.jsonl, adapter/, summary.json, report.html.
+    Ctrl-C saves a checkpoint; --resume goes on from it. Settings of sections base, data, method, train and evals are
+    set in a recipe or with --set; --dry-run shows them all.
+    """
+    recipe = _recipe(data, resume=resume, flags=flags)
+    if dry_run:
+        console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
+        return
+    from addenda.recipe import run
+
+    with Display(console) as display:
+        try:
+            command_line = shlex.join(["addenda", *sys.argv[1:]])
+            summary = run(recipe, on_event=display, resume=resume, force=force, command=command_line)
+        except KeyboardInterrupt as stopped:
+            saved = getattr(stopped, "checkpoint", "")
+            if saved:
+                run_folder = Path(saved).parent.parent
+                console.note(f"saved in {saved}; go on with: addenda train --resume --out {run_folder}")
+            raise
+    console.result(_document(summary), lambda: _text(console, summary))
+
+
+def _recipe(data: str | None, *, resume: bool, flags: dict[str, Any]) -> Recipe:
+    file, out = flags.pop("file"), flags["out"]
+    if resume:
+        if out is None:
+            raise ConfigError(
+                "--resume needs --out", hint="name the run folder to go on with: --out runs/NAME"
+            )
+        file = file or Path(out) / "recipe.resolved.toml"
+        if not file.is_file():
+            raise NotFoundError(
+                f"there is no run to resume in '{out}'", hint="leave out --resume to start one"
+            )
+    renamed = {"data__valid": flags.pop("valid"), "train__seed": flags.pop("seed")}
+    return read_recipe(file=file, data__path=data, **renamed, **flags)
+
+
+def _document(summary: RunSummary) -> dict[str, object]:
+    return {"folder": str(summary.folder), "report": str(summary.folder / "report.html"), **summary.figures}
+
+
+def _text(console: Console, summary: RunSummary) -> str:
+    parts = [before_and_after(console, pair) for pair in summary.record.samples[:3]]
+    return "\n\n".join([*parts, _figures(summary)])
+
+
+def _figures(summary: RunSummary) -> str:
+    figures, record = summary.figures, summary.record
+    share = figures["trainable_parameters"] / figures["total_parameters"]
+    nll = f"{figures['heldout_nll_before']:.3f} -> {figures['heldout_nll_after']:.3f} nats per token"
+    before, after = figures["heldout_token_accuracy_before"], figures["heldout_token_accuracy_after"]
+    interval = figures["base_kl_general_interval"]
+    ends = f", 95% interval {interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+    rows = {
+        "verdict": f"{record.learning.verdict}: {record.learning.sentence}",
+        "held-out nll": f"{nll} on {figures['heldout_rows']} rows",
+        "held-out accuracy": f"{before:.1%} -> {after:.1%} of tokens right",
+        "moved from the base": f"{figures['base_kl_general']:.3f} nats per token on general prompts (mean KL{ends})",
+        "trained": f"{figures['trainable_parameters']:,} of {figures['total_parameters']:,} parameters ({share:.2%})",
+        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['trained_tokens']:,} trained tokens",
+        "cost": f"{duration(figures['wall_seconds'])}, peak memory {binary_size(figures['peak_rss_bytes'])}",
+        "adapter": str(summary.folder / "adapter"),
+        "report": str(summary.folder / "report.html"),
+    }
+    return "\n".join(f"{name:<20} {value}" for name, value in rows.items())
