@@ -103,10 +103,12 @@ def cli_page() -> str:
     from addenda.cli.app import VERBS, cli
 
     def help_of(command: click.Command, name: str) -> str:
-        context = click.Context(command, info_name=name, terminal_width=100, max_content_width=100)
+        # As the command makes it, but neither wider nor narrower where the terminal is.
+        context = command.make_context(name, [], resilient_parsing=True, **settings)
         lines = (line.rstrip() for line in command.get_help(context).strip().splitlines())
         return "```text\n" + "\n".join(lines) + "\n```"
 
+    settings = {**cli.context_settings, "terminal_width": 100, "max_content_width": 100}
     verbs = []
     for verb in VERBS:
         command = cli.get_command(click.Context(cli), verb)

@@ -27,7 +27,8 @@ BUDGETS = {
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 1200,
     "cli": 2000,
-    "": 1600,  # the files beside the rooms: errors, settings, recipe
+    "recipe": 1200,
+    "": 900,  # the files beside the rooms: errors, settings
 }
 
 
