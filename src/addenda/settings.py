@@ -121,8 +121,11 @@ class Recipe:
     train: TrainConfig
     evals: EvalSettings
     name: str
+    """Name of the adapter on its model."""
     out: str | None
+    """The run folder; unset: a new one under ``runs/``."""
     origins: Mapping[str, Origin] = field(default_factory=dict, compare=False)
+    """Where each value that is no default came from."""
 
     def origin(self, key: str) -> Origin:
         """Where the value of ``key`` (dotted) came from."""
