@@ -123,7 +123,7 @@ class Recipe:
     name: str
     """Name of the adapter on its model."""
     out: str | None
-    """The run folder; unset: a new one under ``runs/``."""
+    """The run folder; unset: ``runs/DATA-METHOD``."""
     origins: Mapping[str, Origin] = field(default_factory=dict, compare=False)
     """Where each value that is no default came from."""
 
