@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases.packed import PackedModel, evaluating
-from addenda.bases.scores import CHUNK, evaluate_positions
+from addenda.bases.scores import evaluate_positions
 from addenda.core.progress import OnProgress, Progress
 from addenda.data.pack import PackedBatch, collate, plan_batches
 from addenda.data.rows import Example
@@ -30,7 +30,7 @@ def heldout(
     *,
     packed: PackedModel | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     task: str = "held-out rows",
     on_progress: OnProgress | None = None,
 ) -> HeldoutMetrics:
@@ -44,7 +44,7 @@ def heldout(
         examples: encoded rows; their trained tokens count, each once.
         packed: the runner, if one was made already.
         tokens_per_batch: tokens run at once, context included; a longer row runs alone.
-        chunk: targets scored at once.
+        chunk: targets scored at once; None takes as many as make 64 MiB of scores.
         task: name of the step for `on_progress`.
         on_progress: told of the rows done.
 

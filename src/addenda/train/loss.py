@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from addenda.bases.scores import CHUNK, Head, PositionScores, evaluate_positions, nll_and_probabilities
+from addenda.bases.scores import Head, PositionScores, chunks, evaluate_positions, nll_and_probabilities
 
-__all__ = ["CHUNK", "Head", "PositionScores", "evaluate_positions", "packed_loss"]
+__all__ = ["Head", "PositionScores", "evaluate_positions", "packed_loss"]
 
 
 def packed_loss(
@@ -24,7 +24,7 @@ def packed_loss(
     targets: Tensor,
     *,
     denominator: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Return the sum of the targets' cross-entropies, divided by `denominator`.
 
@@ -35,7 +35,8 @@ def packed_loss(
         targets: ``(N,)`` long, the tokens to predict.
         denominator: the trained tokens of the whole global batch, whatever part of it this row is, so that the
             losses of all its rows add up to the mean.
-        chunk: targets scored at once, >= 1; bounds the memory, changes the result by rounding only.
+        chunk: targets scored at once, >= 1; None takes as many as make 64 MiB of scores. Bounds the memory, changes
+            the result by rounding only.
 
     Returns:
         A scalar in nats, fp32 or wider. It can be differentiated once, with respect to `hidden` and to whatever in
@@ -50,11 +51,11 @@ def packed_loss(
     """
     states = hidden.index_select(0, predict_from)
     if not torch.is_grad_enabled() or not _head_learns(head, states):
-        total: Tensor = _ChunkedNll.apply(states, targets, head, chunk)  # type: ignore[no-untyped-call]
+        total: Tensor = _ChunkedNll.apply(states, targets, head, chunk)
         return total / denominator
     parts = [
-        checkpoint(_nll_sum, head, x, y, use_reentrant=False)
-        for x, y in zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
+        checkpoint(_nll_sum, head, states[rows], targets[rows], use_reentrant=False)
+        for rows in chunks(head, states, chunk)
     ]
     return torch.stack(parts).sum() / denominator
 
@@ -74,11 +75,10 @@ class _ChunkedNll(torch.autograd.Function):
     """Sum of cross-entropies whose gradient is made in the forward, chunk by chunk; the head is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor:
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, chunk: int | None) -> Tensor:
         total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for first in range(0, len(states), chunk):
-            rows = slice(first, first + chunk)
+        for rows in chunks(head, states, chunk):
             x = states[rows].detach().requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
                 logits = head.logits(x)
@@ -89,7 +89,7 @@ class _ChunkedNll(torch.autograd.Function):
                 probabilities.scatter_add_(
                     1, at_target, -torch.ones_like(at_target, dtype=probabilities.dtype)
                 )
-                (gradient[rows],) = torch.autograd.grad(logits, x, probabilities.to(logits.dtype))
+                (gradient[rows],) = torch.autograd.grad(logits, x, probabilities)
         ctx.save_for_backward(gradient)
         return total
 

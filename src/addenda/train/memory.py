@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases.packed import PackedModel
-from addenda.bases.scores import CHUNK
+from addenda.bases.scores import CHUNK_BYTES
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
 
@@ -98,7 +98,7 @@ def estimate_memory(handle: Handle, packed: PackedModel, *, tokens: int) -> Memo
         present=psutil.Process().memory_info().rss,
         trained=16 * handle.trainable_parameters,
         activations=int(per_token * tokens),
-        scores=3 * 4 * CHUNK * vocabulary,
+        scores=5 * min(CHUNK_BYTES, 4 * tokens * vocabulary),
     )
 
 

@@ -79,7 +79,7 @@ def test_bfloat16_gradients_are_as_near_to_the_definition_as_autograd_on_bfloat1
     ours = gradients(lambda *t: attend(*t, Segments(lengths), rule), half)
     naive = gradients(lambda *t: reference(*t, lengths, rule), half)
     for t, a, b in zip(truth, ours, naive, strict=True):
-        assert (a.double() - t).norm() <= 2 * (b.double() - t).norm() + 1e-3 * t.norm()
+        assert (a.double() - t).norm() <= 1.25 * (b.double() - t).norm() + 1e-3 * t.norm()
 
 
 def test_dropout_zero_equals_the_library_path():
