@@ -11,12 +11,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from addenda.bases.packed import PackedModel, evaluating
+from addenda.bases.scores import chunks
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.data.encode import encode
@@ -34,8 +36,6 @@ __all__ = ["GeneralPrompt", "general_kl", "general_prompts", "kl_divergence"]
 
 PROMPTS_FILE = "general_prompts.jsonl"
 TOKENS_PER_BATCH = 512
-CHUNK = 128
-"""Positions compared at once: two models' scores over a vocabulary of 49,152 take 50 MB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ def general_kl(
 
     Each prompt and its answer are written by the base's chat template (as plain text where it has none). At every
     position that predicts a token of that text, the base (the adapter disabled) and the adapted model give their
-    probabilities p and q for the next token, and KL = sum p (ln p - ln q) in nats. It is exactly 0 where the adapter
-    changes nothing. In a half-precision base, rounding alone adds in the order of 0.001.
+    probabilities p and q for the next token, and KL = sum p (ln p - ln q) in nats. Left out is the opening that the
+    template gives every prompt alike: it would count the same positions once a prompt. The result is exactly 0 where
+    the adapter changes nothing. In a half-precision base, rounding alone adds in the order of 0.001.
 
     Args:
         base: a causal language model.
@@ -93,10 +94,11 @@ def general_kl(
     chosen = general_prompts() if prompts is None else prompts
     kept = _encoded(base, chosen)
     packed = packed or PackedModel(base.model)
+    opening = _shared_opening([example for _, example in kept])
     shifts: dict[int, _Shift] = {}
     with evaluating(base.model):
         for rows in plan_batches([len(example) for _, example in kept], tokens_per_batch=TOKENS_PER_BATCH):
-            found = _compare(packed, handle, [kept[row][1] for row in rows])
+            found = _compare(packed, handle, [kept[row][1] for row in rows], opening)
             shifts.update(zip(rows, found, strict=True))
             if on_progress:
                 on_progress(Progress("general prompts", done=len(shifts), total=len(kept), unit="prompts"))
@@ -160,15 +162,16 @@ def _conversation(prompt: GeneralPrompt, row: RowRef, *, chat: bool) -> Conversa
     return Conversation(messages, row, shape="chat" if chat else "prompt-completion")
 
 
-def _compare(packed: PackedModel, handle: Handle, examples: list[Example]) -> list[_Shift]:
+def _compare(packed: PackedModel, handle: Handle, examples: list[Example], opening: int) -> list[_Shift]:
     batch = collate(examples)
     input_ids = batch.input_ids.to(next(packed.model.parameters()).device)
     adapted = packed.hidden(input_ids, batch.lengths)
     with handle.disabled():
         original = packed.hidden(input_ids, batch.lengths)
-    positions = _predicting(batch)
+    positions = _predicting(batch, opening)
+    adapted, original = (states[positions.to(input_ids.device)] for states in (adapted, original))
     kls, agreeing = [], []
-    for part in torch.split(positions.to(input_ids.device), CHUNK):
+    for part in chunks(packed, adapted, None):
         adapted_logits = packed.logits(adapted[part])
         with handle.disabled():
             base_logits = packed.logits(original[part])
@@ -177,10 +180,22 @@ def _compare(packed: PackedModel, handle: Handle, examples: list[Example]) -> li
     return _by_sample(batch, positions, torch.cat(kls).cpu(), torch.cat(agreeing).cpu())
 
 
-def _predicting(batch: PackedBatch) -> Tensor:
-    """Every place of the packed row that predicts a token of its own sample: all but each sample's last."""
+def _shared_opening(examples: Sequence[Example]) -> int:
+    """How many tokens all prompts begin with: what the template writes before the first of them says anything."""
+    if len(examples) < 2:
+        return 0
+    columns = zip(*(example.input_ids for example in examples), strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _predicting(batch: PackedBatch, opening: int) -> Tensor:
+    """The places of the packed row that predict a token of their own sample, behind the shared opening."""
     keep = torch.ones(batch.tokens, dtype=torch.bool)
-    keep[torch.tensor(batch.lengths).cumsum(0) - 1] = False
+    start = 0
+    for length in batch.lengths:
+        keep[start : start + max(0, opening - 1)] = False
+        start += length
+        keep[start - 1] = False
     return keep.nonzero()[:, 0]
 
 

@@ -178,7 +178,7 @@ def _learning(record: RunRecord) -> list[Html]:
             f"The base and the adapted model predict the same {count(held.rows)} held-out rows "
             f"({count(held.tokens)} trained tokens), which training never saw, and "
             f"{learning.train_change.units} rows it did see. A model that learned gains on both; "
-            "one that memorised gains on the rows it saw alone.",
+            "one that memorised gains only on the rows it saw.",
         ),
         tag("div", chart, class_="scroll", role="region", tabindex="0", aria_label="Chart of changes"),
         table(

@@ -93,7 +93,7 @@ def general(record: RunRecord) -> list[Html]:
         f"On {len(kl.prompts)} general prompts (everyday questions, explanations, code, sums) the predictions "
         f"moved by {kl.mean:.4f} nats per token from the base ("
         f"{interval_text(kl.interval, digits=4, sign=False)} over prompts; "
-        f"{count(kl.tokens)} positions, full vocabulary)."
+        f"{count(kl.tokens)} positions behind the template's opening, full vocabulary)."
     )
     meaning = (
         "This is the mean Kullback-Leibler divergence KL(base || adapted). Zero means the same probabilities for every "
@@ -148,12 +148,15 @@ def trained(record: RunRecord) -> list[Html]:
     method, base = record.method, record.base
     share = method.trainable_parameters / method.total_parameters
     text = (
-        f"{method.name}: {method.summary.rstrip('.')}. {len(method.layers)} layers of {base.name} were adapted; "
+        f"Method {method.name}. {method.summary.rstrip('.')}. {len(method.layers)} layers of {base.name} were adapted; "
         f"{count(method.trainable_parameters)} parameters were trained, {share:.2%} of "
         f"{count(method.total_parameters)}. The base's own {count(base.parameters)} parameters stayed frozen. "
         f"The adapter's file takes {bytes_of(method.adapter_bytes)}."
     )
-    settings = ", ".join(f"{key} {value}" for key, value in method.settings.items())
+    given = {
+        key: value for key, value in method.settings.items() if value not in (None, "", "{}", "()", "[]")
+    }
+    settings = ", ".join(f"{key} = {value}" for key, value in given.items())
     layers = [
         [layer.path, layer.kind, _shape(layer), count(layer.parameters), bytes_of(layer.bytes)]
         for layer in method.layers
@@ -161,7 +164,7 @@ def trained(record: RunRecord) -> list[Html]:
     head = ["layer", "kind", "weight", "trained parameters", "size"]
     return [
         tag("p", text),
-        tag("p", f"Settings: {settings}." if settings else "The method has no settings."),
+        tag("p", f"Settings: {settings}." if settings else "The method's settings are all left open."),
         _groups(method.layers),
         folded(f"All {len(layers)} layers", table("Adapted layers", head, layers, numeric=(2, 3, 4))),
     ]
@@ -221,7 +224,8 @@ def data(record: RunRecord) -> list[Html]:
         ["source", facts.source],
         ["rows", f"{count(facts.rows)}, detected as {facts.shape}"],
         ["training rows", count(facts.train_rows)],
-        ["held-out rows", f"{count(facts.heldout_rows)}; {facts.split}"],
+        ["held-out rows", count(facts.heldout_rows)],
+        ["how they were split", facts.split],
         [
             "tokens, one pass over the training rows",
             f"{count(facts.trained_tokens)} trained, {count(facts.all_tokens)} with context",

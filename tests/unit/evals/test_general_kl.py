@@ -55,6 +55,7 @@ def test_mean_equals_a_float64_reference_over_all_prompts(tiny_base: LoadedBase)
             q = torch.softmax(model(input_ids=ids).logits[0], -1)
             with handle.disabled():
                 p = torch.softmax(model(input_ids=ids).logits[0], -1)
+        # Behind the opening "<|user|>", which predicts the prompt's first byte; the last token predicts nothing.
         kl = (p * (p.log() - q.log())).sum(-1)[:-1]
         answer = torch.tensor(example.trained[1:])
         sums.append(float(kl.sum()))
@@ -69,6 +70,19 @@ def test_mean_equals_a_float64_reference_over_all_prompts(tiny_base: LoadedBase)
     assert found.answer_mean == pytest.approx(answer_sums / answer_tokens, rel=1e-4)
     assert found.low < found.mean < found.high
     assert 0 < found.agreement < 1
+
+
+def test_opening_that_all_prompts_share_is_left_out(tiny_base: LoadedBase) -> None:
+    handle = attached(tiny_base, std=0.05)
+    prompts = [GeneralPrompt("a", f"{start}bc", "yes") for start in "xyz"]
+    plain = general_kl(tiny_base, handle, prompts=prompts)
+    tiny_base.tokenizer.chat_template = "<|system|>Be brief.<|end|>" + tiny_base.chat_template
+    longer = dataclasses.replace(tiny_base, chat_template=tiny_base.tokenizer.chat_template)
+    opened = general_kl(longer, handle, prompts=prompts)
+    assert [shift.tokens for shift in plain.prompts] == [9, 9, 9]
+    assert [shift.tokens for shift in opened.prompts] == [9, 9, 9]
+    assert opened.mean != plain.mean
+    assert general_kl(longer, handle, prompts=prompts[:1]).tokens > 9
 
 
 def test_larger_change_moves_further(tiny_base: LoadedBase) -> None:
