@@ -1,0 +1,56 @@
+"""The stopwatch that every contestant carries: steps after the warm-up, and the real tokens in them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["StepClock", "memory_now", "write_result"]
+
+
+class StepClock:
+    """Marks the end of each optimiser step; only steps after the warm-up count.
+
+    What lies between two marks is timed: reading and collating the batch, forward, backward, clipping, the update
+    and the trainer's own bookkeeping. Loading the model, preparing the data and saving lie outside.
+    """
+
+    def __init__(self, warmup_steps: int) -> None:
+        self.warmup_steps = warmup_steps
+        self._marks: list[float] = []
+        self._tokens: list[int] = []
+
+    def step_done(self, tokens: int) -> None:
+        """Note that a step over ``tokens`` real tokens (no padding) has just ended."""
+        self._marks.append(time.perf_counter())
+        self._tokens.append(tokens)
+
+    def measured(self) -> dict[str, Any]:
+        """Return the timed steps, their seconds and tokens, and tokens per second over all of them."""
+        marks, tokens = self._marks[self.warmup_steps - 1 :], self._tokens[self.warmup_steps :]
+        seconds = marks[-1] - marks[0]
+        return {
+            "warmup_steps": self.warmup_steps,
+            "timed_steps": len(tokens),
+            "timed_tokens": sum(tokens),
+            "timed_seconds": round(seconds, 3),
+            "tokens_per_second": round(sum(tokens) / seconds, 1),
+            "step_seconds": [round(b - a, 3) for a, b in itertools.pairwise(marks)],
+            "step_tokens": tokens,
+        }
+
+
+def memory_now() -> int:
+    """Return the peak resident bytes of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def write_result(path: str, **facts: Any) -> None:
+    """Write what a contestant measured, for the orchestrator to read."""
+    Path(path).write_text(json.dumps(facts), encoding="utf-8")

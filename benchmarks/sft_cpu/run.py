@@ -1,0 +1,191 @@
+"""Measure Addenda and TRL with PEFT side by side: same rows, same weights, same kind of adapter, in turns.
+
+    python benchmarks/sft_cpu/run.py                                   # the shop's rows, three repeats
+    python benchmarks/sft_cpu/run.py --data train.jsonl --title gsm8k --rows 1000 --write-readme
+
+Each contestant is a process of its own, so its peak memory is all that it needs: interpreter, libraries, model,
+data and training. This script imports nothing heavy, because a child's peak counts what its parent held when it
+was started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import machine
+import table
+
+HERE = Path(__file__).resolve().parent
+SUPPORT = HERE.parent.parent / "examples" / "data" / "support.jsonl"
+CONTESTANTS = {
+    "trl": ["trl_peer.py"],
+    "trl-packed": ["trl_peer.py", "--packing"],
+    "addenda": ["addenda_side.py"],
+    "addenda-all": ["addenda_side.py", "--train-on", "all"],
+}
+ROWS_PER_STEP = {"trl": 8, "addenda": 16, "addenda-all": 16}
+PACKED_TOKENS_PER_STEP = 8 * 1024
+BASE = "smollm2-135m-instruct"
+
+
+def main() -> None:
+    """Prepare the data, run every contestant in turns, write and print the results."""
+    options = parse_options()
+    if options.readme_from:
+        table.write_readme(json.loads(options.readme_from.read_text(encoding="utf-8")))
+        return
+    with tempfile.TemporaryDirectory(prefix="addenda-bench-") as name:
+        work = Path(name)
+        prepared = prepare(options, work)
+        document = open_document(options, prepared)
+        for repeat in range(options.repeats):
+            for contestant in options.contestants:
+                document["runs"].append(measure(contestant, repeat, work, options, prepared))
+    document["summary"] = table.summarize(document["runs"])
+    print(table.render(document))
+    path = options.out or default_path(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten: {path}")
+    if options.write_readme:
+        table.write_readme(document)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=SUPPORT, help="jsonl of chats or of question and answer")
+    parser.add_argument("--title", help="what the results call the data; default: the file's name")
+    parser.add_argument("--rows", type=int, default=1000, help="use the first so many rows")
+    parser.add_argument("--tokens", type=int, default=24_000, help="least tokens timed per run")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts, at least 1")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=machine.describe()["cores"])
+    parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument("--quiet", type=float, default=0.1, help="share of the processors others may use")
+    parser.add_argument(
+        "--out", type=Path, help="result file; default: results/<date>-<data>-<processor>.json"
+    )
+    parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
+    parser.add_argument("--readme-from", type=Path, help="only put an earlier result into README.md")
+    return parser.parse_args()
+
+
+def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Write the rows as chats, and find the model's folder and the number of tokens in a child process."""
+    rows = [as_chat(json.loads(line)) for line in first_lines(options.data, options.rows)]
+    path = work / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = [sys.executable, str(HERE / "prepare.py"), BASE, str(path), str(work / "prepared.json")]
+    subprocess.run(command, check=True)
+    prepared: dict[str, Any] = json.loads((work / "prepared.json").read_text(encoding="utf-8"))
+    prepared["data"] |= {
+        "title": options.title or options.data.stem,
+        "sha256_of_chats": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    return prepared
+
+
+def first_lines(path: Path, count: int) -> list[str]:
+    source = path / "train.jsonl" if path.is_dir() else path
+    with source.open(encoding="utf-8") as lines:
+        return [line for line, _ in zip((line for line in lines if line.strip()), range(count), strict=False)]
+
+
+def as_chat(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as ``messages``, whatever else it holds left out."""
+    if "messages" in row:
+        kept = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        return {"messages": kept}
+    user, assistant = ("user", row["question"]), ("assistant", row["answer"])
+    return {"messages": [{"role": role, "content": text} for role, text in (user, assistant)]}
+
+
+def open_document(options: argparse.Namespace, prepared: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "benchmark": "sft_cpu",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "base": {"name": BASE, "parameters": prepared["parameters"]},
+        "adapter": "LoRA, rank 16, alpha 32, all linear layers but the output head",
+        "data": prepared["data"],
+        "settings": {name: getattr(options, name) for name in ("tokens", "warmup", "repeats", "threads")},
+        "runs": [],
+    }
+
+
+def steps_for(contestant: str, tokens: int, data: dict[str, Any]) -> int:
+    """Optimiser steps of the contestant's own size that make up at least ``tokens``; at least two."""
+    rows = ROWS_PER_STEP.get(contestant)
+    a_step = PACKED_TOKENS_PER_STEP if rows is None else rows * data["tokens"] / data["rows"]
+    return max(2, -int(-tokens // a_step))
+
+
+def measure(
+    contestant: str, repeat: int, work: Path, options: argparse.Namespace, prepared: dict[str, Any]
+) -> dict[str, Any]:
+    """Run one contestant once, in a process of its own."""
+    machine.wait_until_quiet(options.quiet)
+    name = f"{contestant}-{repeat}"
+    out, steps = work / f"{name}.json", steps_for(contestant, options.tokens, prepared["data"])
+    script, *flags = CONTESTANTS[contestant]
+    command = [sys.executable, str(HERE / script), *flags, "--model", prepared["folder"]]
+    command += ["--data", str(work / "train.jsonl"), "--work", str(work / name), "--out", str(out)]
+    command += ["--threads", str(options.threads), "--warmup", str(options.warmup), "--steps", str(steps)]
+    print(f"{name}: {steps} steps ...", end=" ", flush=True)
+    usage = run_child(command, work / f"{name}.log", options.threads)
+    result = {"contestant": contestant, "repeat": repeat, **json.loads(out.read_text()), **usage}
+    print(f"{result['tokens_per_second']:.0f} tokens/s, {result['peak_memory_bytes'] / 2**20:.0f} MiB")
+    return result
+
+
+def run_child(command: list[str], log: Path, threads: int) -> dict[str, Any]:
+    """Run a command to its end; return its seconds and peak memory, and how busy other programs were."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        **offline,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    busy, started = machine.busy_seconds(), time.perf_counter()
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        sys.exit(f"{' '.join(command)}\nfailed with {child.returncode}:\n{log.read_text()[-4000:]}")
+    seconds = time.perf_counter() - started
+    own = usage.ru_utime + usage.ru_stime
+    others = (
+        None if busy is None else round(max(0.0, (machine.busy_seconds() or 0.0) - busy - own) / seconds, 3)
+    )
+    return {
+        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "process_seconds": round(seconds, 2),
+        "processor_seconds": round(own, 2),
+        "processors_used_by_others": others,
+    }
+
+
+def default_path(document: dict[str, Any]) -> Path:
+    words = f"{document['data']['title']} {document['machine']['cpu']} {document['machine']['cores']} cores"
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", words.lower())).strip("-")
+    return HERE / "results" / f"{document['date']}-{slug}.json"
+
+
+if __name__ == "__main__":
+    main()

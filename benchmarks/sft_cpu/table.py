@@ -1,0 +1,104 @@
+"""The results as a table: medians over the repeats, each beside its range, and ratios against the peer."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+__all__ = ["render", "summarize", "write_readme"]
+
+README = Path(__file__).resolve().parent / "README.md"
+START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+LABELS = {
+    "trl": "TRL + PEFT, default",
+    "trl-packed": "TRL + PEFT, `packing=True`",
+    "addenda": "Addenda, default",
+    "addenda-all": "Addenda, loss on every token",
+}
+TARGETS = {"trl": 3.0, "trl-packed": 2.0}
+MEMORY_TARGET = 0.5
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return medians of speed and peak memory per contestant, and how Addenda compares to each TRL."""
+    rows: dict[str, Any] = {}
+    for name in dict.fromkeys(run["contestant"] for run in runs):
+        own = [run for run in runs if run["contestant"] == name]
+        rows[name] = {
+            field: statistics.median(run[field] for run in own)
+            for field in ("tokens_per_second", "peak_memory_bytes")
+        }
+        rows[name]["tokens_per_second_range"] = _range(own, "tokens_per_second")
+        rows[name]["peak_memory_bytes_range"] = _range(own, "peak_memory_bytes")
+    ratios = {f"{ours} / {peer}": _ratio(rows[ours], rows[peer]) for ours, peer in _pairs(rows)}
+    return {"contestants": rows, "ratios": ratios}
+
+
+def render(document: dict[str, Any]) -> str:
+    """Return the Markdown table with what it was measured on, and each target with whether it was met."""
+    summary, about, data = document["summary"], document["machine"], document["data"]
+    lines = [
+        f"{data['title']}: {data['rows']:,} rows, {data['tokens_per_row']['mean']:.0f} tokens each on average "
+        f"(longest {data['tokens_per_row']['longest']}), {data['share_of_tokens_in_answers']:.0%} of them in answers. "
+        f"{about['cores']} cores of {about['cpu']} ({', '.join(about['cpu_features'])}), {about['memory_gib']} GiB; "
+        f"{document['settings']['threads']} threads; median of {document['settings']['repeats']} alternating runs, "
+        f"range in brackets; {document['date']}. "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        + ".",
+        "",
+        "| contestant | tokens/s | peak memory, MiB | speed of Addenda to it | memory of Addenda to it |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [_row(name, row, summary["ratios"]) for name, row in summary["contestants"].items()]
+    return "\n".join([*lines, "", *_verdicts(summary["ratios"])])
+
+
+def write_readme(document: dict[str, Any]) -> None:
+    """Put the table between the two marks in README.md."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    README.write_text(f"{before}{START}\n{render(document)}\n{END}{after}", encoding="utf-8")
+    print(f"written: {README}")
+
+
+def _range(runs: list[dict[str, Any]], field: str) -> list[float]:
+    values = [run[field] for run in runs]
+    return [min(values), max(values)]
+
+
+def _pairs(rows: dict[str, Any]) -> list[tuple[str, str]]:
+    peers = [name for name in rows if name.startswith("trl")]
+    return [(ours, peer) for ours in rows if ours.startswith("addenda") for peer in peers]
+
+
+def _ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    return {
+        "speed": round(ours["tokens_per_second"] / peer["tokens_per_second"], 2),
+        "memory": round(ours["peak_memory_bytes"] / peer["peak_memory_bytes"], 3),
+    }
+
+
+def _row(name: str, row: dict[str, Any], ratios: dict[str, Any]) -> str:
+    slow, fast = row["tokens_per_second_range"]
+    small, large = (value / 2**20 for value in row["peak_memory_bytes_range"])
+    ratio = ratios.get(f"addenda / {name}")
+    compared = f"{ratio['speed']:.2f}x | {ratio['memory']:.2f}x" if ratio else " | "
+    return (
+        f"| {LABELS[name]} | {row['tokens_per_second']:.0f} ({slow:.0f} to {fast:.0f}) "
+        f"| {row['peak_memory_bytes'] / 2**20:.0f} ({small:.0f} to {large:.0f}) | {compared} |"
+    )
+
+
+def _verdicts(ratios: dict[str, Any]) -> list[str]:
+    lines = []
+    for peer, least in TARGETS.items():
+        if ratio := ratios.get(f"addenda / {peer}"):
+            speed = "met" if ratio["speed"] >= least else "missed"
+            memory = "met" if ratio["memory"] <= MEMORY_TARGET else "missed"
+            lines.append(
+                f"- against {LABELS[peer]}: speed {ratio['speed']:.2f}x, target {least:g}x: {speed}; "
+                f"memory {ratio['memory']:.2f}x, target at most {MEMORY_TARGET:g}x: {memory}"
+            )
+    return lines

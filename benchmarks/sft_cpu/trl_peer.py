@@ -1,0 +1,92 @@
+"""TRL's SFTTrainer with PEFT, as its users run it: all defaults but those named in ``arguments``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from clock import StepClock, memory_now, write_result
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--model", required=True, help="model folder")
+parser.add_argument("--data", required=True, help="jsonl of messages")
+parser.add_argument("--work", required=True, help="folder for what the libraries write")
+parser.add_argument("--out", required=True, help="where the result goes")
+parser.add_argument("--threads", type=int, required=True)
+parser.add_argument("--warmup", type=int, required=True)
+parser.add_argument("--steps", type=int, required=True, help="timed steps after the warm-up")
+parser.add_argument("--packing", action="store_true")
+options = parser.parse_args()
+
+import torch  # noqa: E402
+
+torch.set_num_threads(options.threads)
+
+from datasets import load_dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+from trl import SFTConfig, SFTTrainer  # noqa: E402
+
+clock = StepClock(options.warmup)
+
+
+class Counted(SFTTrainer):
+    """The trainer with a count of the real tokens of a step; it changes nothing."""
+
+    tokens = 0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        self.tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Stopwatch(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        clock.step_done(trainer.tokens)
+        trainer.tokens = 0
+
+
+arguments = SFTConfig(
+    output_dir=options.work,
+    max_steps=options.warmup + options.steps,
+    packing=options.packing,
+    model_init_kwargs={
+        "dtype": "bfloat16"
+    },  # the default is float32 weights under bf16 autocast: slower, larger
+    use_cpu=True,  # also where there is a GPU
+    report_to="none",
+    save_strategy="no",
+)
+dataset = load_dataset("json", data_files=options.data, split="train", cache_dir=options.work)
+trainer = Counted(
+    model=options.model,
+    args=arguments,
+    train_dataset=dataset,
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    callbacks=[Stopwatch()],
+)
+memory_before_training = memory_now()
+losses = trainer.train()
+
+write_result(
+    options.out,
+    **clock.measured(),
+    trainable_parameters=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    dataset_tokens=sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
+    loss=round(losses.training_loss, 4),
+    memory_before_training_bytes=memory_before_training,
+    settings={
+        "rows_per_step": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        "max_length": arguments.max_length,
+        "packing": arguments.packing,
+        "bf16_autocast": arguments.bf16,
+        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "loss_type": arguments.loss_type,
+        "assistant_only_loss": arguments.assistant_only_loss,
+        "optimizer": str(arguments.optim),
+        "attention": trainer.model.config._attn_implementation,
+        "weights": str(next(p for p in trainer.model.parameters() if not p.requires_grad).dtype),
+        "threads": torch.get_num_threads(),
+    },
+)
