@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addenda.bases.guard import weight_files
 from addenda.bases.loaded import LoadedBase
-from addenda.bases.model_config import load_config
+from addenda.bases.model_config import load_config, quiet_transformers
 from addenda.bases.template import NO_TEMPLATE, check_template, template_sha256, tokenizer_sha256
 from addenda.errors import BaseModelError, NotFoundError, OutOfMemory
 
@@ -87,7 +85,7 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
             hint="AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one",
         )
     where = {"folder": folder}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, local_files_only=True)
         except MemoryError as error:
@@ -109,7 +107,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.
 
     where = {"folder": folder}
     loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, info = loader.from_pretrained(
                 str(folder),
@@ -229,19 +227,3 @@ def _license(folder: Path) -> str:
     block = re.match(r"---\s*\n(.*?)\n---", head, re.DOTALL)
     found = re.search(r"^license:[ \t]*([\w.+-]+)[ \t]*$", block[1], re.MULTILINE) if block else None
     return found[1] if found else "unknown"
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing progress bars and printing reports: callers get errors and events instead."""
-    from transformers.utils import logging as transformers_logging
-
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

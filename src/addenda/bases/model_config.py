@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +14,7 @@ from addenda.errors import BaseModelError, nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["load_config"]
+__all__ = ["load_config", "quiet_transformers"]
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -78,7 +81,8 @@ def _config_object(settings: dict[str, Any], path: Path) -> PreTrainedConfig:
         )
     damage = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError)
     try:
-        return CONFIG_MAPPING[family].from_dict(settings)
+        with quiet_transformers():
+            return CONFIG_MAPPING[family].from_dict(settings)
     except damage as error:
         raise BaseModelError(
             f"'config.json' is not a valid {family} config: {error}",
@@ -110,3 +114,19 @@ def _names(mapping: Any) -> set[str]:
     for value in mapping.values():
         names |= set(value) if isinstance(value, tuple | list) else {value}
     return names
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing progress bars and printing reports: callers get errors and events instead."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
