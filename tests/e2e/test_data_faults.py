@@ -53,11 +53,23 @@ WRONG_ROWS: dict[str, tuple[bytes, str, bytes, str, str, str]] = {
     ),
     "no messages": (
         b'{"question": "Open?", "answer": "Yes."}',
-        *("missing_messages_list", b"{", "$", "keys found: 'question', 'answer'", "--set data.prompt=question"),
+        *(
+            "missing_messages_list",
+            b"{",
+            "$",
+            "keys found: 'question', 'answer'",
+            "--set data.prompt=question",
+        ),
     ),
     "a misspelt key": (
         row(wieght=0),
-        *("message_unrecognized_key", b"0}", "$.messages[1].wieght", "key 'wieght'", "did you mean 'weight'?"),
+        *(
+            "message_unrecognized_key",
+            b"0}",
+            "$.messages[1].wieght",
+            "key 'wieght'",
+            "did you mean 'weight'?",
+        ),
     ),
     "content that is a number": (
         row(content=42),
@@ -65,7 +77,7 @@ WRONG_ROWS: dict[str, tuple[bytes, str, bytes, str, str, str]] = {
     ),
     "a row of 20 MB": (
         row(content="x" * 20_000_000),
-        *("row_too_long", b"{", "$", "a row of 20,000,0", "split the row, or raise data.row_limit"),
+        *("row_too_long", b"{", "$", "a row of 20,000,0", "split or shorten the row"),
     ),
     "a NUL": (
         LINES[5].replace(b"Yes", b"Y\x00s"),
@@ -85,7 +97,7 @@ WRONG_ROWS: dict[str, tuple[bytes, str, bytes, str, str, str]] = {
     ),
     "nesting 5,000 deep": (
         b'{"messages": ' + b"[" * 5000 + b"]" * 5000 + b"}",
-        *("nested_too_deep", b"[]", "$", "5001 deep", "flatten"),
+        *("nested_too_deep", b"[" * 4937 + b"]", "$", "more than 64 deep", "flatten"),
     ),
     "a key twice": (
         LINES[5].replace(b'{"role": "user",', b'{"role": "user", "role": "system",'),
@@ -93,7 +105,13 @@ WRONG_ROWS: dict[str, tuple[bytes, str, bytes, str, str, str]] = {
     ),
     "a wrong role": (
         row(role="bot"),
-        *("unrecognized_role", b'"bot"', "$.messages[1].role", "the string 'bot'", "did you mean 'assistant'?"),
+        *(
+            "unrecognized_role",
+            b'"bot"',
+            "$.messages[1].role",
+            "the string 'bot'",
+            "did you mean 'assistant'?",
+        ),
     ),
     "half an emoji": (
         LINES[5].replace(b"Yes", b"Yes \\ud83d"),
@@ -135,14 +153,15 @@ def test_a_right_file_in_an_unusual_form_is_read(name: str, tmp_path: Path) -> N
 def errors_of(content: bytes, file: Path) -> list[Finding]:
     """The errors of a file, after checking that they are found at once and stop a run."""
     file.write_bytes(content)
-    start = time.perf_counter()
+    start = time.process_time()
     dataset = read_dataset(file)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
     errors = [finding for finding in dataset.report if finding.severity == "error"]
     with pytest.raises(DataError) as caught:
         dataset.require_clean()
     assert caught.value.exit_code == 3
-    assert all(str(error) in str(caught.value) for error in errors)
+    assert all(str(error) in str(caught.value) for error in errors[:1])
+    assert len(errors) > 20 or all(str(error) in str(caught.value) for error in errors)
     return errors
 
 
@@ -164,6 +183,31 @@ def test_a_wrong_file_is_named_with_code_and_remedy(name: str, tmp_path: Path) -
     assert (error.code, error.line) == (code, line)
     assert found in error.found
     assert fix in error.fix
+
+
+HOSTILE = {
+    "a million columns": b'{"a": 1, ' + b", ".join(b'"k%d": 1' % n for n in range(1_000_000)) + b"}",
+    "70,000 columns": b'{"a": 1, ' + b", ".join(b'"k%d": 1' % n for n in range(70_000)) + b"}",
+    "a message of 70,000 keys": b'{"messages": [{'
+    + b", ".join(b'"k%d": 1' % n for n in range(70_000))
+    + b"}]}",
+    "50,000 wrong messages": b'{"messages": [' + b", ".join([b'{"rol": 1}'] * 50_000) + b"]}",
+    "300,000 numbers for messages": b'{"messages": [' + b", ".join([b"1"] * 300_000) + b"]}",
+    "70,000 times one key": b"{" + b", ".join([b'"key": 1'] * 70_000) + b"}",
+    "60 levels of a megabyte": b'{"a":' * 60 + b"[" + b"1," * 400_000 + b"1]" + b"}" * 60,
+    "100,000 NaN": b"[" + b", ".join([b"NaN"] * 100_000) + b"]",
+    "a megabyte of quotes": b'{"text": 1, "x": "' + b'\\"' * 500_000 + b'"}',
+    "a megabyte of backslashes": b'{"text": "' + b"\\" * 1_000_000,
+    "a megabyte of brackets": b"[" * 1_000_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("form", ["row", "file"])
+def test_a_hostile_row_is_refused_within_a_second(name: str, form: str, tmp_path: Path) -> None:
+    content = file_with(HOSTILE[name]) if form == "row" or HOSTILE[name][:2] == b"[N" else HOSTILE[name]
+    errors = errors_of(content, tmp_path / "data.json")
+    assert 1 <= len(errors) <= 60
 
 
 def test_a_gigantic_row_is_refused_in_flat_memory(tmp_path: Path) -> None:
@@ -206,6 +250,8 @@ def read_in_a_process(file: Path) -> tuple[int, dict[str, int]]:
         "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
         "print(json.dumps([grown * 1024, counts]))\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True
+    )
     grown, counts = json.loads(answer.stdout)
     return int(grown), counts

@@ -30,7 +30,7 @@ def groups(digests: bytes | bytearray) -> NDArray[np.int64]:
     import numpy as np
 
     halves = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
-    order = np.lexsort((np.arange(len(halves)), halves[:, 1], halves[:, 0]))
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: equal rows stay in order
     ordered = halves[order]
     starts = np.ones(len(order), dtype=bool)
     starts[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -30,6 +31,8 @@ _DIAGNOSES = (
     encoding.LoneSurrogate,
     syntax.InvalidJson,
 )
+_MOST_PROBLEMS = 20
+"""Places of one kind that are named in one row; a row of a million faults is not worth a million findings."""
 _RECORD_CHECKS = [check for check in CHECKS.values() if check.stage == "record"]
 _TURN_CHECKS = [check for check in CHECKS.values() if check.stage == "turns"]
 
@@ -84,7 +87,9 @@ class Examiner:
         shape = SHAPES[self.shape or matching(record)[0]]
         turns, problems = shape.turns(record)
         if not problems and shape.name != "text":
-            problems = [problem for check in _TURN_CHECKS for problem in check.find(turns)]
+            problems = [
+                problem for check in _TURN_CHECKS for problem in islice(check.find(turns), _MOST_PROBLEMS)
+            ]
         out = Examined(shape.name, [self._unmapped(problem) for problem in problems])
         out.unused = tuple(
             key for key in value if key not in self._read_keys(shape.required | shape.optional)
@@ -139,7 +144,7 @@ def parse(raw: bytes) -> tuple[Any, list[Problem]]:
         value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         for check in _DIAGNOSES:
-            problems = list(check.find(raw))
+            problems = list(islice(check.find(raw), _MOST_PROBLEMS))
             if problems:
                 return None, problems
         raise AssertionError(f"a row that does not parse has no diagnosis: {raw[:200]!r}") from None
@@ -148,7 +153,7 @@ def parse(raw: bytes) -> tuple[Any, list[Problem]]:
         problems += syntax.NestedTooDeep.find(raw)
     # The text cannot have fewer `"key":` than the row has keys; more means a repeated key, or such text in a string.
     if len(_KEY.findall(raw)) != _count_keys([value]) and not problems:
-        problems += syntax.DuplicateKey.find(raw)
+        problems += islice(syntax.DuplicateKey.find(raw), _MOST_PROBLEMS)
     return value, problems
 
 

@@ -17,6 +17,8 @@ from addenda.data.raw import RawRow
 __all__ = ["ByteStream", "JsonArray", "Member", "Skimmer", "object_members"]
 
 _CHUNK = 1 << 20
+_MOST_MEMBERS = 1000
+"""An object with more members than this is not looked at as a wrapper around a list of rows."""
 # Passes over whole strings and everything else up to the next bracket, or to a string that goes on in the next piece.
 _EVENT = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+([\[\]{}"])', re.DOTALL)
 _REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
@@ -235,7 +237,7 @@ def object_members(path: Path, start: int, limit: int) -> list[Member] | None:
         stream = ByteStream(file, start)
         stream.peek()
         stream.step()
-        while stream.peek() == b'"':
+        while stream.peek() == b'"' and len(members) < _MOST_MEMBERS:
             name, _ = stream.value(limit)
             if name is None or stream.peek() != b":":
                 return None

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-__all__ = ["deepest", "find_value", "line_and_column", "repeated_keys"]
+__all__ = ["find_value", "line_and_column", "nested_deeper", "repeated_keys"]
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _SPACE = re.compile(rb"[ \t\r\n]*+")
@@ -50,23 +50,23 @@ def repeated_keys(raw: bytes) -> Iterator[tuple[tuple[str | int, ...], str, int]
                 pending.append(((*path, key), start))
 
 
-def deepest(raw: bytes) -> tuple[int, int]:
-    """Return how deeply arrays and objects are nested, and the byte offset of the deepest opening.
+def nested_deeper(raw: bytes, limit: int) -> int | None:
+    """Return the byte offset where arrays and objects first nest deeper than ``limit``, or None.
 
     Example:
-        >>> deepest(b'{"a": [[1], 2]}')
-        (3, 7)
+        >>> nested_deeper(b'{"a": [[1], 2]}', 2), nested_deeper(b'{"a": "[[[["}', 2)
+        (7, None)
     """
-    depth = most = at = 0
+    depth = 0
     for event in _EVENT.finditer(raw):
         mark = event.group()
         if mark in b"[{":
             depth += 1
-            if depth > most:
-                most, at = depth, event.start()
+            if depth > limit:
+                return event.start()
         elif mark in b"]}":
             depth -= 1
-    return most, at
+    return None
 
 
 def line_and_column(raw: bytes, offset: int, *, line: int, column: int) -> tuple[int, int]:

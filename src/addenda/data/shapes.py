@@ -14,6 +14,7 @@ __all__ = ["MAPPABLE", "SHAPES", "Shape", "build", "matching", "preference_keys"
 
 Record = Mapping[str, Any]
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+_MOST_PROBLEMS = 20
 _VERTEX_ROLES = {"model": "assistant", "function": "tool"}
 
 
@@ -92,6 +93,8 @@ def _listed(value: object, path: Path) -> tuple[list[Turn], list[Problem]]:
             turns.append(_sharegpt_turn(item, here) if "from" in item else _chat_turn(item, here))
         else:
             problems.append(Problem("data_type", f"{describe(item)} where a message object belongs", here))
+            if len(problems) == _MOST_PROBLEMS:
+                break
     return turns, problems
 
 

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from addenda.data.locate import deepest, find_value, line_and_column, repeated_keys
+from addenda.data.locate import find_value, line_and_column, nested_deeper, repeated_keys
 
 
 def value(rng: random.Random, depth: int = 4) -> object:
@@ -56,5 +56,6 @@ def test_repeated_keys_are_found_at_every_depth() -> None:
 
 
 def test_depth_is_not_fooled_by_strings() -> None:
-    assert deepest(b'{"a": "[[[[[", "b": [1]}') == (2, 20)
-    assert deepest(b"[" * 100_000)[0] == 100_000
+    assert nested_deeper(b'{"a": "[[[[[", "b": [1]}', 1) == 20
+    assert nested_deeper(b'{"a": "[[[[[", "b": [1]}', 2) is None
+    assert nested_deeper(b"[" * 100_000, 64) == 64

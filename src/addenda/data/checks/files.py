@@ -92,11 +92,12 @@ class UnusedColumn(Check):
     What it finds: keys beside those of the row's shape, once for each key.
     Why it matters: a column that was meant to be learned, such as a label, would be left out silently.
     Example: ``text`` and ``category`` in one table: only the text is learned.
-    What to do: nothing if the column is not needed; else map it (``--set data.completion=category``).
+    What to do: nothing if the column is not needed; to learn it,
+    ``--set data.prompt=text --set data.completion=category``.
     """
 
     code, severity, stage = "unused_column", "warning", "file"
-    fix = "nothing to do if it is not needed; else map it, as in --set data.completion={key}"
+    fix = "nothing if it is not needed; to learn it: --set data.prompt=COLUMN --set data.completion={key}"
     bad = b"".join(
         b'{"text": "I lost my card %d", "category": "lost_card"}\n' % number for number in range(10)
     )

@@ -12,6 +12,7 @@ from addenda.errors import nearest
 __all__ = ["AmbiguousFormat", "DataType", "MissingMessagesList", "PreferenceRow", "suggest_mapping"]
 
 _GOOD = b'{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}\n'
+_MOST_KEYS = 64
 _QUESTIONS = ("question", "query", "input", "instruction", "prompt", "user", "context", "source")
 _ANSWERS = (
     "answer",
@@ -113,14 +114,20 @@ class PreferenceRow(Check):
 
     @classmethod
     def find(cls, value: object) -> Iterator[Problem]:
-        marks = preference_keys(value) if isinstance(value, dict) else []
-        if not marks:
+        if not isinstance(value, dict) or not (marks := preference_keys(value)):
             return
         found = f"a preference row ({', '.join(marks)}); this task trains on one good answer a row"
-        fix = (
-            "" if "chosen" in marks else "keep the rows with good answers, and remove the judgement from them"
-        )
-        yield cls.problem(found, path=(marks[0],), fix=fix)
+        yield cls.problem(found, path=(marks[0],), fix=_preference_fix(marks, value))
+
+
+def _preference_fix(marks: list[str], record: dict[str, object]) -> str:
+    if "chosen" in marks and "prompt" in record:
+        return ""
+    if "label" in marks:
+        return "keep the rows with good answers, and remove the judgement from them"
+    return (
+        f"to learn the good answers only, write each conversation with its {marks[0]} answer under 'messages'"
+    )
 
 
 def suggest_mapping(keys: list[str]) -> str:
@@ -130,7 +137,7 @@ def suggest_mapping(keys: list[str]) -> str:
         >>> suggest_mapping(["question", "answer", "id"])
         '--set data.prompt=question --set data.completion=answer'
     """
-    lower = {str(key).lower(): key for key in reversed(keys)}
+    lower = {str(key).lower(): key for key in reversed(keys[:_MOST_KEYS])}
     misspelt = {known: near[0] for known in sorted(MAPPABLE) if (near := _near(known, lower))}
     if misspelt:
         return "rename " + ", ".join(f"'{lower[key]}' to '{known}'" for known, key in misspelt.items())
@@ -138,9 +145,7 @@ def suggest_mapping(keys: list[str]) -> str:
     completion = next((lower[name] for name in _ANSWERS if name in lower and lower[name] != prompt), None)
     if prompt is not None and completion is not None:
         return f"--set data.prompt={prompt} --set data.completion={completion}"
-    return (
-        "name the columns: --set data.prompt=COLUMN --set data.completion=COLUMN (or --set data.text=COLUMN)"
-    )
+    return "name the columns: --set data.prompt=COLUMN --set data.completion=COLUMN"
 
 
 def _near(known: str, keys: dict[str, str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import orjson
 
 from addenda.data.checks.base import Check, register
-from addenda.data.locate import deepest, repeated_keys
+from addenda.data.locate import nested_deeper, repeated_keys
 from addenda.data.problem import Problem
 
 __all__ = ["MAX_DEPTH", "DuplicateKey", "InvalidJson", "NestedTooDeep", "NonFiniteNumber", "RowTooLong"]
@@ -29,11 +29,11 @@ class RowTooLong(Check):
     Why it matters: no model here can read a row of a million characters; it is nearly always a file without
     line ends, or a quote that was never closed.
     Example: a 20 MB line.
-    What to do: split the row; if it is right as it is, raise ``data.row_limit``.
+    What to do: split the row; a program may read longer ones with ``read_dataset(..., row_limit=...)``.
     """
 
     code, severity, stage = "row_too_long", "error", "bytes"
-    fix = "split the row, or raise data.row_limit"
+    fix = "split or shorten the row"
     bad = _GOOD.replace(b"Hi.", b"Hi. " * 300_000)
     good = _GOOD
 
@@ -42,7 +42,7 @@ class RowTooLong(Check):
 class NestedTooDeep(Check):
     """A row nests arrays and objects deeper than 64 levels.
 
-    What it finds: the place where nesting is deepest.
+    What it finds: the place where nesting goes beyond that.
     Why it matters: it exhausts the stack of recursive readers; no format of training data needs it.
     Example: ``[[[[...]]]]`` 5,000 deep.
     What to do: remove the row, or flatten the value.
@@ -57,9 +57,9 @@ class NestedTooDeep(Check):
     def find(cls, raw: bytes) -> Iterator[Problem]:
         if raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
             return
-        depth, at = deepest(raw)
-        if depth > MAX_DEPTH:
-            yield cls.problem(f"arrays and objects {depth} deep, at most {MAX_DEPTH}", offset=at)
+        at = nested_deeper(raw, MAX_DEPTH)
+        if at is not None:
+            yield cls.problem(f"arrays and objects more than {MAX_DEPTH} deep", offset=at)
 
 
 @register
