@@ -20,8 +20,10 @@ def repeats(digests: bytes | bytearray) -> Iterator[tuple[int, int]]:
         >>> list(repeats(a + b + a + a))
         [(2, 0), (3, 0)]
     """
+    import numpy as np
+
     first = groups(digests)
-    for row in (first != range(len(first))).nonzero()[0] if len(first) else ():
+    for row in np.flatnonzero(first != np.arange(len(first))):
         yield int(row), int(first[row])
 
 
