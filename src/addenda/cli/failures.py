@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -98,6 +96,9 @@ def _system(error: OSError) -> Failure:
 
 def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
     """Print ``error`` (text on standard error; with ``as_json`` a document on standard output) and return its code."""
+    import json
+    import traceback
+
     failure = describe(error)
     if debug or os.environ.get("ADDENDA_DEBUG") == "1":
         click.echo("".join(traceback.format_exception(error)), err=True)

@@ -52,20 +52,19 @@ def command(
     set in a recipe or with --set; --dry-run shows them all.
     """
     recipe = _recipe(data, resume=resume, flags=flags)
+    from addenda.recipe import run, with_folder
+
+    recipe = with_folder(recipe)
     if dry_run:
         console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
         return
-    from addenda.recipe import run
-
+    command_line = shlex.join(["addenda", *sys.argv[1:]])
     with Display(console) as display:
         try:
-            command_line = shlex.join(["addenda", *sys.argv[1:]])
             summary = run(recipe, on_event=display, resume=resume, force=force, command=command_line)
-        except KeyboardInterrupt as stopped:
-            saved = getattr(stopped, "checkpoint", "")
-            if saved:
-                run_folder = Path(saved).parent.parent
-                console.note(f"saved in {saved}; go on with: addenda train --resume --out {run_folder}")
+        except KeyboardInterrupt:
+            if (Path(recipe.out or "") / "recipe.resolved.toml").is_file():
+                display.say(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
             raise
     console.result(_document(summary), lambda: _text(console, summary))
 

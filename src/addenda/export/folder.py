@@ -34,6 +34,10 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield work
         for path in sorted(work.rglob("*")):
+            if path.is_file():
+                path.chmod(
+                    0o644
+                )  # safetensors writes for the owner alone; an export is there to be handed on
             _sync(path)
         _sync(work)
         if final.exists():

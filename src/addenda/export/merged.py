@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases import LoadedBase, load_base
+from addenda.bases.model_config import quiet_transformers
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
@@ -96,7 +97,8 @@ def _write_weights(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dt
                 f"merging gives {type(base.model).__name__} {len(new)} weights it has no place for, first '{new[0]}'",
                 hint="the architecture has no biases there; keep the adapter beside its base",
             )
-        base.model.save_pretrained(work, state_dict=_rounded({key: state[key] for key in keys}, dtype))
+        with quiet_transformers():
+            base.model.save_pretrained(work, state_dict=_rounded({key: state[key] for key in keys}, dtype))
     finally:
         handle.unmerge()
     config = work / "config.json"

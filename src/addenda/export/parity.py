@@ -15,10 +15,10 @@ from addenda.errors import ExportError
 
 __all__ = ["TOLERANCE", "Parity", "logits_of", "probe_rows", "require_parity"]
 
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 5e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 3e-3, "bfloat16": 2e-2}
 """Largest difference of a logit by the number format of the exported weights, as a share of the largest logit: each
 rounding of a weight moves the logits, and by more the larger they are."""
-LEAST_AGREEMENT = {"float32": 0.99, "float16": 0.98, "bfloat16": 0.9}
+LEAST_AGREEMENT = {"float32": 0.99, "float16": 0.98, "bfloat16": 0.95}
 """Smallest share of positions whose most likely next token stays the same."""
 
 _TEXTS = (

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
+from addenda.bases.registry import find
 from addenda.core.attach import attach_paths
 from addenda.core.contract import Adapter, Method
 from addenda.core.handle import Handle
@@ -53,6 +55,14 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({source!r})
 model = PeftModel.from_pretrained(base, "this folder")
+"""
+
+_USAGE_REGISTERED = """
+import addenda
+from peft import PeftModel
+
+base = addenda.load_base({source!r})
+model = PeftModel.from_pretrained(base.model, "this folder")
 """
 
 # Settings of PEFT that change what the model computes and have no counterpart here; set, they are refused.
@@ -103,7 +113,8 @@ def export_peft(
         BusyError: the folder exists and is not empty.
     """
     facts = dict(provenance or {})
-    source, _, revision = base.source.partition("@")
+    registered = find(base.name) is not None
+    source, _, revision = (base.name if registered else base.source).partition("@")
     with new_folder(folder) as work:
         write_peft(handle, work, base_name=source, revision=revision or None)
         rows = probe_rows(base)
@@ -117,7 +128,7 @@ def export_peft(
             title=f"Adapter '{handle.name}' for {base.name}",
             library="peft",
             tags=["addenda", handle.method.name],
-            usage=_USAGE.format(source=source),
+            usage=(_USAGE_REGISTERED if registered else _USAGE).format(source=source),
             provenance=facts,
             parity=parity,
         )
@@ -139,7 +150,10 @@ def _read_again(
             again.detach()
     import peft
 
-    theirs = peft.PeftModel.from_pretrained(model, folder)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for properties that transformers has renamed; nothing the user can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = peft.PeftModel.from_pretrained(model, folder)
     try:
         return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from addenda.recipe.adapted import load_adapted
 from addenda.recipe.prepare import Note, OnRunEvent, encode_all, encoder_for, prepare_base, prepare_data
-from addenda.recipe.runner import RunSummary, run
+from addenda.recipe.runner import RunSummary, run, with_folder
 
 __all__ = [
     "Note",
@@ -16,4 +16,5 @@ __all__ = [
     "prepare_base",
     "prepare_data",
     "run",
+    "with_folder",
 ]

@@ -22,7 +22,7 @@ from addenda.recipe.record import environment, make_record, versions
 from addenda.settings import Recipe
 from addenda.train import Event, MetricsLog, TrainResult, lock_run, peak_memory_bytes, train
 
-__all__ = ["ADAPTER", "RECIPE", "RunSummary", "run"]
+__all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
 METRICS, ENVIRONMENT = "metrics.jsonl", "environment.json"
@@ -57,7 +57,7 @@ def run(
         TrainingError: training could not go on.
     """
     started = time.monotonic()
-    recipe = _with_folder(recipe)
+    recipe = with_folder(recipe)
     folder = Path(recipe.out or "")
     _require_place(folder, resume=resume, force=force)
     with lock_run(folder):
@@ -84,7 +84,7 @@ def run(
     return RunSummary(folder, figures, record)
 
 
-def _with_folder(recipe: Recipe) -> Recipe:
+def with_folder(recipe: Recipe) -> Recipe:
     """Choose the run folder where none is named: runs/<data>-<method>, with a number if that is taken."""
     if recipe.out is not None:
         return recipe

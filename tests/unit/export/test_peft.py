@@ -55,7 +55,7 @@ def change_tensors(folder: Path, edit: Edit) -> None:
     save_file(tensors, folder / TENSORS)
 
 
-def refuses(folder: Path, kind: type[AddendaError], text: str) -> None:
+def assert_refused(folder: Path, kind: type[AddendaError], text: str) -> None:
     model = make_model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(kind, match=text):
@@ -99,7 +99,7 @@ def test_settings_that_cannot_be_honoured_are_refused(
     folder: Path, kind: type[AddendaError], text: str, edit: Edit
 ) -> None:
     change_config(folder, edit)
-    refuses(folder, kind, text)
+    assert_refused(folder, kind, text)
 
 
 def rename(old: str, new: str) -> Edit:
@@ -124,31 +124,31 @@ Q_A = "base_model.model.0.q_proj.lora_A.weight"
 )
 def test_tensors_that_do_not_fit_are_refused(folder: Path, text: str, edit: Edit) -> None:
     change_tensors(folder, edit)
-    refuses(folder, AddendaError, text)
+    assert_refused(folder, AddendaError, text)
 
 
 def test_pickled_weights_are_refused_unopened(folder: Path) -> None:
     (folder / TENSORS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"\x80\x04would run code")
-    refuses(folder, UnsafeError, "unpickling runs code")
+    assert_refused(folder, UnsafeError, "unpickling runs code")
 
 
 @pytest.mark.parametrize("name", [CONFIG, TENSORS])
 def test_a_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
-    refuses(folder, NotFoundError, name)
+    assert_refused(folder, NotFoundError, name)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "{}" + " " * 2**20])
 def test_a_broken_configuration_is_refused(folder: Path, text: str) -> None:
     (folder / CONFIG).write_text(text)
-    refuses(folder, CheckpointError, CONFIG)
+    assert_refused(folder, CheckpointError, CONFIG)
 
 
 def test_a_cut_off_tensor_file_is_refused(folder: Path) -> None:
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[: len(whole) // 2])
-    refuses(folder, CheckpointError, "is damaged")
+    assert_refused(folder, CheckpointError, "is damaged")
 
 
 @pytest.mark.parametrize(
