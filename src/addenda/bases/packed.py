@@ -8,7 +8,8 @@ which is slower and always right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.attention import Segments, packed_attention_on
+from addenda.bases.fused import find_fusions, forward_replaced, fused_on
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -54,13 +56,19 @@ class PackedModel:
     """``packed``: whole rows at once. ``general``: one sample at a time."""
     reason: str
     """Why this path was taken."""
+    fused: tuple[tuple[str, int], ...]
+    """Kinds of parts that run in a leaner form on the packed path, and how many of each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         with evaluating(model):
             self._decoder, self._output_class, problem = _headless(model)
+            self._fusions = find_fusions(self._decoder) if self._decoder else ()
             problem = problem or _probe_packing(self)
         self.path = "general" if problem else "packed"
+        self.fused = (
+            () if problem else tuple(sorted(Counter(fusion.kind for fusion in self._fusions).items()))
+        )
         self.reason = problem or "packed rows give what single samples give, proven on a probe"
 
     def hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -96,7 +104,7 @@ class PackedModel:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
         assert self._decoder is not None
         positions = torch.cat([torch.arange(n, device=input_ids.device) for n in segments.lengths])
-        with packed_attention_on(self.model):
+        with packed_attention_on(self.model), fused_on(self._fusions):
             return _states_of(self._decoder, input_ids, position_ids=positions[None], segments=segments)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -123,19 +131,6 @@ def _head_of(model: nn.Module, decoder: nn.Module, decoded: Any) -> Tensor:
     states = decoded[0]
     with forward_replaced(decoder, lambda *_, **__: decoded):
         return _logits_of(model, torch.zeros(states.shape[1], dtype=torch.long, device=states.device))
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, this one module runs `forward`; its class is not touched."""
-    had = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if had is not None:
-            module.__dict__["forward"] = had
 
 
 # ---------------------------------------------------------------------------------------------------------- the probe
