@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,33 @@ def test_a_folder_in_use_is_refused_and_a_foreign_one_never_cleared(
     (tmp_path / "letters.txt").write_text("mine")
     document(capsys, "train", str(chat_rows), "--out", str(tmp_path), "--force", code=7)
     assert (tmp_path / "letters.txt").read_text() == "mine"
+
+
+def test_force_replaces_a_run_only_when_the_new_one_can_start(
+    trained: Path, tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": 3}\n')
+    before = sha256(out / "adapter" / "adapter.safetensors")
+    document(capsys, "train", str(bad), "--base", str(tiny_model), "--out", str(out), "--force", code=3)
+    assert sha256(out / "adapter" / "adapter.safetensors") == before
+    new = (
+        "train",
+        str(chat_rows),
+        "--base",
+        str(tiny_model),
+        "--out",
+        str(out),
+        "--force",
+        "--seed",
+        "3",
+        *QUICK,
+    )
+    document(capsys, *new)
+    assert sha256(out / "adapter" / "adapter.safetensors") != before
+    assert "seed = 3  # flag" in (out / "recipe.resolved.toml").read_text()
 
 
 def test_bad_data_stops_before_anything_is_loaded_or_written(

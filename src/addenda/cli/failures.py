@@ -63,7 +63,7 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return _system(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        hint = "set train.tokens_per_batch lower, data.max_tokens lower, or take a smaller base"
+        hint = "set train.tokens_per_micro_batch lower, data.max_tokens lower, or take a smaller base"
         return Failure("OutOfMemory", f"out of memory: {_first_line(error)}", 5, hint)
     hint = "this is a fault in addenda; ADDENDA_DEBUG=1 or -vv shows the traceback"
     return Failure(kind, f"unexpected {kind}: {_first_line(error)}", 1, hint)

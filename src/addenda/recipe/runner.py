@@ -62,9 +62,10 @@ def run(
     _require_place(folder, resume=resume, force=force)
     with lock_run(folder):
         _require_place(folder, resume=resume, force=force)
-        if force and not resume:
-            _clear(folder)
         ready = prepare(recipe, on_event)
+        if force and not resume:
+            # Only now: a run that cannot start leaves the one before as it was.
+            _clear(folder)
         if not resume:
             _write(folder / RECIPE, ready.recipe.to_toml())
             _write_json(folder / ENVIRONMENT, environment())

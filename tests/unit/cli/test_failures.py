@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import re
 
 import click
 import pytest
 
 from addenda import errors
 from addenda.cli.failures import EXIT_CODES, describe
+from addenda.settings import resolve
 
 
 @pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "nearest"])
@@ -46,7 +48,10 @@ def test_system_errors_name_the_path(error: OSError, code: int, text: str) -> No
 def test_running_out_of_memory_says_what_to_set(error: Exception) -> None:
     failure = describe(error)
     assert failure.exit_code == 5
-    assert "train.tokens_per_batch" in failure.hint
+    known = resolve().values()
+    named = re.findall(r"\b(?:train|data)\.\w+", failure.hint)
+    assert named
+    assert [key for key in named if key not in known] == []
 
 
 def test_interrupt_is_not_called_a_fault() -> None:
