@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from addenda.data.checks import CHECKS, encoding, syntax
+from addenda.data.locate import MAX_DEPTH
 from addenda.data.problem import Problem
 from addenda.data.raw import RawRow
 from addenda.data.rows import Conversation, Message, RowRef, messages_digest
@@ -149,7 +150,7 @@ def parse(raw: bytes) -> tuple[Any, list[Problem]]:
                 return None, problems
         raise AssertionError(f"a row that does not parse has no diagnosis: {raw[:200]!r}") from None
     problems = list(encoding.NulCharacter.find(raw)) if b"\\u0000" in raw else []
-    if raw.count(b"{") + raw.count(b"[") > syntax.MAX_DEPTH:
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH:
         problems += syntax.NestedTooDeep.find(raw)
     # The text cannot have fewer `"key":` than the row has keys; more means a repeated key, or such text in a string.
     if len(_KEY.findall(raw)) != _count_keys([value]) and not problems:

@@ -11,7 +11,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-__all__ = ["find_value", "line_and_column", "nested_deeper", "repeated_keys"]
+__all__ = ["MAX_DEPTH", "find_value", "line_and_column", "nested_deeper", "repeated_keys"]
+
+MAX_DEPTH = 64
+"""Deepest nesting of arrays and objects a row may have; real rows need fewer than ten."""
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _SPACE = re.compile(rb"[ \t\r\n]*+")

@@ -116,9 +116,9 @@ class Example:
 
 def messages_digest(turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> bytes:
     """Hash messages in the form ``as_dict`` gives; the order of keys does not count."""
-    body = orjson.dumps(turns, option=orjson.OPT_SORT_KEYS)
+    body = orjson.dumps(turns, str, orjson.OPT_SORT_KEYS)
     if tools:
-        body += b"\x00" + orjson.dumps(tools, option=orjson.OPT_SORT_KEYS)
+        body += b"\x00" + orjson.dumps(tools, str, orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(body, digest_size=16).digest()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from addenda.data.embedded import parse_embedded
 from addenda.data.problem import Path, Problem, Turn
 from addenda.data.rows import Conversation, Message, RowRef
 
@@ -55,7 +55,8 @@ def build(shape: str, record: Record, turns: list[Turn], row: RowRef) -> Convers
     if shape == "text":
         return Conversation((), row, text=record["text"], shape=shape)
     tools = record.get("tools") or ()
-    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if isinstance(tools, str):
+        tools = parse_embedded(tools) if tools.strip() else ()
     return Conversation(tuple(_message(turn.fields) for turn in turns), row, tuple(tools), shape=shape)
 
 
@@ -77,7 +78,7 @@ def _message(fields: dict[str, Any]) -> Message:
 def _decoded(call: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give a call its arguments as an object: chat templates write them out as JSON themselves."""
     arguments = call["function"].get("arguments") or {}
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    arguments = parse_embedded(arguments) if isinstance(arguments, str) else arguments
     return {**call, "type": "function", "function": {**call["function"], "arguments": arguments}}
 
 
@@ -108,7 +109,7 @@ def _chat_turn(item: dict[str, Any], path: Path) -> Turn:
 def _sharegpt_turn(item: dict[str, Any], path: Path) -> Turn:
     fields: dict[str, Any] = {key: value for key, value in item.items() if key not in ("from", "value")}
     role = item["from"]
-    fields["role"] = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    fields["role"] = _renamed(role, _SHAREGPT_ROLES)
     if "value" in item:
         fields["content"] = item["value"]
     if role == "function_call" and isinstance(item.get("value"), str):
@@ -116,18 +117,25 @@ def _sharegpt_turn(item: dict[str, Any], path: Path) -> Turn:
     return Turn(path, fields, {"role": ("from",), "content": ("value",), "tool_calls": ("value",)})
 
 
+def _renamed(role: object, names: Mapping[str, str]) -> object:
+    """The role under OpenAI's name; what is no text stays for the check of roles to name."""
+    return names.get(role, role) if isinstance(role, str) else role
+
+
 def _called(value: str) -> object:
     """Read a ShareGPT function call; what cannot be read is left for the check of tool calls to name."""
     try:
-        calls = json.loads(value)
+        calls = parse_embedded(value)
     except ValueError:
         return value
     calls = calls if isinstance(calls, list) else [calls]
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _joined(parts: list[object]) -> object:
+def _joined(parts: object) -> object:
     """Join content given as text parts; anything but text is left for the check of contents to name."""
+    if not isinstance(parts, list):
+        return parts
     texts = [
         part.get("text") for part in parts if isinstance(part, dict) and part.get("type", "text") == "text"
     ]
@@ -150,7 +158,7 @@ def _tools(record: Record) -> list[Problem]:
     tools = record.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else []
+            tools = parse_embedded(tools) if tools.strip() else []
         except ValueError:
             tools = record["tools"]
     if tools is None or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -218,14 +226,14 @@ def _vertex(record: Record) -> tuple[list[Turn], list[Problem]]:
         ]
     turns = []
     if isinstance(record.get("systemInstruction"), dict):
-        fields = {"role": "system", "content": _joined(record["systemInstruction"].get("parts") or [])}
+        fields = {"role": "system", "content": _joined(record["systemInstruction"].get("parts"))}
         turns.append(Turn(("systemInstruction",), fields, {"role": ("role",), "content": ("parts",)}))
     for index, item in enumerate(contents):
         fields = {key: value for key, value in item.items() if key not in ("parts", "role")}
         if "role" in item:
-            fields["role"] = _VERTEX_ROLES.get(item["role"], item["role"])
+            fields["role"] = _renamed(item["role"], _VERTEX_ROLES)
         if "parts" in item:
-            fields["content"] = _joined(item["parts"]) if isinstance(item["parts"], list) else item["parts"]
+            fields["content"] = _joined(item["parts"])
         turns.append(Turn(("contents", index), fields, {"content": ("parts",)}))
     return turns, []
 

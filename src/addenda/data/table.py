@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import orjson
-
+from addenda.data.embedded import parse_embedded
 from addenda.data.jsonl import skip_line, too_long
 from addenda.data.problem import Problem
 from addenda.data.raw import RawRow
@@ -160,7 +159,7 @@ def cell_values(cells: dict[str, Any]) -> dict[str, Any]:
             continue
         if name in _JSON_COLUMNS and isinstance(cell, str) and cell.lstrip()[:2] in ("[{", "[["):
             # What does not parse is text that begins like a list; the checks say so where a list was needed.
-            with contextlib.suppress(orjson.JSONDecodeError):
-                cell = orjson.loads(cell)
+            with contextlib.suppress(ValueError):
+                cell = parse_embedded(cell)
         out[name] = cell
     return out

@@ -240,6 +240,39 @@ def test_chat_has_weights_names_parts_and_calls(write: Write) -> None:
     assert turns[6].reasoning == "hm"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"x": NaN}', '{"x": ' * 300 + "1" + "}" * 300, "{", "[1]", '{"x": "\\ud800"}', 3],
+    ids=["NaN", "deep", "cut", "list", "surrogate", "number"],
+)
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_arguments_that_are_no_object_are_named(arguments: object, form: str, write: Write) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]
+    cell = {"messages": json.dumps(messages)}
+    path = write(as_table([cell], ","), "t.csv") if form == "csv" else write([{"messages": messages}])
+    (error,) = [finding for finding in read_dataset(path).report if finding.severity == "error"]
+    assert (error.code, error.path) == ("invalid_tool_call", "$.messages[1].tool_calls")
+
+
+def test_large_numbers_in_arguments_are_read(write: Write) -> None:
+    call = {
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"x": 123456789012345678901234567890}'},
+    }
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}]}
+    assert (
+        only(write([row])).messages[1].tool_calls[0]["function"]["arguments"]["x"]
+        == 123456789012345678901234567890.0
+    )
+
+
+def test_a_deep_cell_of_a_table_is_not_read_as_a_list(write: Write) -> None:
+    cell = '[{"role": "user", "content": "a", "x": ' + "[" * 900 + "]" * 900 + "}]"
+    report = read_dataset(write(as_table([{"messages": cell}], ","), "t.csv")).report
+    assert report.counts["missing_messages_list"] == 1
+
+
 def test_answers_inside_a_prompt_are_context(write: Write) -> None:
     prompt = [
         {"role": "user", "content": "a"},

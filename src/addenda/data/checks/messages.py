@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 
 from addenda.data.checks.base import Check, register
+from addenda.data.embedded import parse_embedded
 from addenda.data.problem import Problem, Turn
 from addenda.data.shapes import describe
 from addenda.errors import nearest
@@ -223,7 +223,7 @@ def _call_fault(calls: object) -> str:
         arguments = function.get("arguments") or {}
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = parse_embedded(arguments)
             except ValueError:
                 return f"arguments of '{function['name']}' are not JSON"
         if not isinstance(arguments, dict):

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 import orjson
 
 from addenda.data.checks.base import Check, register
-from addenda.data.locate import nested_deeper, repeated_keys
+from addenda.data.locate import MAX_DEPTH, nested_deeper, repeated_keys
 from addenda.data.problem import Problem
 
-__all__ = ["MAX_DEPTH", "DuplicateKey", "InvalidJson", "NestedTooDeep", "NonFiniteNumber", "RowTooLong"]
-
-MAX_DEPTH = 64
-"""Deepest nesting of arrays and objects a row may have; real rows need fewer than ten."""
+__all__ = ["DuplicateKey", "InvalidJson", "NestedTooDeep", "NonFiniteNumber", "RowTooLong"]
 
 _GOOD = b'{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}\n'
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
