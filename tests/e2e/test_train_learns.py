@@ -72,25 +72,45 @@ def plain_training(base, handle, rows, config):
     return losses
 
 
-@pytest.mark.parametrize("tokens", [1, 25, 100_000])
-def test_micro_batches_of_any_size_give_the_plain_runs_losses_and_weights(tmp_path, tokens):
-    """In float64, and with 10 rows in steps of 4, so that the last step of each epoch is a partial one."""
+def test_micro_batches_of_any_size_give_the_plain_runs_losses_and_weights(tmp_path):
+    """In float64, and with 10 rows in steps of 4, so that the last step of each epoch is a partial one.
+
+    Micro-batches agree to float64's last digits. With the plain run it is float32's, in which a Llama takes its norms
+    whatever its weights are in.
+    """
     rows = tiny.make_rows(10, seed=5)
     settings = {
         "epochs": 2, "batch_size": 4, "learning_rate": 1e-3, "schedule": "constant", "warmup_fraction": 0.0,
-        "clip_norm": 0.5, "tokens_per_micro_batch": tokens,
+        "clip_norm": 0.5,
     }  # fmt: skip
     plain = tiny.make_base(dtype=torch.float64)
     plain_handle = tiny.attach(plain, dropout=0.0)
     expected = plain_training(plain, plain_handle, rows, TrainConfig(**settings))
 
-    base, events = tiny.make_base(dtype=torch.float64), []
-    handle = tiny.attach(base, dropout=0.0)
-    go(tmp_path, base, handle, rows, events=events, **settings)
-    losses = [event.loss for event in events if isinstance(event, StepEvent)]
-    assert losses == pytest.approx(expected, rel=1e-9)
-    for (name, ours), theirs in zip(handle.named_parameters(), plain_handle.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9, msg=name)
+    runs = []
+    for tokens in (1, 25, 100_000):
+        base, events = tiny.make_base(dtype=torch.float64), []
+        handle = tiny.attach(base, dropout=0.0)
+        go(
+            tmp_path / str(tokens),
+            base,
+            handle,
+            rows,
+            events=events,
+            tokens_per_micro_batch=tokens,
+            **settings,
+        )
+        losses = [event.loss for event in events if isinstance(event, StepEvent)]
+        assert losses == pytest.approx(expected, rel=1e-6)
+        runs.append((losses, adapter_tensors(handle)))
+
+    first, whole = runs[0], runs[-1]
+    for losses, weights in runs[1:]:
+        assert losses == pytest.approx(first[0], rel=1e-12)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, first[1][name], rtol=0, atol=1e-12, msg=name)
+    for (name, theirs), ours in zip(plain_handle.named_parameters(), whole[1].values(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_same_seed_same_bits_and_another_seed_other_bits(tmp_path):
@@ -192,7 +212,7 @@ def test_own_evaluation_is_the_mean_over_all_heldout_tokens(tmp_path):
     first = next(event for event in events if isinstance(event, EvalEvent))
     assert first.step == 0
     assert first.metrics["nll_per_token"] == pytest.approx(
-        total / sum(r.trained_tokens for r in heldout), rel=1e-9
+        total / sum(r.trained_tokens for r in heldout), rel=1e-6
     )
 
 

@@ -37,7 +37,9 @@ TIMES = {"seconds", "eta_seconds", "tokens_per_second", "folder", "bytes"}
 def processes():
     """Start processes that have PyTorch loaded already; ``kill -9`` of one harms nobody else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SCRIPT.parent))  # read by the server when it loads the module beforehand
+        patch.setenv(
+            "PYTHONPATH", str(SCRIPT.parent)
+        )  # read by the server when it loads the module beforehand
         patch.syspath_prepend(str(SCRIPT.parent))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train_tiny"])
@@ -305,7 +307,7 @@ def read_until(process, **wanted):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_exits_and_the_run_resumes_to_the_same_bits(tmp_path, unbroken, signum, code):
-    process = script(tmp_path, "--seconds-per-step", 0.4)
+    process = script(tmp_path, "--await-signal-after", 5)
     read_until(process, event="StepEvent", step=5)
     process.send_signal(signum)
     output, errors = process.communicate(timeout=60)

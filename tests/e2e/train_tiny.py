@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 import warnings
@@ -99,8 +101,6 @@ def digest(handle):
 
 def child(folder, *, resume, environment=None, seconds_per_step=0.0):
     """Run in this process and leave the adapter's hash in ``result.json``; for processes that may be killed."""
-    import os
-
     os.environ.update(environment or {})
     torch.set_num_threads(1)
     result, handle = run(folder, resume=resume, on_event=lambda event: time.sleep(seconds_per_step))
@@ -112,14 +112,15 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--seconds-per-step", type=float, default=0.0)
+    parser.add_argument("--await-signal-after", type=int, metavar="STEP")
     parser.add_argument("--seconds-per-evaluation", type=float, default=0.0)
     given = parser.parse_args()
 
     def tell(event):
         print(json.dumps({"event": type(event).__name__, "step": event.step}), flush=True)
-        if type(event).__name__ == "StepEvent":
-            time.sleep(given.seconds_per_step)
+        if type(event).__name__ == "StepEvent" and event.step == given.await_signal_after:
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # as it is once a signal has come
+                time.sleep(0.01)
 
     options = {}
     if given.seconds_per_evaluation:

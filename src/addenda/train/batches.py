@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 
@@ -13,7 +16,51 @@ from addenda.data.pack import PackedBatch, collate, epoch_order
 from addenda.data.rows import Example
 from addenda.train.config import TrainConfig
 
-__all__ = ["RowOrder", "packed_batch"]
+__all__ = ["RowOrder", "UsableRows", "packed_batch"]
+
+
+class UsableRows(Sequence[Example]):
+    """The examples that have a token to train on, left where they are: a store of a million is not copied.
+
+    Example:
+        >>> from addenda.data.rows import RowRef
+        >>> rows = UsableRows([Example((7, 8), (False, on), RowRef("a", 1, 0)) for on in (True, False, True)])
+        >>> len(rows), rows.left_out, rows.longest
+        (2, 1, 2)
+    """
+
+    sha256: str
+    """Hash of token ids and loss masks, in order."""
+    longest: int
+    """Tokens of the longest row; 0 where there is none."""
+    left_out: int
+    """Rows without a token to train on."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = examples
+        self._usable: list[int] = []
+        self.longest = 0
+        digest = hashlib.sha256()
+        for index, example in enumerate(examples):
+            if any(example.trained):
+                self._usable.append(index)
+                self.longest = max(self.longest, len(example))
+                digest.update(array("q", example.input_ids).tobytes())
+                digest.update(bytes(example.trained) + b"/")
+        self.sha256 = digest.hexdigest()
+        self.left_out = len(examples) - len(self._usable)
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self._examples[place] for place in self._usable[index]]
+        return self._examples[self._usable[index]]
 
 
 @dataclass(frozen=True)

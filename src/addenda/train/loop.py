@@ -15,7 +15,7 @@ from torch import nn
 from addenda.core.handle import Handle
 from addenda.data.rows import Example
 from addenda.train import guards
-from addenda.train.batches import packed_batch
+from addenda.train.batches import UsableRows, packed_batch
 from addenda.train.config import TrainConfig
 from addenda.train.evaluation import Evaluate, heldout_nll, judge, run_evaluation, training_mode
 from addenda.train.events import EvalEvent, NoticeEvent, OnEvent, StepEvent
@@ -126,7 +126,10 @@ def train(
         with training_mode(base.model, handle), out_of_memory_named(_smaller(session)):
             if not session.state.finished:
                 _run(session, evaluate, interrupts)
-        return _finish(session)
+        result = _finish(session)
+        if interrupts.requested:  # after the last step: all is saved, but whoever called must stop too
+            raise Interrupted(interrupts.signum, str(session.folder))
+        return result
 
 
 def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) -> None:
@@ -162,8 +165,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             session.save()
 
         started = time.monotonic()
-        rows = order.rows_of(state.step)
-        groups = session.micro_batches(rows)
+        groups = session.micro_batches()
         step, random_before = state.step + 1, random_state(session.device)
         refs = [example.row for group in groups for example in group]
         tokens = sum(len(example) for group in groups for example in group)
@@ -177,7 +179,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
             part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
             guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += float(part.detach())
         if interrupts.requested:  # give the step up: what it has drawn and added is undone
             session.optimizer.zero_grad(set_to_none=True)
@@ -253,10 +255,10 @@ def _say_if_worse(session: Session) -> None:
 
 
 def _own_evaluation(session: Session, examples: Sequence[Example]) -> Evaluate | None:
-    usable = [example for example in examples if example.trained_tokens]
-    if not usable:
-        return None
-    return lambda: heldout_nll(session.packed, usable, tokens=session.tokens_per_micro_batch)
+    rows = UsableRows(examples)
+    return (
+        (lambda: heldout_nll(session.packed, rows, tokens=session.tokens_per_micro_batch)) if rows else None
+    )
 
 
 @contextlib.contextmanager
@@ -273,7 +275,7 @@ def _own_process_settings(config: TrainConfig, handle: Handle) -> Iterator[None]
 
 
 def _smaller(session: Session) -> dict[str, tuple[object, object]]:
-    tokens, longest = session.tokens_per_micro_batch, max(len(example) for example in session.examples)
+    tokens, longest = session.tokens_per_micro_batch, session.rows.longest
     settings: dict[str, tuple[object, object]] = {
         "train.tokens_per_micro_batch": (tokens, max(1, tokens // 2)),
         "data.max_tokens": (f"longest row {longest}", max(2, longest // 2)),

@@ -91,9 +91,9 @@ def estimate_memory(handle: Handle, packed: PackedModel, *, tokens: int) -> Memo
     """
     short, long = (_saved_bytes(handle, packed, count) for count in (32, 96))
     per_token = max(0, long - short) / 64
-    vocabulary = packed.logits(
-        packed.hidden(torch.zeros(1, dtype=torch.long, device=_device(handle)), [1])
-    ).shape[-1]
+    with torch.no_grad():
+        token = torch.zeros(1, dtype=torch.long, device=_device(handle))
+        vocabulary = packed.logits(packed.hidden(token, [1])).shape[-1]
     return MemoryEstimate(
         present=psutil.Process().memory_info().rss,
         trained=16 * handle.trainable_parameters,

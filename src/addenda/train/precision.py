@@ -25,7 +25,7 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """``bfloat16`` or ``float32``."""
+        """``bfloat16``, ``float16`` or ``float32``."""
         return str(self.dtype).removeprefix("torch.")
 
 
@@ -33,18 +33,18 @@ def choose_precision(wish: str = "auto", *, device: str | torch.device = "cpu") 
     """Choose the number format of the base; adapters are float32 whatever it is.
 
     Args:
-        wish: ``auto``, ``bfloat16`` or ``float32``.
+        wish: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         device: where the base will run.
 
     Raises:
-        ConfigError: ``wish`` is none of the three, or the GPU cannot do it.
+        ConfigError: ``wish`` is none of these.
 
     Example:
         >>> choose_precision("float32")
         Precision(dtype=torch.float32, reason='as asked')
     """
-    if wish not in ("auto", "bfloat16", "float32"):
-        raise ConfigError(f"unknown precision '{wish}'", hint="use auto, bfloat16 or float32")
+    if wish not in ("auto", "bfloat16", "float16", "float32"):
+        raise ConfigError(f"unknown precision '{wish}'", hint="use auto, bfloat16, float16 or float32")
     kind = torch.device(device).type
     if wish != "auto":
         return Precision(getattr(torch, wish), "as asked")

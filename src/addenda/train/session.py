@@ -19,7 +19,7 @@ from addenda.core.handle import Handle
 from addenda.data.pack import plan_batches
 from addenda.data.rows import Example
 from addenda.errors import CheckpointError, ConfigError, DataError
-from addenda.train.batches import RowOrder
+from addenda.train.batches import RowOrder, UsableRows
 from addenda.train.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -35,7 +35,6 @@ from addenda.train.optimizer import make_optimizer
 from addenda.train.state import (
     RunState,
     adapter_tensors,
-    digest_of_examples,
     digest_of_tensors,
     load_adapter,
     load_optimizer,
@@ -59,7 +58,7 @@ class Session:
     handle: Handle
     packed: PackedModel
     optimizer: torch.optim.AdamW
-    examples: Sequence[Example]
+    rows: UsableRows
     order: RowOrder
     config: TrainConfig
     learning_rate: float
@@ -79,9 +78,9 @@ class Session:
         """Epochs done."""
         return self.order.epoch_of(self.state.step)
 
-    def micro_batches(self, rows: Sequence[int]) -> list[list[Example]]:
-        """Divide the rows of a step into groups that fit into memory."""
-        examples = [self.examples[row] for row in rows]
+    def micro_batches(self) -> list[list[Example]]:
+        """Return the rows of the step to be made, in groups that fit into memory."""
+        examples = [self.rows[row] for row in self.order.rows_of(self.state.step)]
         lengths = [len(example) for example in examples]
         plan = plan_batches(lengths, tokens_per_batch=self.tokens_per_micro_batch)
         return [[examples[i] for i in group] for group in plan]
@@ -169,23 +168,23 @@ def open_session(
         DataError: no row has a trained token.
     """
     require_trainable(handle)
-    usable = [example for example in examples if example.trained_tokens]
-    if not usable:
+    rows = UsableRows(examples)
+    if not rows:
         raise DataError(
             "no row has a token to train on",
             where={"rows": len(examples)},
             hint="look at the loss mask: addenda check DATA --show 3",
         )
-    if len(usable) < len(examples):
-        emit(NoticeEvent(0, f"{len(examples) - len(usable)} rows have no token to train on and are left out"))
+    if rows.left_out:
+        emit(NoticeEvent(0, f"{rows.left_out} rows have no token to train on and are left out"))
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
         model=model,
         handle=handle,
         packed=PackedModel(model),
         optimizer=make_optimizer((p for p in handle.parameters() if p.requires_grad), config, learning_rate),
-        examples=usable,
-        order=RowOrder(len(usable), config),
+        rows=rows,
+        order=RowOrder(len(rows), config),
         config=config,
         learning_rate=learning_rate,
         tokens_per_micro_batch=config.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH,
@@ -210,7 +209,7 @@ def _identity(session: Session) -> dict[str, str]:
         "method": json.dumps(method, sort_keys=True),
         "layers": hashlib.sha256("\n".join(session.handle.paths).encode()).hexdigest(),
         "adapter before training": session.state.initial_sha256,
-        "training rows": digest_of_examples(session.examples),
+        "training rows": session.rows.sha256,
         "tokens per micro-batch": str(session.tokens_per_micro_batch),
         "packing": session.packed.path,
     }
@@ -264,7 +263,7 @@ def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> Start
         resumed=resumed,
         of_steps=session.order.steps,
         epochs=session.config.epochs,
-        rows=len(session.examples),
+        rows=len(session.rows),
         heldout_rows=heldout_rows,
         trainable_parameters=session.handle.trainable_parameters,
         learning_rate=session.learning_rate,

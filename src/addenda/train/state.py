@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from addenda.core.handle import Handle
-from addenda.data.rows import Example
 from addenda.errors import CheckpointError
 
 __all__ = [
     "RunState",
     "adapter_tensors",
-    "digest_of_examples",
     "digest_of_tensors",
     "load_adapter",
     "load_optimizer",
@@ -204,15 +202,6 @@ def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         digest.update(f"{name}\0{tensors[name].dtype}\0{tuple(tensors[name].shape)}\0".encode())
         digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def digest_of_examples(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 of token ids and loss masks, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(torch.tensor(example.input_ids, dtype=torch.int64).numpy().tobytes())
-        digest.update(bytes(example.trained) + b"/")
     return digest.hexdigest()
 
 

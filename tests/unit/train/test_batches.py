@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from addenda.train.batches import RowOrder
+from addenda.data.rows import Example, RowRef
+from addenda.train.batches import RowOrder, UsableRows
 from addenda.train.config import TrainConfig
 
 
@@ -42,3 +43,34 @@ def test_evaluations_come_first_regularly_and_last():
     assert [step for step in range(order.steps + 1) if order.evaluates_at(step)] == [0, 5, 10, 15, 20]
     odd = RowOrder(40, TrainConfig(epochs=1, batch_size=4, eval_every_steps=4))
     assert [step for step in range(odd.steps + 1) if odd.evaluates_at(step)] == [0, 4, 8, 10]
+
+
+def example(ids, trained):
+    return Example(tuple(ids), tuple(trained), RowRef("rows.jsonl", 1, 0))
+
+
+def test_rows_without_a_target_are_passed_over_and_none_is_copied():
+    silent, heard = (
+        example([1, 2], [False, False]),
+        [example([i, i, i], [False, True, i % 2 == 0]) for i in range(5)],
+    )
+    rows = UsableRows([silent, *heard[:2], silent, *heard[2:]])
+    assert list(rows) == heard
+    assert all(one is other for one, other in zip(rows, heard, strict=True))
+    assert rows[1:3] == heard[1:3]
+    assert (len(rows), rows.left_out, rows.longest) == (5, 2, 3)
+    assert rows.sha256 == UsableRows(heard).sha256
+
+
+def test_the_hash_of_rows_sees_every_token_mask_boundary_and_the_order():
+    one, two = example([1, 2, 3], [False, True, True]), example([4, 5], [False, True])
+    others = [
+        [two, one],
+        [one],
+        [one, two, two],
+        [example([1, 2, 4], one.trained), two],
+        [example(one.input_ids, [False, True, False]), two],
+        [example([1, 2, 3, 4, 5], [False, True, True, False, True])],
+    ]
+    digests = {UsableRows(rows).sha256 for rows in [[one, two], *others]}
+    assert len(digests) == 7

@@ -8,7 +8,7 @@ from addenda.train import precision
 from addenda.train.precision import choose_precision
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_a_wish_is_granted(name):
     chosen = choose_precision(name)
     assert (chosen.dtype, chosen.reason, chosen.name) == (getattr(torch, name), "as asked", name)
