@@ -113,6 +113,7 @@ def packed_attention(
         raise BaseModelError(
             f"packed attention cannot do what {type(module).__name__} asks for",
             where={"asked for": ", ".join(problems)},
+            hint="the model is run one sample at a time instead, without this function",
         )
     segments.windows.add(sliding_window)
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)

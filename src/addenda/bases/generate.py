@@ -97,9 +97,12 @@ def _check(
     if streams and len(conversations) != 1:
         problems.append(f"on_token follows one conversation, got {len(conversations)}")
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError("; ".join(problems), hint="see the arguments of generate()")
     if base.kind != "causal-lm":
-        raise BaseModelError(f"'{base.name}' is an encoder: it answers no conversations")
+        raise BaseModelError(
+            f"'{base.name}' is an encoder: it answers no conversations",
+            hint="choose a causal language model: 'addenda models'",
+        )
 
 
 def _prompt_ids(base: LoadedBase, messages: Sequence[Message]) -> list[int]:

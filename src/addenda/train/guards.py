@@ -111,7 +111,9 @@ def require_finite_metrics(metrics: Mapping[str, float], *, step: int) -> None:
     """
     if "nll_per_token" not in metrics:
         raise TrainingError(
-            "the evaluation returned no 'nll_per_token'", where={"returned": " ".join(metrics)}
+            "the evaluation returned no 'nll_per_token'",
+            where={"returned": " ".join(metrics)},
+            hint="the evaluate function must return a mapping with 'nll_per_token'",
         )
     bad = [name for name, value in metrics.items() if not torch.tensor(float(value)).isfinite()]
     if bad:
