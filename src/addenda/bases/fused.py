@@ -97,7 +97,8 @@ def _rms_norm(module: nn.Module) -> Fusion | None:
 def _rms_forward(module: nn.Module, eps: float, *, plus_one: bool) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         weight = module.get_parameter("weight")
-        if weight.requires_grad:
+        # Only a gradient for the weight needs the module's own form; without one, frozen or not gives the same bits.
+        if weight.requires_grad and torch.is_grad_enabled():
             own: Tensor = type(module).forward(module, x)
             return own
         out: Tensor = _RmsNorm.apply(x, weight, eps, plus_one)
