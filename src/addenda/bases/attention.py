@@ -31,6 +31,9 @@ ATTENTION = "addenda_packed"
 QUERY_BLOCK = 512
 """Queries per block: bounds the scores held at once to heads x 512 x length."""
 
+LENGTH_MULTIPLE = 16
+"""Blocks are filled up to it: on a CPU each new shape of a product costs as much as ten of a shape seen before."""
+
 _UNSUPPORTED = ("s_aux", "position_bias", "cache")
 
 
@@ -44,7 +47,7 @@ class Segments:
     """
 
     lengths: tuple[int, ...]
-    """Tokens of each sample, in order; all positive."""
+    """Tokens of each sample, in order; all positive. Tokens of the row behind them belong to no sample."""
     windows: set[int | None] = field(default_factory=set)
     """Sliding windows the layers asked for, collected while they ran."""
 
@@ -130,7 +133,7 @@ def attend(
         query: ``(heads, T, d)``.
         key: ``(key_value_heads, T, d)``; ``heads`` is a multiple of ``key_value_heads``.
         value: ``(key_value_heads, T, d_v)``.
-        segments: samples whose lengths add up to T.
+        segments: samples whose lengths add up to T or less; tokens behind them get zeros.
         rule: scaling, window and softcap.
         dropout: probability of dropping a weight; above 0 PyTorch's autograd does the backward.
 
@@ -142,7 +145,7 @@ def attend(
             _library_attention(query[:, a:b], key[:, a:b], value[:, a:b], rule, dropout)
             for a, b in segments.bounds
         ]
-        return torch.cat(parts, dim=1)
+        return functional.pad(torch.cat(parts, dim=1), (0, 0, 0, query.shape[1] - sum(segments.lengths)))
     out: Tensor = _SegmentAttention.apply(query, key, value, (segments.bounds, rule))
     return out
 
@@ -179,8 +182,8 @@ class _SegmentAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan) -> Tensor:
         bounds, rule = plan
         heads, tokens, _ = query.shape
-        out = query.new_empty(tokens, heads, value.shape[-1]).transpose(0, 1)
-        log_sums = query.new_empty(heads, tokens, dtype=_wide(query))
+        out = query.new_zeros(tokens, heads, value.shape[-1]).transpose(0, 1)
+        log_sums = query.new_zeros(heads, tokens, dtype=_wide(query))
         for start, end in bounds:
             whole = slice(start, end)
             if _flash_can(rule, end - start, key, value):
@@ -218,14 +221,18 @@ class _SegmentAttention(torch.autograd.Function):
         d_k, d_v = key.shape[-1], value.shape[-1]
         for keys, first, stop in (span for start, end in bounds for span in _blocks(start, end, rule.window)):
             now, seen = slice(first, stop), slice(keys, stop)
-            q, g = _group(queries[:, now], len(key)), _group(grads_[:, now], len(key))
-            weights, slope = _weights(_scores(q, keys_[:, seen], rule), log_sums[:, now], first - keys, rule)
-            grad_value[:, seen] += weights.transpose(1, 2) @ g[..., :d_v]
-            inner = (g @ values[:, seen].transpose(1, 2)).mul_(weights)
+            # What fills a block up has zeros for a query and for the gradient of its output, so it adds nothing.
+            q, g = (_group(_filled(x[:, now]), len(key)) for x in (queries, grads_))
+            k, v = _filled(keys_[:, seen]), _filled(values[:, seen])
+            weights, slope = _weights(
+                _scores(q, k, rule), _filled(log_sums[:, now, None]), first - keys, rule
+            )
+            inner = (g @ v.transpose(1, 2)).mul_(weights)
             if slope is not None:
                 inner.mul_(slope)
-            grad_query[:, now] = _ungroup(inner @ key[:, seen], len(query))
-            grad_key[:, seen] += inner.transpose(1, 2) @ q[..., :d_k]
+            grad_query[:, now] = _ungroup(inner @ k[..., :d_k], len(query))[:, : stop - first]
+            grad_key[:, seen] += (inner.transpose(1, 2) @ q[..., :d_k])[:, : stop - keys]
+            grad_value[:, seen] += (weights.transpose(1, 2) @ g[..., :d_v])[:, : stop - keys]
         return grad_query.mul_(rule.scaling), grad_key, grad_value, None
 
 
@@ -265,7 +272,7 @@ def _weights(scores: Tensor, log_sums: Tensor, offset: int, rule: Rule) -> tuple
         slope = 1 - (scores / rule.softcap).square_()
         scores = (scores - log_sums.reshape(len(scores), -1, 1)).to(scores.dtype)
     weights = scores.exp_()
-    triangle = weights.view(*log_sums.shape, -1).tril_(offset)
+    triangle = weights.view(*log_sums.shape[:2], -1).tril_(offset)
     if rule.window is not None:
         triangle.triu_(offset - rule.window + 1)
     return weights, slope
@@ -274,6 +281,11 @@ def _weights(scores: Tensor, log_sums: Tensor, offset: int, rule: Rule) -> tuple
 def _group(x: Tensor, key_value_heads: int) -> Tensor:
     """``(heads, n, d)`` as ``(key_value_heads, group * n, d)``: heads that share a key lie together."""
     return x.reshape(key_value_heads, -1, x.shape[-1])
+
+
+def _filled(x: Tensor) -> Tensor:
+    """``(heads, n, d)`` with zeros behind, n up to the next multiple."""
+    return functional.pad(x, (0, 0, 0, -x.shape[1] % LENGTH_MULTIPLE))
 
 
 def _ungroup(x: Tensor, heads: int) -> Tensor:

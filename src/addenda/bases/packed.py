@@ -25,6 +25,10 @@ __all__ = ["PackedModel", "evaluating"]
 CROSSED_WINDOW = 1024
 """Sliding windows up to this many tokens are crossed by the probe; of wider ones only the argument is checked."""
 
+TOKEN_MULTIPLE = 64
+"""On a CPU rows are filled up to it with tokens of no sample: every new length costs PyTorch's matrix kernels a
+set-up of several milliseconds for each layer size."""
+
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 """Norm of the difference on the probe as a share of the states' own; 0.05 for others (norms run in fp32 in all)."""
 
@@ -103,9 +107,13 @@ class PackedModel:
     def hidden_packed(self, input_ids: Tensor, segments: Segments) -> Tensor:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
         assert self._decoder is not None
-        positions = torch.cat([torch.arange(n, device=input_ids.device) for n in segments.lengths])
+        tokens = len(input_ids)
+        fill = -tokens % TOKEN_MULTIPLE if input_ids.device.type == "cpu" else 0
+        row = torch.cat([input_ids, input_ids[:1].expand(fill)])
+        positions = torch.cat([torch.arange(n, device=row.device) for n in (*segments.lengths, fill)])
         with packed_attention_on(self.model), fused_on(self._fusions):
-            return _states_of(self._decoder, input_ids, position_ids=positions[None], segments=segments)
+            states = _states_of(self._decoder, row, position_ids=positions[None], segments=segments)
+        return states[:tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores over the vocabulary ``(n, vocab)`` of states ``(n, d)``, as the model computes them."""

@@ -13,11 +13,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["CHUNK_BYTES", "Head", "PositionScores", "chunks", "evaluate_positions", "nll_and_probabilities"]
 
 CHUNK_BYTES = 64 * 2**20
 """Scores held at once. Each chunk reads the whole output head, so small chunks are slow."""
+
+ROW_MULTIPLE = 64
+"""On a CPU every new number of rows costs the product with the head a set-up of several milliseconds."""
 
 SURE = 1e-30
 """Probabilities below this lose digits; the cross-entropy is then made from the scores."""
@@ -74,22 +78,31 @@ def evaluate_positions(
     states = hidden.index_select(0, predict_from)
     nll = states.new_empty(len(states), dtype=_wide(states))
     correct = torch.empty_like(targets, dtype=torch.bool)
-    for rows in chunks(head, states, chunk):
-        logits = head.logits(states[rows])
+    for rows, filled in chunks(head, states, chunk):
+        logits = head.logits(filled)[: rows.stop - rows.start]
         nll[rows], probabilities = nll_and_probabilities(logits.to(_wide(logits)), targets[rows])
         correct[rows] = probabilities.gather(1, targets[rows, None])[:, 0] >= probabilities.amax(1)
     return PositionScores(nll, correct)
 
 
-def chunks(head: Head, states: Tensor, chunk: int | None) -> Iterator[slice]:
-    """Cut ``(n, d)`` states into parts of about equal size, of `chunk` rows or `CHUNK_BYTES` of scores at most."""
+def chunks(head: Head, states: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Cut ``(n, d)`` states into parts of about equal size, of `chunk` rows or `CHUNK_BYTES` of scores at most.
+
+    Yields:
+        The part's place in `states`, and its states filled up with zeros to a multiple of `ROW_MULTIPLE` rows (or to
+        `chunk`), so that the head's products keep to a few shapes.
+    """
     if chunk is None:
         # No rows cost nothing, and show the vocabulary.
         row = head.logits(states.detach()[:0])
         chunk = max(1, CHUNK_BYTES // (row.shape[-1] * row.element_size()))
+    multiple = ROW_MULTIPLE if chunk >= ROW_MULTIPLE else 1
+    chunk -= chunk % multiple
     parts = math.ceil(len(states) / chunk)
-    ends = [len(states) * i // parts for i in range(1, parts + 1)] if parts else []
-    return map(slice, [0, *ends], ends)
+    size = multiple * math.ceil(len(states) / parts / multiple) if parts else 1
+    for first in range(0, len(states), size):
+        rows = slice(first, min(first + size, len(states)))
+        yield rows, functional.pad(states[rows], (0, 0, 0, first + size - rows.stop))
 
 
 def nll_and_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,10 +171,12 @@ def _compare(packed: PackedModel, handle: Handle, examples: list[Example], openi
     positions = _predicting(batch, opening)
     adapted, original = (states[positions.to(input_ids.device)] for states in (adapted, original))
     kls, agreeing = [], []
-    for part in chunks(packed, adapted, None):
-        adapted_logits = packed.logits(adapted[part])
+    both = zip(chunks(packed, adapted, None), chunks(packed, original, None), strict=True)
+    for (rows, adapted_part), (_, original_part) in both:
+        count = rows.stop - rows.start
+        adapted_logits = packed.logits(adapted_part)[:count]
         with handle.disabled():
-            base_logits = packed.logits(original[part])
+            base_logits = packed.logits(original_part)[:count]
         kls.append(kl_divergence(base_logits, adapted_logits))
         agreeing.append(base_logits.argmax(-1) == adapted_logits.argmax(-1))
     return _by_sample(batch, positions, torch.cat(kls).cpu(), torch.cat(agreeing).cpu())

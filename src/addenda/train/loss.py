@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from addenda.bases.scores import Head, PositionScores, chunks, evaluate_positions, nll_and_probabilities
@@ -54,8 +55,8 @@ def packed_loss(
         total: Tensor = _ChunkedNll.apply(states, targets, head, chunk)
         return total / denominator
     parts = [
-        checkpoint(_nll_sum, head, states[rows], targets[rows], use_reentrant=False)
-        for rows in chunks(head, states, chunk)
+        checkpoint(_nll_sum, head, filled, targets[rows], use_reentrant=False)
+        for rows, filled in chunks(head, states, chunk)
     ]
     return torch.stack(parts).sum() / denominator
 
@@ -66,9 +67,9 @@ def _head_learns(head: Head, states: Tensor) -> bool:
 
 
 def _nll_sum(head: Head, states: Tensor, targets: Tensor) -> Tensor:
-    logits = head.logits(states)
+    logits = head.logits(states)[: len(targets)]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(wide, targets, reduction="sum")
+    return functional.cross_entropy(wide, targets, reduction="sum")
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -78,18 +79,18 @@ class _ChunkedNll(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, targets: Tensor, head: Head, chunk: int | None) -> Tensor:
         total = states.new_zeros((), dtype=torch.promote_types(states.dtype, torch.float32))
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        for rows in chunks(head, states, chunk):
-            x = states[rows].detach().requires_grad_(gradient is not None)
+        for rows, filled in chunks(head, states, chunk):
+            x = filled.detach().requires_grad_(gradient is not None)
             with torch.set_grad_enabled(gradient is not None):
                 logits = head.logits(x)
-            nll, probabilities = nll_and_probabilities(logits.detach(), targets[rows])
-            total += nll.sum()
+            real = rows.stop - rows.start
+            at_target = functional.pad(targets[rows], (0, len(filled) - real))
+            nll, probabilities = nll_and_probabilities(logits.detach(), at_target)
+            total += nll[:real].sum()
             if gradient is not None:
-                at_target = targets[rows, None]
-                probabilities.scatter_add_(
-                    1, at_target, -torch.ones_like(at_target, dtype=probabilities.dtype)
-                )
-                (gradient[rows],) = torch.autograd.grad(logits, x, probabilities)
+                ones = torch.ones_like(at_target, dtype=probabilities.dtype)
+                probabilities.scatter_add_(1, at_target[:, None], -ones[:, None])
+                gradient[rows] = torch.autograd.grad(logits, x, probabilities)[0][:real]
         ctx.save_for_backward(gradient)
         return total
 

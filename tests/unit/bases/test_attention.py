@@ -82,6 +82,27 @@ def test_bfloat16_gradients_are_as_near_to_the_definition_as_autograd_on_bfloat1
         assert (a.double() - t).norm() <= 1.25 * (b.double() - t).norm() + 1e-3 * t.norm()
 
 
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_tokens_behind_the_last_segment_get_zeros_and_give_no_gradient(dropout):
+    tensors = inputs(lengths=(*LENGTHS, 7))
+    used, short = sum(LENGTHS), [x[:, : sum(LENGTHS)].detach().requires_grad_() for x in tensors]
+    for rule in RULES.values():
+        ours, theirs = (
+            attend(*tensors, Segments(LENGTHS), rule, dropout=dropout),
+            attend(*short, Segments(LENGTHS), rule),
+        )
+        torch.testing.assert_close(ours[:, :used], theirs, rtol=1e-6, atol=1e-6)
+        assert not ours[:, used:].any()
+        weight = torch.randn_like(ours)
+        for long, exact in zip(
+            torch.autograd.grad((ours * weight).sum(), tensors),
+            torch.autograd.grad((theirs * weight[:, :used]).sum(), short),
+            strict=True,
+        ):
+            torch.testing.assert_close(long[:, :used], exact, rtol=1e-6, atol=1e-6)
+            assert not long[:, used:].any()
+
+
 def test_dropout_zero_equals_the_library_path():
     tensors = inputs()
     for rule in RULES.values():

@@ -104,14 +104,18 @@ def test_packed_logits_and_gradients_equal_those_of_single_samples(family):
 
 
 @pytest.mark.parametrize("family", PACKABLE)
-def test_changing_one_sample_changes_nothing_in_the_others_bit_for_bit(family):
+def test_changing_one_sample_changes_nothing_in_the_others(family):
     packed = PackedModel(build(PACKABLE[family](), torch.float32))
     ids = row()
     other = ids.clone()
     other[:9] = (other[:9] - 3 + 7) % (VOCAB - 3) + 3
     with torch.no_grad():
         before, after = packed.hidden(ids, LENGTHS), packed.hidden(other, LENGTHS)
-    assert torch.equal(before[9:], after[9:])
+    if family == "mixtral":
+        # The tokens that one expert gets are one product, so how it rounds depends on their number.
+        torch.testing.assert_close(before[9:], after[9:], rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(before[9:], after[9:])
     assert (before[:9] != after[:9]).any(1).all()
 
 
@@ -126,6 +130,16 @@ def test_a_model_that_cannot_be_packed_runs_one_sample_at_a_time_and_says_why(fa
     torch.testing.assert_close(
         packed.logits(packed.hidden(ids, LENGTHS)), alone(model, ids), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65])
+def test_what_fills_a_row_up_is_never_seen(tokens):
+    model = build(PACKABLE["gemma3"]())
+    packed = PackedModel(model)
+    ids = row((tokens,))
+    ours = packed.hidden(ids, [tokens])
+    assert ours.shape[0] == tokens
+    torch.testing.assert_close(packed.logits(ours), alone(model, ids, (tokens,)), rtol=1e-6, atol=1e-6)
 
 
 class Bigram(nn.Module):
