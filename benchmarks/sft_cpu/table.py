@@ -13,6 +13,7 @@ START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 LABELS = {
     "trl": "TRL + PEFT, default",
     "trl-packed": "TRL + PEFT, `packing=True`",
+    "trl-tuned": "TRL + PEFT, packed, tuned by hand",
     "addenda": "Addenda, default",
     "addenda-all": "Addenda, loss on every token",
 }

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with PEFT, as its users run it: all defaults but those named in ``arguments``."""
+"""TRL's SFTTrainer with PEFT, as its users run it: all defaults but those set below."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--warmup", type=int, required=True)
 parser.add_argument("--steps", type=int, required=True, help="timed steps after the warm-up")
 parser.add_argument("--packing", action="store_true")
+parser.add_argument("--tuned", action="store_true", help="packed, one pack at a time, activations kept")
 options = parser.parse_args()
 
 import torch  # noqa: E402
@@ -47,16 +48,20 @@ class Stopwatch(TrainerCallback):
         trainer.tokens = 0
 
 
+tuned: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "gradient_checkpointing": False,
+}
 arguments = SFTConfig(
     output_dir=options.work,
     max_steps=options.warmup + options.steps,
-    packing=options.packing,
-    model_init_kwargs={
-        "dtype": "bfloat16"
-    },  # the default is float32 weights under bf16 autocast: slower, larger
+    packing=options.packing or options.tuned,
+    model_init_kwargs={"dtype": "bfloat16"},  # the default, float32 under autocast, is slower and larger
     use_cpu=True,  # also where there is a GPU
     report_to="none",
     save_strategy="no",
+    **(tuned if options.tuned else {}),
 )
 dataset = load_dataset("json", data_files=options.data, split="train", cache_dir=options.work)
 trainer = Counted(
@@ -77,7 +82,8 @@ write_result(
     loss=round(losses.training_loss, 4),
     memory_before_training_bytes=memory_before_training,
     settings={
-        "rows_per_step": arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
+        "rows_or_packs_at_once": arguments.per_device_train_batch_size,
+        "gradient_accumulation_steps": arguments.gradient_accumulation_steps,
         "max_length": arguments.max_length,
         "packing": arguments.packing,
         "bf16_autocast": arguments.bf16,
