@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addenda.bases.loaded import LoadedBase
 from addenda.errors import BaseModelError, UnsafeError, nearest
+from addenda.templates import TemplateRefusal, compile_template, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,9 +57,7 @@ def render_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
 ) -> str:
-    """Render messages as the text the model reads, in transformers' sandbox.
-
-    The sandbox keeps a template from reaching Python; it does not bound its time or memory.
+    """Render messages as the text the model reads, as transformers would, with bounded time and memory.
 
     Args:
         tokenizer: one whose ``chat_template`` is set.
@@ -69,6 +67,7 @@ def render_chat(
 
     Raises:
         BaseModelError: there is no template, or it refuses these messages.
+        UnsafeError: rendering takes more time or memory than any sound template does.
     """
     if not tokenizer.chat_template:
         raise BaseModelError(
@@ -77,14 +76,14 @@ def render_chat(
             hint="name one: with_chat_template(base, 'plain'), or base.template = \"plain\" in a recipe",
         )
     try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=None if tools is None else [dict(tool) for tool in tools],
+        return render(
+            tokenizer.chat_template,
+            messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
-            tokenize=False,
+            special_tokens=tokenizer.special_tokens_map,
         )
-        return text
-    except Exception as error:  # a template is a program: it may raise anything
+    except TemplateRefusal as error:
         roles = ", ".join(str(message.get("role")) for message in messages)
         raise BaseModelError(
             f"the chat template refuses these messages: {error}",
@@ -94,20 +93,15 @@ def render_chat(
 
 
 def check_template(template: str) -> None:
-    """Raise unless ``template`` is a Jinja template of bounded size."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+    """Raise unless ``template`` is a Jinja template of bounded size, time and memory."""
     if len(template) > MAX_TEMPLATE:
         raise UnsafeError(
             f"the chat template has {len(template):,} characters, more than {MAX_TEMPLATE:,}",
             hint="no sound template is that long",
         )
     try:
-        # transformers' additions to Jinja: loop controls, and a tag that marks trained text.
-        text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        compile_template(template)
+    except TemplateRefusal as error:
         raise BaseModelError(
             f"the chat template is not valid Jinja: {error}", hint="correct it, or name one: 'plain'"
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 from addenda.data.problem import Problem
 from addenda.data.rows import Conversation, Message
 from addenda.data.tokens import tokens_of
+from addenda.templates import TemplateRefusal, render
 
 __all__ = ["Rendered", "Span", "Template", "TemplateFault"]
 
@@ -40,12 +41,12 @@ class Template:
     """A chat template bound to a tokenizer.
 
     Args:
-        tokenizer: renders the template with its own special tokens (``apply_chat_template``).
+        tokenizer: its special tokens are what the template writes by name.
         source: the template's Jinja text.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
-        self._tokenizer, self._source = tokenizer, source
+        self._source, self._special_tokens = source, tokenizer.special_tokens_map
         self._token = tokens_of(tokenizer).added_pattern
 
     def render(self, conversation: Conversation, messages: Sequence[Message]) -> Rendered:
@@ -56,6 +57,7 @@ class Template:
 
         Raises:
             TemplateFault: the template refuses the conversation, or an answer cannot be found in its text.
+            UnsafeError: rendering takes more time or memory than any sound template does.
         """
         turns = [message.as_dict() for message in messages]
         tools = [dict(tool) for tool in conversation.tools] or None
@@ -68,15 +70,16 @@ class Template:
         return out
 
     def _write(self, turns: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
-        import jinja2
-
         try:
-            text = self._tokenizer.apply_chat_template(
-                turns, tools=tools, chat_template=self._source, tokenize=False, add_generation_prompt=prompt
+            return render(
+                self._source,
+                turns,
+                tools=tools,
+                add_generation_prompt=prompt,
+                special_tokens=self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except TemplateRefusal as error:
             raise TemplateFault(Problem("template_refused", f"the chat template says: {error}")) from error
-        return str(text)
 
     def _start(self, out: Rendered, turns: list[dict[str, Any]], tools: Any, index: int) -> int:
         """Where the answer begins: just after the prompt the model sees at use."""

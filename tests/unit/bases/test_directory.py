@@ -211,3 +211,9 @@ def test_a_context_length_no_config_states_comes_from_the_tokenizer_or_is_noted(
     assert any("2048 assumed" in note for note in base.notes)
     change_json(tmp_path / "tokenizer_config.json", model_max_length=77)
     assert opened(tmp_path).context_length == 77
+
+
+def test_a_template_that_takes_all_memory_is_refused_when_loaded(llama_folder: Path) -> None:
+    (llama_folder / "chat_template.jinja").write_text("{{ 'a' * 200000000 }}")
+    with pytest.raises(UnsafeError, match="the chat template takes more than"):
+        open_directory(llama_folder, name="tiny", source="here")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from addenda.data import Conversation, Encoder, Example, Finding, Message, RowRef, encode, encode_rows
-from addenda.errors import ConfigError, DataError
+from addenda.errors import ConfigError, DataError, UnsafeError
 
 ROW = RowRef("data.jsonl", 3, 2)
 STYLES = ["chatml", "default-system", "llama2", "llama3", "gemma", "thinking"]
@@ -314,3 +315,23 @@ def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
         ConfigError, match=r"tokenizer 'str' has no fast backend[\s\S]*hint: load the tokenizer"
     ):
         Encoder("slow", None)
+
+
+def test_a_template_that_takes_too_much_stops_the_encoding_at_its_first_row(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+    rows = [chat(random.Random(i)) for i in range(50)]
+    begun = time.perf_counter()
+    with pytest.raises(UnsafeError, match="takes more than a second"):
+        encode_rows(rows, Encoder(tokenizer, source))
+    assert time.perf_counter() - begun < 20
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 / 0 }}", "{{ range(9999999) }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"]
+)
+def test_whatever_a_template_raises_is_a_finding(source: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    finding = encode(chat(random.Random(0)), tokenizer, chat_template=source)
+    assert isinstance(finding, Finding)
+    assert finding.code == "template_refused"
