@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from addenda.data.problem import Problem
+from addenda.data.findings import Severity
+from addenda.data.problem import Path, Problem
 from addenda.data.rows import Conversation, Message
 from addenda.data.tokens import tokens_of
 from addenda.templates import TemplateRefusal, render
@@ -67,7 +68,24 @@ class Template:
                 start = self._start(out, turns, tools, index)
                 end = self._end(out, turns, tools, index=index, start=start)
                 out.answers[index] = self._up_to_end_token(out, start, end)
+        out.problems += self._dropped(out, conversation, messages)
         return out
+
+    def _dropped(
+        self, out: Rendered, conversation: Conversation, messages: Sequence[Message]
+    ) -> Iterator[Problem]:
+        """What stands in the row but not in its text; an answer of which nothing is left is an error."""
+        for index, message in enumerate(messages):
+            if index in out.answers:
+                start, end = out.answers[index]
+                lost = _lost(message, self._token.sub("", out.text[start:end]))
+                if lost:
+                    raise TemplateFault(_dropping(f"the {lost} of answer {index}", ("messages", index)))
+            elif message.role != "tool" and message.content.strip() not in out.text:
+                whose = f"the text of message {index}, from '{message.role}'"
+                yield _dropping(whose, ("messages", index), severity="warning")
+        if conversation.tools and not any(name in out.text for name in _names(conversation.tools)):
+            yield _dropping("the tools", ("tools",), severity="warning")
 
     def _write(self, turns: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
         try:
@@ -121,6 +139,23 @@ class Template:
         last = tokens[-1] if tokens else None
         out.ends = last is not None and not out.text[last.end() : end].strip()
         return (start, last.end()) if last is not None and out.ends else (start, end)
+
+
+def _lost(message: Message, written: str) -> str:
+    """What of an answer is not in its text, of which the control tokens were taken out."""
+    if not all(name in written for name in _names(message.tool_calls)):
+        return "tool calls"
+    return "text" if message.content.strip() and not written.strip() else ""
+
+
+def _names(calls: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of functions, in OpenAI's form or without its wrapper."""
+    functions = [call.get("function") or call for call in calls]
+    return [str(function["name"]) for function in functions if function.get("name")]
+
+
+def _dropping(what: str, path: Path, *, severity: Severity = "error") -> Problem:
+    return Problem("template_drops_text", f"the chat template leaves out {what}", path, severity=severity)
 
 
 def _unstable(found: str, index: int) -> Problem:

@@ -335,3 +335,50 @@ def test_whatever_a_template_raises_is_a_finding(source: str, tokenizer: PreTrai
     finding = encode(chat(random.Random(0)), tokenizer, chat_template=source)
     assert isinstance(finding, Finding)
     assert finding.code == "template_refused"
+
+
+CLOCK = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "what"),
+    [
+        (Message("assistant", "", tool_calls=(CLOCK,)), "tool calls"),
+        (Message("assistant", "Let me look.", tool_calls=(CLOCK,)), "tool calls"),
+        (Message("assistant", "never written"), "text"),
+    ],
+)
+def test_an_answer_the_template_leaves_out_is_an_error(
+    answer: Message, what: str, tokenizer: PreTrainedTokenizerFast, templates: SimpleNamespace
+) -> None:
+    """Else the model would learn to end its turn at once."""
+    silent = "{% if m.content == 'never written' %}{% else %}{{ m.content }}{% endif %}"
+    source = templates.source["chatml"].replace("{{ m.content }}", silent)
+    finding = encode(Conversation((Message("user", "Hi"), answer), ROW), tokenizer, chat_template=source)
+    assert isinstance(finding, Finding)
+    assert (finding.code, finding.severity, finding.path) == ("template_drops_text", "error", "$.messages[1]")
+    assert f"the {what} of answer 1" in finding.found
+
+
+def test_a_question_or_tools_that_the_template_leaves_out_are_named(
+    tokenizer: PreTrainedTokenizerFast, templates: SimpleNamespace
+) -> None:
+    source = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+    source += templates.source["chatml"]
+    messages = (Message("system", " Be brief.\n"), Message("user", "  Hi "), Message("assistant", "Yes"))
+    row = Conversation(messages, ROW, tools=({"name": "clock"},))
+    example, problems = Encoder(tokenizer, source).encode(row)
+    assert example is not None
+    assert [(p.code, p.severity, p.path) for p in problems] == [
+        ("template_drops_text", "warning", ("messages", 0)),
+        ("template_drops_text", "warning", ("tools",)),
+    ]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_known_template_is_said_to_leave_anything_out(
+    style: str, any_tokenizer: PreTrainedTokenizerFast, templates: SimpleNamespace
+) -> None:
+    for seed in range(20):
+        _, problems = Encoder(any_tokenizer, templates.source[style]).encode(chat(random.Random(seed)))
+        assert "template_drops_text" not in {problem.code for problem in problems}

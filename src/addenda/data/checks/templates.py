@@ -6,7 +6,14 @@ from typing import ClassVar
 
 from addenda.data.checks.base import Check, register
 
-__all__ = ["NoChatTemplate", "NoEndToken", "RowTooManyTokens", "TemplateNotPrefixStable", "TemplateRefused"]
+__all__ = [
+    "NoChatTemplate",
+    "NoEndToken",
+    "RowTooManyTokens",
+    "TemplateDropsText",
+    "TemplateNotPrefixStable",
+    "TemplateRefused",
+]
 
 _ROW = b'{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]}\n'
 _SYSTEM = _ROW.replace(b'[{"role": "user"', b'[{"role": "system", "content": "Be kind."}, {"role": "user"')
@@ -61,6 +68,27 @@ class TemplateNotPrefixStable(_TemplateCheck):
     bad = _ROW
     good = _ROW
     template = "{{ messages | length }} turns\n" + _CHATML
+
+
+@register
+class TemplateDropsText(_TemplateCheck):
+    """The chat template leaves out a part of the conversation.
+
+    What it finds: an answer, or a tool call in it, that is not in the rendered text: an error. A system or user
+    message, or descriptions of tools, that are not in it: a warning.
+    Why it matters: of such an answer only the end token is left, and the model learns to say nothing; without
+    the rest it learns answers to what it never saw.
+    Example: tool calls for a model whose template knows no tools.
+    What to do: choose a base whose template writes them, or take them out of the rows.
+    """
+
+    code, severity, stage = "template_drops_text", "error", "encode"
+    fix = "choose a base whose template writes it, or take it out of the rows"
+    bad = (
+        b'{"messages": [{"role": "user", "content": "The time?"}, {"role": "assistant", "tool_calls": '
+        b'[{"type": "function", "function": {"name": "clock", "arguments": {}}}]}]}\n'
+    )
+    good = _ROW
 
 
 @register
