@@ -123,15 +123,24 @@ class Template:
         until = self._write(turns[: index + 1], tools)
         if out.text.startswith(until) and len(until) >= start:
             return len(until)
-        # The template writes the last answer otherwise than earlier ones; the content itself is still there.
-        content = turns[index]["content"].strip()
-        at = out.text.find(content, start)
-        end = self._token.search(out.text, at + len(content)) if content and at >= 0 else None
-        if end is None or out.text[at + len(content) : end.start()].strip():
+        end = self._end_of_earlier(out.text, start, as_last=until[start:], content=turns[index]["content"])
+        if end is None:
             found = f"answer {index} cannot be found in the text of the whole conversation"
             raise TemplateFault(Problem("template_not_prefix_stable", found, ("messages", index)))
         out.problems.append(_unstable("an answer is written otherwise when it is the last", index))
-        return end.end()
+        return end
+
+    def _end_of_earlier(self, text: str, start: int, *, as_last: str, content: str) -> int | None:
+        """Where an answer ends that the template writes otherwise when it is the last one."""
+        for cut in range(
+            1, len(as_last)
+        ):  # the last one begins with something more, such as a thinking block
+            if text.startswith(as_last[cut:], start) and self._token.search(as_last, cut):
+                return start + len(as_last) - cut
+        content = content.strip()  # it ends otherwise; its content is still there
+        at = text.find(content, start) + len(content)
+        end = self._token.search(text, at) if content and at >= len(content) else None
+        return None if end is None or text[at : end.start()].strip() else end.end()
 
     def _up_to_end_token(self, out: Rendered, start: int, end: int) -> Span:
         """Leave out the white space after the answer's end-of-turn token."""

@@ -382,3 +382,24 @@ def test_no_known_template_is_said_to_leave_anything_out(
     for seed in range(20):
         _, problems = Encoder(any_tokenizer, templates.source[style]).encode(chat(random.Random(seed)))
         assert "template_drops_text" not in {problem.code for problem in problems}
+
+
+def test_a_tool_call_written_otherwise_when_it_is_the_last_is_found(
+    tokenizer: PreTrainedTokenizerFast, templates: SimpleNamespace
+) -> None:
+    """As Qwen3 does: the last answer begins with a thinking block, earlier ones do not."""
+    calls = "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    source = templates.source["thinking"].replace("{{ m.content }}", calls)
+    turns = (
+        Message("user", "time?"),
+        Message("assistant", "", tool_calls=(CLOCK,)),
+        Message("tool", "noon"),
+        Message("assistant", "It is noon."),
+    )
+    example, problems = Encoder(tokenizer, source).encode(Conversation(turns, ROW))
+    assert example is not None
+    assert {(p.code, p.severity) for p in problems} == {("template_not_prefix_stable", "warning")}
+    runs = trained_runs(example, tokenizer)
+    assert runs[0].startswith("[{")
+    assert runs[0].endswith("}]<|im_end|>")
+    assert runs[1] == "<think>\n\n</think>\n\nIt is noon.<|im_end|>"
