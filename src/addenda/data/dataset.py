@@ -19,6 +19,7 @@ from addenda.data.problem import Problem
 from addenda.data.raw import Container, RawRow
 from addenda.data.rows import Conversation, RowRef
 from addenda.data.source import open_container
+from addenda.data.table import Table
 from addenda.errors import DataError
 
 __all__ = ["Dataset", "Rows", "read_file", "to_finding"]
@@ -35,9 +36,9 @@ class Dataset:
     name: str
     """The path as the user gave it; ``<stdin>`` for standard input."""
     path: Path
-    container: Container | None
-    examiner: Examiner
-    report: Report = field(default_factory=Report)
+    container: Container | None = field(repr=False)
+    examiner: Examiner = field(repr=False)
+    report: Report = field(repr=False, default_factory=Report)
     """Every finding."""
     sha256: str = ""
     """Hash of the file's bytes."""
@@ -45,11 +46,11 @@ class Dataset:
     """Rows in the file, good and bad."""
     shapes: Counter[str] = field(default_factory=Counter)
     """How many rows have which shape."""
-    positions: array[int] = field(default_factory=lambda: array("q"))
+    positions: array[int] = field(repr=False, default_factory=lambda: array("q"))
     """Where each good row starts."""
-    lines: array[int] = field(default_factory=lambda: array("I"))
+    lines: array[int] = field(repr=False, default_factory=lambda: array("I"))
     """The line each good row starts on."""
-    digests: bytearray = field(default_factory=bytearray)
+    digests: bytearray = field(repr=False, default_factory=bytearray)
     """16 bytes for each good row, equal for rows that teach the same."""
     valid: Dataset | None = None
     """The validation rows that came with a folder, if any."""
@@ -123,7 +124,7 @@ class Rows:
     """Some rows of a data set, in file order; iterating reads the file once and holds one row at a time."""
 
     dataset: Dataset
-    indices: Sequence[int]
+    indices: Sequence[int] = field(repr=False)
     """Ascending positions among the good rows."""
 
     def __len__(self) -> int:
@@ -219,10 +220,13 @@ class _Scan:
 
     def _report(self, problem: Problem, raw: RawRow | None) -> None:
         report = self._dataset.report
-        if report.wants(problem.code):
-            report.add(to_finding(problem, self._dataset.name, raw))
-        else:
-            report.count(problem.code, problem.severity or CHECKS[problem.code].severity)
+        severity = problem.severity or CHECKS[problem.code].severity
+        if not report.wants(problem.code, severity):
+            report.count(problem.code, severity)
+            return
+        if raw is not None and isinstance(self._container, Table):
+            raw = self._container.at_cell(raw, problem.path)
+        report.add(to_finding(problem, self._dataset.name, raw))
 
     def _examine_file(self) -> None:
         dataset = self._dataset

@@ -72,18 +72,18 @@ class Report:
         (True, {'missing_content': 59}, 20)
     """
 
-    _kept: dict[str, list[Finding]] = field(default_factory=dict)
+    _kept: dict[tuple[Severity, str], list[Finding]] = field(default_factory=dict)
     _counts: Counter[tuple[Severity, str]] = field(default_factory=Counter)
 
-    def wants(self, code: str) -> bool:
-        """Whether another finding of this code would be kept in full (else it is enough to count it)."""
-        return len(self._kept.get(code, ())) < KEPT_PER_CODE
+    def wants(self, code: str, severity: Severity) -> bool:
+        """Whether another finding like this would be kept in full (else it is enough to count it)."""
+        return len(self._kept.get((severity, code), ())) < KEPT_PER_CODE
 
     def add(self, finding: Finding) -> None:
-        """Count a finding, and keep it while few of its code are kept."""
+        """Count a finding, and keep it while few of its code and severity are kept."""
         self._counts[finding.severity, finding.code] += 1
-        if self.wants(finding.code):
-            self._kept.setdefault(finding.code, []).append(finding)
+        if self.wants(finding.code, finding.severity):
+            self._kept.setdefault((finding.severity, finding.code), []).append(finding)
 
     def count(self, code: str, severity: Severity) -> None:
         """Count a finding without its text."""
@@ -92,9 +92,9 @@ class Report:
     def merge(self, other: Report) -> None:
         """Take over another report's findings and counts."""
         self._counts.update(other._counts)
-        for code, findings in other._kept.items():
-            room = KEPT_PER_CODE - len(self._kept.get(code, ()))
-            self._kept.setdefault(code, []).extend(findings[:room])
+        for kind, findings in other._kept.items():
+            room = KEPT_PER_CODE - len(self._kept.get(kind, ()))
+            self._kept.setdefault(kind, []).extend(findings[:room])
 
     @property
     def counts(self) -> dict[str, int]:

@@ -24,6 +24,14 @@ def test_twenty_are_shown_and_all_are_counted() -> None:
     assert len(list(report)) == 21
 
 
+def test_many_warnings_of_a_code_do_not_hide_its_error() -> None:
+    report = Report()
+    for line in range(1, 101):
+        report.add(finding("message_unrecognized_key", line, "warning"))
+    report.add(finding("message_unrecognized_key", 5000))
+    assert any(line.startswith("a.jsonl:5000:1: error") for line in report.lines())
+
+
 def test_a_clean_report_prints_nothing() -> None:
     report = Report()
     assert report.lines() == []
