@@ -99,14 +99,17 @@ def _text(console: Console, parts: dict[str, Dataset], shown: list[tuple[Example
     lines = []
     for name, part in parts.items():
         report = part.report
-        verdict = (
-            f"{report.errors:,} errors, {report.warnings:,} warnings" if len(report) else "no fault found"
-        )
+        counts = (_counted(report.errors, "error"), _counted(report.warnings, "warning"))
+        verdict = ", ".join(counts) if len(report) else "no fault found"
         lines += [f"{name}: {part.name}: {part.detected}: {verdict}", *report.lines(_MOST_FINDINGS)]
     for example, base in shown:
         head = f"{example.row}: {len(example):,} tokens, {example.trained_tokens:,} of them trained"
         lines += ["", console.paint(head, bold=True), _marked(console, example, base)]
     return "\n".join(lines)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _marked(console: Console, example: Example, base: LoadedBase) -> str:

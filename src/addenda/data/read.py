@@ -72,8 +72,9 @@ def read_dataset(
         dataset = read.file(Path(path))
     if valid is not None:
         dataset.valid = read.file(Path(valid))
-    if dataset.valid is not None:
-        _compare(dataset, dataset.valid)
+    for part in (dataset.valid, dataset.test):
+        if part is not None:
+            _compare(dataset, part)
     return dataset
 
 
@@ -143,7 +144,7 @@ def _one(folder: Path, files: list[Path], names: tuple[str, ...]) -> Path | None
 
 
 def _compare(train: Dataset, valid: Dataset) -> None:
-    """Report validation rows that are trained on."""
+    """Report validation or test rows that are trained on."""
     both = shared(train.digests, valid.digests)
     if both:
         first = valid.conversations[both[0]]

@@ -52,9 +52,17 @@ def open_container(path: Path, *, suffix: str, row_limit: int) -> Container | Pr
     start = len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
     notes = ("utf-8 with BOM" if start else "utf-8",) + (("CRLF",) if b"\r\n" in head else ())
     first = head[start:].lstrip()[:1]
-    if first in (b"{", b"[") and suffix not in (".csv", ".tsv"):
+    if first in (b"{", b"[") and (suffix not in (".csv", ".tsv") or _is_json_line(head[start:])):
         return _json(path, start, suffix, row_limit=row_limit, notes=notes)
     return _text(path, head[start:], start, suffix=suffix, row_limit=row_limit, notes=notes)
+
+
+def _is_json_line(head: bytes) -> bool:
+    """Whether the first line is JSON: a file named like a table that no table can be."""
+    try:
+        return isinstance(orjson.loads(head.split(b"\n", 1)[0]), dict | list)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def _wide_encoding(head: bytes) -> Problem | None:
@@ -85,7 +93,7 @@ def _text(
     line = head.split(b"\n", 1)[0].decode("utf-8", "replace").strip()
     separator = "\t" if suffix == ".tsv" else max(",;\t", key=line.count)
     names = {name.strip().strip('"') for name in line.split(separator)}
-    if suffix in (".csv", ".tsv") or (suffix == "" and names & MAPPABLE and line.count(separator)):
+    if suffix in (".csv", ".tsv") or (names & MAPPABLE and line.count(separator)):
         if separator not in (",", "\t"):
             notes = (*notes, f"separated by '{separator}'")
         kind = "tsv" if separator == "\t" else "csv"

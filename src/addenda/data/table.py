@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
 from typing import Any, BinaryIO
 
+from addenda.data.checks.encoding import InvalidUtf8
 from addenda.data.embedded import parse_embedded
-from addenda.data.jsonl import skip_line, too_long
-from addenda.data.problem import Problem
+from addenda.data.jsonl import skip_line
+from addenda.data.locate import line_and_column
+from addenda.data.problem import Path, Problem
 from addenda.data.raw import RawRow
 
 __all__ = ["Table", "cell_values"]
 
 _JSON_COLUMNS = ("messages", "conversations", "contents", "history", "tools", "prompt", "completion")
+_QUOTED = re.compile(rb'"(?:[^"]++|"")*+"')
 _OPTIONAL = ("system", "input", "history", "tools")
 
 
@@ -33,9 +37,8 @@ class _Lines:
     limit: int
     position: int
     line: int = 0
-    used: int = 0
-    """Bytes of the current record."""
-    nul: bool = False
+    record: bytearray = field(default_factory=bytearray)
+    """What was read of the current record."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -45,11 +48,10 @@ class _Lines:
         if not raw:
             raise StopIteration
         self.position += len(raw)
-        self.used += len(raw)
+        self.record += raw
         self.line += 1
-        if self.used > self.limit:
+        if len(self.record) > self.limit:
             raise _TooLong
-        self.nul = self.nul or b"\x00" in raw
         return raw.decode("utf-8")
 
     def back_to(self, position: int, line: int) -> None:
@@ -62,7 +64,7 @@ class _Lines:
 class Table:
     """Reader of separated values with a header; fields may be quoted and span lines."""
 
-    path: Path
+    path: FilePath
     start: int
     row_limit: int
     separator: str
@@ -87,7 +89,8 @@ class Table:
             twice = [name for name, count in Counter(self.header).items() if count > 1]
             if twice:
                 found = f"the header names column '{twice[0]}' twice"
-                yield RawRow(0, 1, self.start, problem=Problem("malformed_table", found))
+                problem = Problem("malformed_table", found, fix="give each column a name of its own")
+                yield RawRow(0, 1, self.start, problem=problem)
                 return
             yield from self._records(lines)
 
@@ -96,7 +99,8 @@ class Table:
         index = 0
         while row := self._record(lines, reader, index):
             if row.problem:
-                lines.back_to(row.position, row.line)
+                if row.data is None:  # where the record ends is unknown: its quotes are wrong
+                    lines.back_to(row.position, row.line)
                 reader = csv.reader(lines, delimiter=self.separator, strict=True)
             elif row.value is not None and row.value["fields"]:
                 self._name_fields(row, row.value["fields"])
@@ -108,24 +112,36 @@ class Table:
     def _record(self, lines: _Lines, reader: Iterator[list[str]], index: int) -> RawRow | None:
         """Read one record; None at the end of the file."""
         row = RawRow(index, lines.line + 1, lines.position)
-        lines.used, lines.nul = 0, False
+        lines.record = bytearray()
         try:
             row.value = {"fields": next(reader)}
         except StopIteration:
             return None
         except _TooLong:
-            row.problem = too_long(lines.used, self.row_limit)
-            row.problem = Problem(
-                row.problem.code, row.problem.found, fix="is a quote opened here and never closed?"
-            )
+            found = f"a row of more than {self.row_limit:,} bytes"
+            fix = "split or shorten the row; or is a quote opened here and never closed?"
+            row.problem = Problem("row_too_long", found, fix=fix)
         except csv.Error as error:
             row.problem = Problem("malformed_table", f"line {lines.line}: {error}")
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{error.object[error.start]:02x} on line {lines.line}"
-            row.problem = Problem("invalid_utf8", found)
-        if lines.nul:
-            row.problem = Problem("nul_character", "a zero byte")
+        except UnicodeDecodeError:
+            row.data = bytes(lines.record)
+            row.problem = next(InvalidUtf8.find(row.data))
+        if b"\x00" in lines.record:
+            row.data = bytes(lines.record)
+            row.problem = Problem("nul_character", "a zero byte", offset=lines.record.index(b"\x00"))
         return row
+
+    def at_cell(self, row: RawRow, path: Path) -> RawRow:
+        """The row with the place of the cell a path leads into; as it was where it leads into none."""
+        if row.problem or not path or path[0] not in self.header:
+            return row
+        with self.path.open("rb") as file:
+            file.seek(row.position)
+            lines = _Lines(file, self.row_limit, row.position)
+            self._record(lines, csv.reader(lines, delimiter=self.separator, strict=True), -1)
+        offset = _cell_start(lines.record, self.separator, self.header.index(str(path[0])))
+        line, column = line_and_column(bytes(lines.record), offset, line=row.line, column=1)
+        return replace(row, line=line, column=column)
 
     def _name_fields(self, row: RawRow, fields: list[str]) -> None:
         if len(fields) != len(self.header):
@@ -144,6 +160,20 @@ class Table:
                 return RawRow(-1, 0, position, problem=Problem("malformed_table", "the record is gone"))
             self._name_fields(row, row.value["fields"])
             return row
+
+
+def _cell_start(record: bytes | bytearray, separator: str, index: int) -> int:
+    """Return the byte offset at which a cell of a well-formed record starts.
+
+    Example:
+        >>> _cell_start(b'"a, b",c,d', ",", 2)
+        9
+    """
+    at = 0
+    for _ in range(index):
+        quoted = _QUOTED.match(record, at)
+        at = record.index(separator.encode(), quoted.end() if quoted else at) + 1
+    return at
 
 
 def cell_values(cells: dict[str, Any]) -> dict[str, Any]:

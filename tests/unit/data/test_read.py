@@ -394,7 +394,7 @@ def test_progress_counts_bytes(write: Write, monkeypatch: pytest.MonkeyPatch) ->
         (b"prompt,completion\na,b,c\nd,e\n", "t.csv", "malformed_table", "3 fields, the header has 2"),
         (b"prompt,prompt\na,b\n", "t.csv", "malformed_table", "names column 'prompt' twice"),
         (b'prompt,completion\na,"b\nc,d\n', "t.csv", "malformed_table", "unexpected end of data"),
-        (b"prompt,completion\na,b\xe9\nd,e\n", "t.csv", "invalid_utf8", "byte 0xe9 on line 2"),
+        (b"prompt,completion\na,b\xe9\nd,e\n", "t.csv", "invalid_utf8", "byte 0xe9"),
         (b"prompt,completion\na,b\x00\nd,e\n", "t.csv", "nul_character", "a zero byte"),
         (b"prompt,completion\n", "t.csv", "empty_file", "no rows"),
         (b"PAR1 nonsense", "t.parquet", "unreadable_file", "parquet: "),
@@ -423,7 +423,7 @@ def test_a_quote_never_closed_costs_one_row_not_the_file(write: Write) -> None:
     dataset = read_dataset(write(body, "t.csv"), row_limit=10_000)
     (error,) = [finding for finding in dataset.report if finding.severity == "error"]
     assert (error.code, error.line) == ("row_too_long", 2)
-    assert error.fix == "is a quote opened here and never closed?"
+    assert error.fix.endswith("is a quote opened here and never closed?")
     assert len(dataset) == 40_000
 
 
@@ -447,3 +447,53 @@ def test_wrong_settings_are_named(write: Write) -> None:
         read_dataset(path, columns={"question": "prompt"})
     with pytest.raises(ConfigError, match=r"row_limit must be at least 1[\s\S]*hint: the default"):
         read_dataset(path, row_limit=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "place"),
+    [
+        (b'completion,prompt\n"a, ""b""\nc",\n', "missing_content", (3, 4)),
+        (b'prompt,completion\n"a\nb",c\n\xc3\xa9, \n', "missing_content", (4, 3)),
+        (b'prompt,completion\n"a\nb",c\n"d\nxy\xe9",f\n', "invalid_utf8", (5, 3)),
+        (b'prompt,completion\na,b\n\xc3\xa9,"f\n\x00"\n', "nul_character", (4, 1)),
+        (b'prompt,messages\na,"[{""role"": ""bot"", ""content"": ""x""}]"\n', "unrecognized_role", (2, 3)),
+        (b"id,prompt,completion\n1,b,c\n", "unused_column", (2, 1)),
+    ],
+)
+def test_a_finding_in_a_table_names_the_place_in_the_file(
+    content: bytes, code: str, place: tuple[int, int], write: Write
+) -> None:
+    report = read_dataset(write(content, "t.csv")).report
+    assert [(f.line, f.column) for f in report if f.code == code] == [place], report.lines()
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "kind"),
+    [
+        (b'{"prompt": "a", "completion": "b"}\n' * 10, "rows.csv", "jsonl"),
+        (b'[{"prompt": "a", "completion": "b"}]', "rows.tsv", "json array"),
+        (b"prompt,completion\n" + b"a,b\n" * 10, "rows.jsonl", "csv"),
+        (b"prompt\tcompletion\n" + b"a\tb\n" * 10, "rows.txt", "tsv"),
+        (b'"[1]",prompt,completion\nx,a,b\n', "rows.csv", "csv"),
+    ],
+)
+def test_the_content_says_what_a_file_is_whatever_its_name(
+    content: bytes, name: str, kind: str, write: Write
+) -> None:
+    dataset = read_dataset(write(content, name))
+    assert dataset.detected.startswith(f"{kind}, prompt-completion, ")
+    assert not dataset.report.has_errors
+
+
+def test_a_data_set_is_shown_in_a_few_words(write: Write) -> None:
+    dataset = read_dataset(write(CONTAINERS["rows.jsonl"](pairs())))
+    assert len(repr(dataset)) < 500
+    assert len(repr(dataset.conversations)) < 600
+    assert "data.jsonl" in repr(dataset)
+
+
+def test_test_rows_that_are_trained_on_are_named(write: Write) -> None:
+    rows = CONTAINERS["rows.jsonl"](pairs())
+    dataset = read_dataset(write({"train.jsonl": rows, "test.jsonl": rows}))
+    assert dataset.test is not None
+    assert "train_valid_overlap" in dataset.test.report.counts

@@ -71,10 +71,10 @@ class DuplicateRow(Check):
 
 @register
 class TrainValidOverlap(Check):
-    """Rows of the validation file are in the training file too.
+    """Rows of the validation or test file are in the training file too.
 
     What it finds: conversations that both files hold.
-    Why it matters: the held-out loss then measures memory, not learning.
+    Why it matters: what is measured on them then is memory, not learning.
     Example: a split made after rows had been copied.
     What to do: remove them from one of the two files.
     """
