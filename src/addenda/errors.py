@@ -20,6 +20,7 @@ AddendaError
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "TrainingError",
     "UnsafeError",
     "nearest",
+    "visible",
 ]
 
 
@@ -159,3 +161,17 @@ def nearest(word: str, names: Iterable[str], *, count: int = 3) -> list[str]:
         'v_proj'
     """
     return difflib.get_close_matches(word, list(names), n=count, cutoff=0.5)
+
+
+# All but tab and line feed; then the marks that turn the direction of text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    r"""Write control characters out, so that a terminal shows what a file holds and obeys none of it.
+
+    Example:
+        >>> visible("a\x1b[2Jb\tc")
+        'a\\x1b[2Jb\tc'
+    """
+    return _CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode("ascii"), text)

@@ -10,6 +10,7 @@ from addenda.cli.console import Console
 from addenda.cli.display import Display
 from addenda.cli.recipe_flags import read_recipe, recipe_flags
 from addenda.cli.verb import verb
+from addenda.errors import visible
 
 if TYPE_CHECKING:
     from addenda.bases import LoadedBase
@@ -101,7 +102,7 @@ def _text(console: Console, parts: dict[str, Dataset], shown: list[tuple[Example
         report = part.report
         counts = (_counted(report.errors, "error"), _counted(report.warnings, "warning"))
         verdict = ", ".join(counts) if len(report) else "no fault found"
-        lines += [f"{name}: {part.name}: {part.detected}: {verdict}", *report.lines(_MOST_FINDINGS)]
+        lines += [visible(f"{name}: {part.name}: {part.detected}: {verdict}"), *report.lines(_MOST_FINDINGS)]
     for example, base in shown:
         head = f"{example.row}: {len(example):,} tokens, {example.trained_tokens:,} of them trained"
         lines += ["", console.paint(head, bold=True), _marked(console, example, base)]
@@ -117,6 +118,5 @@ def _marked(console: Console, example: Example, base: LoadedBase) -> str:
 
     if console.paint("x", fg="green") == "x":
         return bracketed(example, base.tokenizer)
-    return "".join(
-        console.paint(text, fg="green") if on else text for text, on in segments(example, base.tokenizer)
-    )
+    parts = ((visible(text), on) for text, on in segments(example, base.tokenizer))
+    return "".join(console.paint(text, fg="green") if on else text for text, on in parts)

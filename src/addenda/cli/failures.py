@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import click
 
-from addenda.errors import AddendaError
+from addenda.errors import AddendaError, visible
 
 __all__ = ["EXIT_CODES", "Failure", "describe", "report"]
 
@@ -41,7 +41,8 @@ class Failure:
     def text(self) -> str:
         """The message, its facts one per line, and the hint after a blank line."""
         lines = [f"error: {self.message}", *(f"  {key}: {value}" for key, value in self.where.items())]
-        return "\n".join([*lines, "", f"hint: {self.hint}"] if self.hint else lines)
+        text = "\n".join([*lines, "", f"hint: {self.hint}"] if self.hint else lines)
+        return visible(text)  # a file's own words may hold what a terminal would obey
 
     def document(self) -> dict[str, object]:
         """The JSON form: ``{"error": {"type", "message", "where", "hint"}}``."""

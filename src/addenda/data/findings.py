@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from addenda.errors import visible
+
 __all__ = ["KEPT_PER_CODE", "Finding", "Report", "Severity", "json_path"]
 
 Severity = Literal["error", "warning"]
@@ -57,7 +59,8 @@ class Finding:
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
         where = f" at {self.path}" if self.line else ""
-        return f"{place}: {self.severity} {self.code}{where}: {self.found}\n    fix: {self.fix}"
+        said = f"{place}: {self.severity} {self.code}{where}: {self.found}"
+        return f"{_one_line(said)}\n    fix: {_one_line(self.fix)}"
 
 
 @dataclass
@@ -151,6 +154,10 @@ class Report:
             "counts": self.counts,
             "findings": [asdict(finding) for finding in self.first(limit)],
         }
+
+
+def _one_line(text: str) -> str:
+    return visible(text).replace("\n", "\\n")
 
 
 def _errors_first(finding: Finding) -> bool:

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from addenda.data.rows import Example
+from addenda.errors import visible
 
 __all__ = ["bracketed", "segments"]
 
@@ -43,7 +44,8 @@ def bracketed(example: Example, tokenizer: Any) -> str:
         >>> bracketed(Example((72, 105, 33), (False, True, True), RowRef("a", 1, 0)), Letters())
         'H[i!]'
     """
-    return "".join(f"[{text}]" if trained else text for text, trained in segments(example, tokenizer))
+    parts = ((visible(text), trained) for text, trained in segments(example, tokenizer))
+    return "".join(f"[{text}]" if trained else text for text, trained in parts)
 
 
 def _decoded(tokenizer: Any, ids: tuple[int, ...]) -> str:

@@ -13,7 +13,12 @@ from addenda.cli.failures import EXIT_CODES, describe
 from addenda.settings import resolve
 
 
-@pytest.mark.parametrize("name", [name for name in errors.__all__ if name != "nearest"])
+def test_what_a_file_says_is_shown_and_not_obeyed() -> None:
+    failure = describe(errors.BaseModelError("the template says: \x1b[2J", where={"file": "a\x07b"}))
+    assert failure.text() == "error: the template says: \\x1b[2J\n  file: a\\x07b"
+
+
+@pytest.mark.parametrize("name", [name for name in errors.__all__ if name not in ("nearest", "visible")])
 def test_every_addenda_error_keeps_message_hint_and_code(name: str) -> None:
     kind = getattr(errors, name)
     failure = describe(kind("it broke", where={"file": "a.txt"}, hint="mend it"))

@@ -60,3 +60,11 @@ def test_merging_adds_counts_and_keeps_few() -> None:
 def test_a_finding_about_the_whole_file_has_no_place() -> None:
     text = str(Finding("empty_file", "error", "a.jsonl", 0, 0, "$", "no rows", "write some"))
     assert text == "a.jsonl: error empty_file: no rows\n    fix: write some"
+
+
+def test_a_finding_is_one_line_that_a_terminal_does_not_obey() -> None:
+    hostile = "\x1b]0;title\x07\r\n\u202e"
+    text = str(Finding("data_type", "error", f"a{hostile}", 1, 1, "$", f"found {hostile}", f"fix {hostile}"))
+    assert text.count("\n") == 1
+    assert not {"\x1b", "\x07", "\r", "\u202e"} & set(text)
+    assert "\\x1b]0;title\\x07\\r\\n\\u202e" in text

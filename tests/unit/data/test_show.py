@@ -26,3 +26,9 @@ def test_trained_parts_are_bracketed(tokenizer: PreTrainedTokenizerFast) -> None
     more = tokenizer(" my order?<|im_end|>", add_special_tokens=False)["input_ids"]
     example = Example((*ids, *more), (*[False] * len(ids), *[True] * len(more)), ROW)
     assert bracketed(example, tokenizer) == "Where is[ my order?<|im_end|>]"
+
+
+def test_control_characters_of_a_row_are_written_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("a\x1b[2J\rb\tc\nd", add_special_tokens=False)["input_ids"]
+    example = Example(tuple(ids), (False,) * len(ids), RowRef("a", 1, 0))
+    assert bracketed(example, tokenizer) == "a\\x1b[2J\\rb\tc\nd"
