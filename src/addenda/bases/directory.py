@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["open_directory"]
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
+_LARGER = 2
+"""A config may describe so many times what the files hold; what then does not fit is named tensor by tensor."""
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -50,11 +53,11 @@ def open_directory(
         NotFoundError: a needed file is missing.
     """
     weights = weight_files(folder)
-    stored = _stored(weights)
+    stored, values = _stored(weights)
     config, kind = load_config(folder, tensors=stored.total())
     tokenizer = _load_tokenizer(folder, config)
     dtype = dtype or _compute_dtype(stored, folder)
-    model = _load_model(folder, config, kind, dtype)
+    model = _load_model(folder, config, kind, dtype, values=values)
     context, context_notes = _context_length(config, tokenizer)
     template = _template(tokenizer) if kind == "causal-lm" else None
     return LoadedBase(
@@ -101,7 +104,9 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load_model(
+    folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.dtype, *, values: int
+) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -109,6 +114,7 @@ def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.
     loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
     with quiet_transformers():
         try:
+            _require_size(loader, config, values=values, folder=folder)
             model, info = loader.from_pretrained(
                 str(folder),
                 config=config,
@@ -118,6 +124,8 @@ def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below, all at once
             )
+        except BaseModelError:
+            raise
         except MemoryError as error:
             hint = "free memory, ask for dtype=torch.bfloat16, or take a smaller model"
             raise OutOfMemory("the model does not fit into memory", where=where, hint=hint) from error
@@ -126,6 +134,20 @@ def _load_model(folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.
             raise BaseModelError(f"the weights cannot be loaded: {error}", where=where, hint=hint) from error
     _require_exact(info, folder)
     return model.eval()
+
+
+def _require_size(loader: Any, config: PreTrainedConfig, *, values: int, folder: Path) -> None:
+    """Raise if the config describes a model far larger than its files, before memory is taken for it."""
+    import torch
+
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in loader.from_config(config).parameters())
+    if described > _LARGER * values:
+        raise BaseModelError(
+            f"'config.json' describes {described:,} parameters, the files hold {values:,}",
+            where={"folder": folder},
+            hint="take config.json and weights from the same model",
+        )
 
 
 def _require_exact(info: dict[str, Any], folder: Path) -> None:
@@ -148,15 +170,18 @@ def _require_exact(info: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _stored(weights: list[Path]) -> Counter[str]:
-    """Return the number of tensors by stored dtype, from the headers alone."""
+def _stored(weights: list[Path]) -> tuple[Counter[str], int]:
+    """Return the number of tensors by stored dtype, and of all values, from the headers alone."""
     from safetensors import SafetensorError, safe_open
 
-    found: Counter[str] = Counter()
+    found, values = Counter[str](), 0
     for path in weights:
         try:
             with safe_open(path, framework="pt") as file:
-                found.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118 - no mapping
+                for name in file.keys():  # noqa: SIM118 - no mapping
+                    tensor = file.get_slice(name)
+                    found[tensor.get_dtype()] += 1
+                    values += math.prod(tensor.get_shape())
         except (SafetensorError, OSError) as error:
             raise BaseModelError(
                 f"'{path.name}' is not a whole safetensors file: {error}",
@@ -167,7 +192,7 @@ def _stored(weights: list[Path]) -> Counter[str]:
         raise BaseModelError(
             "the weight files hold no tensor", where={"file": weights[0]}, hint="fetch the file again"
         )
-    return found
+    return found, values
 
 
 def _compute_dtype(stored: Counter[str], folder: Path) -> torch.dtype:
@@ -204,6 +229,12 @@ def _template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     if isinstance(template, dict):
         template = template.get("default")
     if template is not None:
+        if not isinstance(template, str):
+            raise BaseModelError(
+                f"the chat template is no text but of type '{type(template).__name__}'",
+                where={"tokenizer": tokenizer.name_or_path},
+                hint="correct 'chat_template' in tokenizer_config.json",
+            )
         check_template(template)
     tokenizer.chat_template = template
     return template

@@ -35,7 +35,7 @@ __all__ = ["DEFAULT_BASE", "list_models", "load_base"]
 
 DEFAULT_BASE = MODELS[0].name
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
 def load_base(

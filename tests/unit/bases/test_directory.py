@@ -217,3 +217,21 @@ def test_a_template_that_takes_all_memory_is_refused_when_loaded(llama_folder: P
     (llama_folder / "chat_template.jinja").write_text("{{ 'a' * 200000000 }}")
     with pytest.raises(UnsafeError, match="the chat template takes more than"):
         open_directory(llama_folder, name="tiny", source="here")
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size"])
+def test_a_config_far_larger_than_its_files_takes_no_memory(
+    key: str, llama_folder: Path, change_json, monkeypatch
+) -> None:
+    """transformers would first make, and fill, what does not fit."""
+    change_json(llama_folder / "config.json", **{key: 100_000_000})
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(BaseModelError, match=r"^'config.json' describes .* parameters, the files hold"):
+        opened(llama_folder)
+
+
+def test_a_template_that_is_no_text_is_a_typed_error(llama_folder: Path, change_json) -> None:
+    (llama_folder / "chat_template.jinja").unlink()
+    change_json(llama_folder / "tokenizer_config.json", chat_template=5)
+    with pytest.raises(BaseModelError, match="no text but of type 'int'"):
+        opened(llama_folder)

@@ -167,3 +167,10 @@ def test_the_default_base_answers_sensibly_from_the_real_package(tmp_path: Path,
     assert "Paris" in base.tokenizer.decode(made)
     monkeypatch.setattr(load, "_prepare", lambda *a, **k: pytest.fail("prepared again"))
     assert load_base(cache_dir=tmp_path, verify=True).describe()["parameters"] == MODELS[0].parameters
+
+
+@pytest.mark.parametrize("name", ["../model", "./model", ".../x"])
+def test_a_relative_path_that_does_not_exist_is_no_hub_id(name: str) -> None:
+    with pytest.raises(NotFoundError, match="no base model") as caught:
+        load_base(name, offline=True)
+    assert caught.value.where["on disk"] == "no file or folder of this name"
