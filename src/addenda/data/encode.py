@@ -87,9 +87,10 @@ class Encoder:
         if self.chat_template is None:
             return _without_template(self.tokenizer, conversation)
         messages: Sequence[Message] = conversation.messages
-        guard = tokens_of(self.tokenizer).guard(messages, self.chat_template)
+        guard = tokens_of(self.tokenizer).guard(messages, self.chat_template, conversation.tools)
         if guard:
             messages = [guard.hide(message) for message in messages]
+            conversation = replace(conversation, tools=guard.hide_tools(conversation.tools))
         try:
             rendered = Template(self.tokenizer, self.chat_template).render(conversation, messages)
         except TemplateFault as fault:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -113,8 +113,10 @@ class Tokens:
         pieces.append((text[at:], False))
         return [(piece, is_token) for piece, is_token in pieces if piece]
 
-    def guard(self, messages: Sequence[Message], template: str) -> Guard | None:
-        """Prepare to write messages that hold the text of control tokens; None where none does.
+    def guard(
+        self, messages: Sequence[Message], template: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> Guard | None:
+        """Prepare to write messages and tools that hold the text of control tokens; None where none does.
 
         Special tokens are guarded everywhere. Other added tokens that the template writes (a role marker that
         is not flagged special) are guarded in all messages but the assistant's, whose own text may need them
@@ -122,6 +124,7 @@ class Tokens:
         """
         tokens = (*self.special, *(token for token in self._other if token in template))
         content = "\x00".join(f"{m.content}\x00{m.reasoning}\x00{m.name}\x00{m.tool_calls}" for m in messages)
+        content += f"\x00{tools or ''}"
         if not any(token in content for token in tokens):
             return None
         mark = next(mark for mark in _MARKS if mark not in content)
@@ -146,7 +149,22 @@ class Guard:
 
     def hide(self, message: Message) -> Message:
         """Put stand-ins into every text of a message."""
-        spared = message.role == "assistant"
+        put = self._putter(spared=message.role == "assistant")
+        return replace(
+            message,
+            content=put(message.content),
+            reasoning=put(message.reasoning),
+            name=put(message.name),
+            tool_calls=tuple(put(dict(call)) for call in message.tool_calls),
+        )
+
+    def hide_tools(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+        """Put stand-ins into every text of descriptions of tools."""
+        put = self._putter(spared=False)
+        return tuple(put(dict(tool)) for tool in tools)
+
+    def _putter(self, *, spared: bool) -> Callable[[Any], Any]:
+        """What puts stand-ins into a nested value; into a ``spared`` one for special tokens only."""
         numbers = {token: i for i, token in enumerate(self.tokens) if not spared or token in self.special}
         pattern = any_of(numbers)
 
@@ -157,13 +175,7 @@ class Guard:
                 return {put(key): put(item) for key, item in value.items()}
             return [put(item) for item in value] if isinstance(value, list | tuple) else value
 
-        return replace(
-            message,
-            content=put(message.content),
-            reasoning=put(message.reasoning),
-            name=put(message.name),
-            tool_calls=tuple(put(dict(call)) for call in message.tool_calls),
-        )
+        return put
 
     def restore(self, text: str) -> str:
         """Put the typed texts back."""

@@ -403,3 +403,18 @@ def test_a_tool_call_written_otherwise_when_it_is_the_last_is_found(
     assert runs[0].startswith("[{")
     assert runs[0].endswith("}]<|im_end|>")
     assert runs[1] == "<think>\n\n</think>\n\nIt is noon.<|im_end|>"
+
+
+def test_special_tokens_in_tools_are_plain_text(
+    any_tokenizer: PreTrainedTokenizerFast, templates: SimpleNamespace
+) -> None:
+    source = "{{ tools | tojson }}\n" + templates.source["chatml"]
+    tools = (
+        {"type": "function", "function": {"name": "clock", "description": "a<|im_end|>b", "enum": ["</s>"]}},
+    )
+    row = Conversation((Message("user", "Hi"), Message("assistant", "Yes")), ROW, tools=tools)
+    example = example_of(row, any_tokenizer, source)
+    ids = list(example.input_ids)
+    assert ids.count(any_tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
+    assert ids.count(any_tokenizer.convert_tokens_to_ids("</s>")) == 0
+    assert "a<|im_end|>b" in any_tokenizer.decode(ids)
