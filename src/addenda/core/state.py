@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from addenda.core import registry
-from addenda.core.attach import attach_paths
-from addenda.core.fingerprint import fingerprint
+from addenda.core.attaching import attach_paths
+from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
-from addenda.core.plan import planned_rows
+from addenda.core.planning import planned_rows
 from addenda.core.targets import exact
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 

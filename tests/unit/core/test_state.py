@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import addenda
-from addenda.core.attach import attach_paths
-from addenda.core.fingerprint import fingerprint
+from addenda.core.attaching import attach_paths
+from addenda.core.fingerprints import fingerprint
 from addenda.errors import CheckpointError, NotFoundError
 
 

@@ -10,7 +10,7 @@ from addenda.core.contract import Adapter, Method
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.host import install
 from addenda.core.layers import LayerView, view_of
-from addenda.core.plan import plan
+from addenda.core.planning import plan
 from addenda.core.probe import Probe, own_batch, prove
 from addenda.core.targets import Targets
 from addenda.errors import NotFoundError, TargetError
