@@ -115,7 +115,7 @@ class LinearView(LayerView):
 
     def _fusible(self, x: Tensor) -> bool:
         # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
-        plain = x.dtype == self.dtype and not torch.is_autocast_enabled(x.device.type)
+        plain = x.dtype == self.dtype and not x.is_nested and not torch.is_autocast_enabled(x.device.type)
         frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
         return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
 
@@ -157,6 +157,10 @@ class ConvView(LayerView):
     @property
     def channels_in(self) -> int | None:
         return int(self.module.in_channels)
+
+    @property
+    def groups(self) -> int:
+        return int(self.module.groups)
 
     @property
     def _space(self) -> int:
