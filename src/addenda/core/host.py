@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base
 from addenda.core.layers import LayerView
 
-__all__ = ["Host", "HostState", "host_of", "install", "remove"]
+__all__ = ["Host", "HostState", "adapter_prefixes", "host_of", "install", "remove"]
 
 
 class HostState:
@@ -106,6 +106,12 @@ def _noop_hook(module: nn.Module, args: object, output: object) -> None:
 def host_of(module: nn.Module) -> Host | None:
     """Return the module as a host, or None where it carries no adapter."""
     return module if isinstance(module, Host) else None
+
+
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of all adapter parameters on the model start with; a shared layer has several names."""
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if host_of(module)]
+    return tuple(f"{path}.adapters." if path else "adapters." for path in paths)
 
 
 def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter) -> None:

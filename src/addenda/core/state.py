@@ -52,6 +52,7 @@ def save(
     Raises:
         NotFoundError: the model carries no such adapter.
         CheckpointError: a value is not finite, or the folder holds something else.
+        ConfigError: the provenance is not JSON-able.
 
     Example:
         >>> import addenda, tempfile
@@ -64,6 +65,8 @@ def save(
     handle = _the_one(model, name)
     target = Path(folder)
     _require_replaceable(target)
+    _require_values(handle)
+    _require_plain(provenance)
     tensors = _tensors(handle)
     _require_finite(tensors, f"adapter '{handle.name}'")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +290,31 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
             value.copy_(given)
 
 
+def _require_values(handle: Handle) -> None:
+    if any(parameter.is_meta for parameter in handle.parameters()):
+        raise CheckpointError(
+            f"adapter '{handle.name}' has no values: it is on the meta device",
+            hint="load the base's values before attaching",
+        )
+
+
+def _require_plain(provenance: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(provenance, allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise ConfigError(
+            f"the provenance cannot be written as JSON: {problem}",
+            hint="give texts, finite numbers, lists and mappings",
+        ) from problem
+
+
 def _require_replaceable(target: Path) -> None:
+    if target.name in ("", ".."):
+        raise CheckpointError(
+            f"'{target}' cannot be replaced as a whole",
+            where={"folder": target.resolve()},
+            hint="name a folder for the adapter alone, such as 'adapter'",
+        )
     if target.exists() and not (
         target.is_dir() and ((target / _MANIFEST).exists() or not any(target.iterdir()))
     ):
