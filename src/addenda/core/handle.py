@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Method
-from addenda.core.host import Host, HostState, adapter_prefixes, remove
+from addenda.core.host import Host, HostState, adapter_prefixes, remove, require_module
 from addenda.errors import MethodError
 
 __all__ = ["Handle", "handles"]
@@ -184,6 +184,14 @@ class Handle:
                 if made
                 else "load the base's values before attaching",
             )
+        more = [path for path in self._hosts if not self._host(path)._addenda.view.is_plain()]
+        if more:
+            raise MethodError(
+                f"'{more[0]}' ({self._host(more[0]).original_class.__name__}) does more than apply its weight: "
+                "no weight gives what the adapter gives",
+                where={"layers": len(more)},
+                hint="leave such layers out of the targets, or keep the adapter beside its base",
+            )
         tied = [f"'{path}' with '{other}'" for path, other in _tied(self.model, self._hosts).items()]
         if tied:
             raise MethodError(
@@ -252,6 +260,7 @@ def _registry(model: nn.Module) -> Registry:
 
 def handles(model: nn.Module) -> dict[str, Handle]:
     """Return the handles of all adapters on the model, by name."""
+    require_module(model)
     registry = model.__dict__.get("_addenda_registry")
     return dict(registry.handles) if registry else {}
 

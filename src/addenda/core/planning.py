@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from addenda.core.contract import Base, Method
-from addenda.core.host import adapter_prefixes
+from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
 from addenda.errors import MethodError
@@ -85,6 +85,12 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
         >>> addenda.plan(model, addenda.LoRA(rank=2), targets="all-linear").parameters
         36
     """
+    require_module(model)
+    if not isinstance(method, Method):
+        raise MethodError(
+            f"a method is an object such as LoRA(rank=16), not {method!r}",
+            hint="make one of the classes that 'addenda methods' lists, with its settings",
+        )
     wanted = default_targets(model, method) if targets is None else targets
     layers = resolve(model, wanted, kinds=method.layer_kinds())
     rows = planned_rows(method, layers)

@@ -20,6 +20,7 @@ from addenda.core import registry
 from addenda.core.attaching import attach_paths
 from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
+from addenda.core.host import require_module
 from addenda.core.planning import planned_rows
 from addenda.core.targets import exact
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
@@ -99,6 +100,7 @@ def load(
         CheckpointError: the files are damaged, disagree, hold non-finite values, or belong to another base. The
             model is then as it was.
     """
+    require_module(model)
     source = Path(folder)
     manifest = read_manifest(source)
     _require_same_base(model, manifest, source)
@@ -167,7 +169,9 @@ def _require_form(manifest: Any, path: Path) -> None:
     wrong = [key for key, kind in shape.items() if not isinstance(manifest.get(key), kind)]
     _refuse(f"'{path}' lacks or misstates {', '.join(wrong)}", path, unless=not wrong)
     _refuse(
-        f"'{path}' misstates layers", path, unless=all(isinstance(layer, str) for layer in manifest["layers"])
+        f"'{path}' misstates layers",
+        path,
+        unless=bool(manifest["layers"]) and all(isinstance(layer, str) for layer in manifest["layers"]),
     )
     version = manifest["format_version"]
     _refuse(

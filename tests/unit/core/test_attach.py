@@ -358,3 +358,28 @@ def test_what_all_linear_leaves_out_is_said_in_a_list_too() -> None:
     alone, listed = (addenda.plan(layer, addenda.LoRA(rank=2), t) for t in ("all-linear", ["all-linear"]))
     assert alone.notes == listed.notes
     assert "out_proj" in alone.notes[0]
+
+
+@pytest.mark.parametrize("method", ["lora", addenda.LoRA, None])
+def test_what_is_no_method_is_refused_in_words(method: object) -> None:
+    with pytest.raises(MethodError, match=r"a method is an object such as LoRA\(rank=16\)"):
+        addenda.attach(TwoLayers(), method, "q_proj")
+
+
+def test_what_is_no_module_is_refused_and_one_that_holds_it_is_pointed_at() -> None:
+    class Holder:
+        model = TwoLayers()
+
+    verbs = [
+        lambda m: addenda.attach(m, addenda.LoRA(rank=2)),
+        lambda m: addenda.plan(m, addenda.LoRA(rank=2)),
+        lambda m: addenda.save(m, "nowhere"),
+        lambda m: addenda.load(m, "nowhere"),
+        addenda.detach,
+    ]
+    for verb in verbs:
+        with pytest.raises(TargetError, match="not a Holder") as caught:
+            verb(Holder())
+        assert "'model'" in caught.value.hint
+        with pytest.raises(TargetError, match="not a dict"):
+            verb({})

@@ -183,6 +183,36 @@ def test_merging_into_a_computed_weight_is_refused_and_changes_nothing() -> None
     assert torch.equal(model(x), adapted)
 
 
+class Scaled(nn.Embedding):
+    """An embedding that scales what it looks up, as Gemma's does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 3.0
+
+
+class Same(nn.Linear):
+    """A linear layer with a forward of its own that computes the same."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.t() + self.bias
+
+
+def test_merging_into_a_layer_that_does_more_than_apply_its_weight_is_refused() -> None:
+    model = nn.Sequential(Scaled(9, 6), Same(6, 6))
+    handle = addenda.attach(model, addenda.LoRA(rank=2), ["0", "1"])
+    stir(handle)
+    adapted = model(torch.arange(9))
+    with pytest.raises(MethodError, match=r"'0' \(Scaled\) does more than apply its weight"):
+        handle.merge()
+    assert torch.equal(model(torch.arange(9)), adapted)
+    handle.detach()
+    handle = addenda.attach(model, addenda.LoRA(rank=2), "1")
+    stir(handle)
+    adapted = model(torch.arange(9))
+    handle.merge()
+    torch.testing.assert_close(model(torch.arange(9)), adapted, rtol=1e-4, atol=1e-4)
+
+
 def test_merging_without_values_is_refused() -> None:
     handle = addenda.attach(pair().to("meta"), addenda.LoRA(rank=2), "all-linear")
     with pytest.raises(MethodError, match="no values"):

@@ -70,6 +70,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "huge rank": (lambda f: edit(f, lambda m: m["settings"].update(rank=200_000)), "rank 200000 exceeds"),
     "other rank": (lambda f: edit(f, lambda m: m["settings"].update(rank=4)), "has shape"),
     "layer of no model": (lambda f: edit(f, lambda m: m["layers"].append("9")), "'9' is no adaptable layer"),
+    "no layers": (lambda f: edit(f, lambda m: m["layers"].clear()), "misstates layers"),
     "fewer layers": (lambda f: edit(f, lambda m: m["layers"].remove("0")), "belong to nothing"),
     "other base": (lambda f: edit(f, lambda m: m["base"].update(fingerprint="sha256-0")), "another base"),
     "missing tensor": (lambda f: rewrite_tensors(f, lambda t: t.pop("0.A")), "missing, first '0.A'"),
