@@ -203,6 +203,10 @@ def resolve(
     Raises:
         ConfigError: unknown keys, values of a wrong type or out of range; all of them at once.
         NotFoundError: the file does not exist.
+
+    Example:
+        >>> resolve(sets=["train.epochs=1", "method.name=ia3"]).method.name
+        'ia3'
     """
     given, problems = _given(file, sets, flags)
     method_type = registry.get(str(given.get("method.name", ("lora", None))[0]))

@@ -96,6 +96,14 @@ def detach(model: nn.Module, name: str = "default") -> None:
 
     Raises:
         NotFoundError: the model carries no such adapter.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = addenda.attach(model, addenda.BitFit(), name="shift")
+        >>> addenda.detach(model, "shift")
+        >>> type(model[0]).__name__
+        'Linear'
     """
     on_model = handles(model)
     if name not in on_model:

@@ -21,6 +21,26 @@ class Handle:
     """One adapter on a model: its parameters, and its switch.
 
     Made by :func:`addenda.attach` and :func:`addenda.load`.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"])
+        >>> handle
+        <Handle 'default': lora, 1 layers, 24 parameters, active>
+        >>> handle.disable()
+        >>> handle.active
+        False
+        >>> handle.enable()
+        >>> handle.merge()
+        >>> handle.merged
+        True
+        >>> handle.unmerge()
+        >>> [name for name, _ in handle.named_parameters()]
+        ['0.A', '0.B']
+        >>> handle.detach()
+        >>> handle.paths
+        []
     """
 
     def __init__(self, model: nn.Module, method: Method, name: str, hosts: dict[str, nn.Module]) -> None:

@@ -35,7 +35,15 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be adapted, how many parameters that trains, and what is left out and why."""
+    """What would be adapted, how many parameters that trains, and what is left out and why.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> print(addenda.plan(model, addenda.LoRA(rank=2), targets=["0"]))
+        lora on 1 layers: 24 trainable parameters (52.17% of 46), 0.0 MiB
+             1 x 0                linear                   8 -> 4               24 each
+    """
 
     method: Method
     rows: tuple[PlannedLayer, ...]

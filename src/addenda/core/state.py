@@ -99,6 +99,15 @@ def load(
         NotFoundError: the folder holds no adapter.
         CheckpointError: the files are damaged, disagree, hold non-finite values, or belong to another base. The
             model is then as it was.
+
+    Example:
+        >>> import addenda, tempfile
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], name="support")
+        >>> folder = addenda.save(model, tempfile.mkdtemp() + "/adapter")
+        >>> handle.detach()
+        >>> addenda.load(model, folder)
+        <Handle 'support': lora, 1 layers, 24 parameters, active>
     """
     require_module(model)
     source = Path(folder)
