@@ -188,7 +188,7 @@ def recipe_page() -> str:
     from addenda.core.contract import Method
     from addenda.settings import Recipe, resolve
 
-    hints = typing.get_type_hints(Recipe)
+    hints = typing.get_type_hints(Recipe, localns={"Method": Method})
     top = {key: value for key, value in resolve().values().items() if "." not in key}
     rows = [
         [f"`{s.name}`", f"`{s.type}`", spelled(top[s.name]), s.text]

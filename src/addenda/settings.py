@@ -6,6 +6,7 @@ The method's own fields and the training settings are read from their classes, s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,14 +16,16 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from addenda.core import registry
-from addenda.core.contract import Method
 from addenda.errors import ConfigError, NotFoundError, nearest
 from addenda.train.config import TrainConfig
 
-__all__ = ["BaseSettings", "DataSettings", "EvalSettings", "Origin", "Recipe", "resolve"]
+if TYPE_CHECKING:
+    from addenda.core.contract import Method
+
+__all__ = ["BaseSettings", "DataSettings", "EvalSettings", "Origin", "Recipe", "resolve", "resolve_input"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,14 @@ class EvalSettings:
                 "samples must be at least 0 and max_new_tokens at least 1",
                 hint="set them in the section 'evals'",
             )
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "base": BaseSettings,
+    "data": DataSettings,
+    "train": TrainConfig,
+    "evals": EvalSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -192,15 +203,56 @@ def resolve(
     Raises:
         ConfigError: unknown keys, values of a wrong type or out of range; all of them at once.
         NotFoundError: the file does not exist.
+
+    Example:
+        >>> resolve(sets=["train.epochs=1", "method.name=ia3"]).method.name
+        'ia3'
     """
+    given, problems = _given(file, sets, flags)
+    method_type = registry.get(str(given.get("method.name", ("lora", None))[0]))
+    values = _conformed(given, {**_schema(), **_method_schema(method_type)}, problems)
+    origins = {key: origin for key, (_, origin) in given.items()}
+    return _build(values, origins, method_type, problems)
+
+
+def resolve_input(
+    *, file: Path | None = None, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
+) -> tuple[BaseSettings, DataSettings]:
+    """Return a recipe's base and data alone; arguments and errors as for `resolve`.
+
+    The method is looked at only where the recipe names one, so that reading data does not have to load the methods.
+
+    Example:
+        >>> resolve_input(flags={"data.path": "rows.jsonl"})[1].path
+        'rows.jsonl'
+    """
+    given, problems = _given(file, sets, flags)
+    values = _conformed(given, _schema(), problems)
+    if problems or any(key.startswith("method.") for key in given):
+        recipe = resolve(file=file, sets=sets, flags=flags)
+        return recipe.base, recipe.data
+    built = _sections(values, problems)
+    if problems:
+        _refuse(problems)
+    return built["base"], built["data"]
+
+
+def _given(
+    file: Path | None, sets: Sequence[str], flags: Mapping[str, object] | None
+) -> tuple[dict[str, tuple[Any, Origin]], dict[str, str]]:
+    """Return each key that was given, with its value and origin, and what could not be read."""
     given: dict[str, tuple[Any, Origin]] = {}
     problems: dict[str, str] = {}
     if file is not None:
         given.update({key: (value, Origin("file", str(file))) for key, value in _read(file).items()})
     given.update({key: (value, Origin("--set")) for key, value in _assignments(sets, problems).items()})
     given.update({k: (v, Origin("flag")) for k, v in (flags or {}).items() if v is not None})
-    method_type = registry.get(str(given.get("method.name", ("lora", None))[0]))
-    schema = dict(_schema(method_type))
+    return given, problems
+
+
+def _conformed(
+    given: Mapping[str, tuple[Any, Origin]], schema: Mapping[str, Any], problems: dict[str, str]
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, (value, origin) in given.items():
         if key not in schema:
@@ -210,30 +262,16 @@ def resolve(
             values[key] = _conform(value, schema[key])
         except _Unfit as wrong:
             problems[key] = f"{wrong}, got {_toml(value)} ({origin})"
-    origins = {key: origin for key, (_, origin) in given.items()}
-    return _build(values, origins, method_type, problems)
+    return values
 
 
 def _build(
     values: Mapping[str, Any], origins: dict[str, Origin], method_type: type[Method], problems: dict[str, str]
 ) -> Recipe:
-    built: dict[str, Any] = {}
-    sections: dict[str, Any] = {
-        "base": BaseSettings,
-        "data": DataSettings,
-        "train": TrainConfig,
-        "evals": EvalSettings,
-    }
-    for section, make in {**sections, "method": method_type}.items():
-        chosen = {
-            key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{section}.")
-        }
-        if section == "method":
-            chosen = {key: value for key, value in chosen.items() if key not in ("name", "targets")}
-        try:
-            built[section] = make(**chosen)
-        except ConfigError as wrong:
-            problems[section] = wrong.message
+    chosen = _section(values, "method")
+    built = _sections(values, problems)
+    with _named(problems, "method"):
+        built["method"] = method_type(**{k: v for k, v in chosen.items() if k not in ("name", "targets")})
     if problems:
         _refuse(problems)
     if built["train"].learning_rate is None:
@@ -246,6 +284,27 @@ def _build(
         "out": values.get("out"),
     }
     return Recipe(**built, **chosen, origins=origins)
+
+
+def _sections(values: Mapping[str, Any], problems: dict[str, str]) -> dict[str, Any]:
+    """Make every section but the method's."""
+    built: dict[str, Any] = {}
+    for section, make in _SECTIONS.items():
+        with _named(problems, section):
+            built[section] = make(**_section(values, section))
+    return built
+
+
+def _section(values: Mapping[str, Any], section: str) -> dict[str, Any]:
+    return {key.partition(".")[2]: v for key, v in values.items() if key.startswith(f"{section}.")}
+
+
+@contextlib.contextmanager
+def _named(problems: dict[str, str], section: str) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as wrong:
+        problems[section] = wrong.message
 
 
 def _refuse(problems: Mapping[str, str]) -> typing.NoReturn:
@@ -300,13 +359,25 @@ def _assignments(sets: Sequence[str], problems: dict[str, str]) -> dict[str, Any
     return found
 
 
-def _schema(method_type: type[Method]) -> Iterator[tuple[str, Any]]:
-    yield from {"name": str, "out": str}.items()
-    yield from {"method.name": str, "method.targets": str | tuple[str, ...]}.items()
-    sections = {"base": BaseSettings, "data": DataSettings, "train": TrainConfig, "evals": EvalSettings}
-    for section, owner in {**sections, "method": method_type}.items():
-        hints = typing.get_type_hints(owner)
-        yield from ((f"{section}.{f.name}", hints[f.name]) for f in dataclasses.fields(owner))
+def _schema() -> dict[str, Any]:
+    """Every key but the method's own, with its type."""
+    found: dict[str, Any] = {"name": str, "out": str}
+    for section, owner in _SECTIONS.items():
+        found.update(_fields(section, owner))
+    return found
+
+
+def _method_schema(method_type: type[Method]) -> dict[str, Any]:
+    return {
+        "method.name": str,
+        "method.targets": str | tuple[str, ...],
+        **_fields("method", method_type),
+    }
+
+
+def _fields(section: str, owner: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(owner)
+    return {f"{section}.{f.name}": hints[f.name] for f in dataclasses.fields(owner)}
 
 
 def _unknown(key: str, schema: Mapping[str, Any], origin: Origin) -> str:

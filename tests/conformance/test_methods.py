@@ -80,6 +80,7 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "conv1d": lambda: _conv(nn.Conv1d(16, 20, 3, padding=1), 9),
     "conv2d": lambda: _conv(nn.Conv2d(16, 20, 3, stride=2, padding=1), 8, 9),
     "conv2d-grouped": lambda: _conv(nn.Conv2d(16, 32, 3, groups=4, dilation=2, bias=False), 8, 9),
+    "conv2d-grouped-square": lambda: _conv(nn.Conv2d(16, 32, 2, groups=4), 8, 9),
     "conv2d-reflect": lambda: _conv(nn.Conv2d(16, 20, 3, padding="same", padding_mode="reflect"), 8, 9),
     "conv3d": lambda: _conv(nn.Conv3d(16, 20, (1, 2, 3)), 4, 5, 6),
     "embedding": _embedding,
@@ -317,6 +318,27 @@ def test_two_adapters_stack(method: Method, layer: str, case: tuple[nn.Module, T
     first.detach()
     second.detach()
     assert not hasattr(model.layer, "adapters")
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_what_is_declared_additive_commutes(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    for name in ("first", "second"):
+        stirred(addenda.attach(model, method, "layer", name=name))
+    if not model.layer.adapters["first"].additive:
+        return
+    before = model(batch)
+    model.layer._addenda.active.reverse()
+    torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
+    x = model.before(batch) if hasattr(model, "before") else batch
+    term = model.layer(x) - model.layer.original_class.forward(model.layer, x)
+    with torch.no_grad():
+        for parameter in model.layer.original_class.parameters(model.layer, recurse=False):
+            parameter.add_(1.0)
+    moved = model.layer(x) - model.layer.original_class.forward(model.layer, x)
+    torch.testing.assert_close(moved, term, rtol=1e-3, atol=1e-3)
 
 
 COMPILED = [case for case in CASES if case.values[1] in ("linear", "conv2d")]

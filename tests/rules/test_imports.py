@@ -49,6 +49,12 @@ def test_help_of_every_verb_needs_no_model_library(verb: str) -> None:
     assert not loaded_by(code) & {"torch", "transformers", "pyarrow", "pandas"}
 
 
+@pytest.mark.parametrize("command", [["check", "examples/data/support.jsonl"], ["models"]], ids=" ".join)
+def test_a_verb_that_needs_no_model_starts_without_torch(command: list[str]) -> None:
+    code = f"from addenda.cli.app import run\nassert run([*{command!r}, '--json']) == 0"
+    assert not loaded_by(code) & {"torch", "transformers", "pyarrow", "pandas"}
+
+
 def least_seconds(*command: str, repeats: int = 9) -> float:
     """The least processor time of several runs: the wall time on a machine that does nothing else."""
     times = []

@@ -38,6 +38,17 @@ def test_a_room_offers_exactly_what_it_lists(room: str) -> None:
     assert {n for n in listed if isinstance(getattr(module, n), types.ModuleType)} | offered(module) == listed
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_of_a_room_hides_a_name_that_the_room_offers(room: str) -> None:
+    """Importing a file sets its name on the room: a lazily offered name would then be the file."""
+    module = importlib.import_module(room)
+    offers = {n: getattr(module, n) for n in getattr(module, "__all__", ())}
+    things = {name for name, value in offers.items() if not isinstance(value, types.ModuleType)}
+    files = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == room}
+    lazy = hasattr(module, "__getattr__")
+    assert not (things & files if lazy else set())
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_has_every_name_it_lists(name: str) -> None:
     module = importlib.import_module(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from addenda.errors import ConfigError, NotFoundError
-from addenda.settings import Recipe, resolve
+from addenda.settings import Recipe, resolve, resolve_input
 
 
 def written(folder: Path, text: str) -> Path:
@@ -134,3 +134,22 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_recipes_with_the_same_values_are_equal_whatever_their_origins() -> None:
     assert isinstance(resolve(), Recipe)
     assert resolve(sets=["train.epochs=3"]) == resolve()
+
+
+@pytest.mark.parametrize(
+    "sets", [[], ["data.max_tokens=64", "base.source=x"], ["method.rank=4", "data.shape=text"]]
+)
+def test_base_and_data_alone_are_those_of_the_whole_recipe(sets: list[str]) -> None:
+    recipe = resolve(sets=sets)
+    assert resolve_input(sets=sets) == (recipe.base, recipe.data)
+
+
+@pytest.mark.parametrize(
+    "sets", [["method.rank=0"], ["data.max_tokens=no"], ["metod.rank=3"], ["nothing"], ["evals.samples=-1"]]
+)
+def test_base_and_data_alone_are_refused_as_the_whole_recipe_is(sets: list[str]) -> None:
+    with pytest.raises(ConfigError) as whole:
+        resolve(sets=sets)
+    with pytest.raises(ConfigError) as part:
+        resolve_input(sets=sets)
+    assert str(part.value) == str(whole.value)

@@ -8,14 +8,14 @@ import click
 
 from addenda.cli.console import Console
 from addenda.cli.display import Display
-from addenda.cli.recipe_flags import read_recipe, recipe_flags
+from addenda.cli.recipe_flags import read_input, recipe_flags
 from addenda.cli.verb import verb
 from addenda.errors import visible
 
 if TYPE_CHECKING:
     from addenda.bases import LoadedBase
     from addenda.data import Dataset, Example
-    from addenda.settings import Recipe
+    from addenda.settings import BaseSettings, DataSettings
 
 __all__ = ["command"]
 
@@ -46,15 +46,15 @@ def command(console: Console, data: str, show: int, valid: str | None, **flags: 
     """
     from addenda.data import read_dataset
 
-    recipe = read_recipe(**flags, data__path=data, data__valid=valid)
-    columns = {key: value for key in ("prompt", "completion") if (value := getattr(recipe.data, key))}
+    source, settings = read_input(**flags, data__path=data, data__valid=valid)
+    columns = {key: value for key in ("prompt", "completion") if (value := getattr(settings, key))}
     with Display(console) as display:
         dataset = read_dataset(
-            data, valid=recipe.data.valid, shape=recipe.data.shape, columns=columns, on_progress=display
+            data, valid=settings.valid, shape=settings.shape, columns=columns, on_progress=display
         )
         parts = {"train": dataset, "valid": dataset.valid, "test": dataset.test}
         there = {name: part for name, part in parts.items() if part is not None}
-        shown = _shown(recipe, dataset, show, display)
+        shown = _shown(source, settings, dataset, show, display)
     failed = any(part.report.has_errors for part in there.values())
     document = {
         "ok": not failed,
@@ -70,7 +70,9 @@ def _document(part: Dataset) -> dict[str, object]:
     return {**facts, "rows": part.row_count, "good_rows": len(part), **part.report.to_json(_MOST_FINDINGS)}
 
 
-def _shown(recipe: Recipe, dataset: Dataset, show: int, display: Display) -> list[tuple[Example, LoadedBase]]:
+def _shown(
+    source: BaseSettings, settings: DataSettings, dataset: Dataset, show: int, display: Display
+) -> list[tuple[Example, LoadedBase]]:
     if not show or not len(dataset):
         return []
     from itertools import islice
@@ -78,8 +80,8 @@ def _shown(recipe: Recipe, dataset: Dataset, show: int, display: Display) -> lis
     from addenda.data import encode_rows
     from addenda.recipe import encoder_for, prepare_base
 
-    base = prepare_base(recipe.base.source, recipe.base.template, None, display)
-    encoded = encode_rows(islice(dataset.conversations, show), encoder_for(base, recipe.data))
+    base = prepare_base(source.source, source.template, None, display)
+    encoded = encode_rows(islice(dataset.conversations, show), encoder_for(base, settings))
     for line in encoded.report.lines():
         display.say(line)
     return [(example, base) for example in encoded.examples]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from addenda.settings import Recipe
+    from addenda.settings import BaseSettings, DataSettings, Recipe
 
-__all__ = ["read_recipe", "recipe_flags"]
+__all__ = ["read_input", "read_recipe", "recipe_flags"]
 
 _FLAGS = (
     click.option(
@@ -43,7 +43,21 @@ def recipe_flags(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def read_recipe(
+def read_recipe(**flags: Any) -> Recipe:
+    """Resolve the recipe from the flags; further keywords are dotted keys, with ``__`` for the dot."""
+    from addenda.settings import resolve
+
+    return resolve(**_arguments(**flags))
+
+
+def read_input(**flags: Any) -> tuple[BaseSettings, DataSettings]:
+    """Resolve base and data alone, as `read_recipe` would; no method is loaded unless one is named."""
+    from addenda.settings import resolve_input
+
+    return resolve_input(**_arguments(**flags))
+
+
+def _arguments(
     *,
     file: Path | None,
     sets: tuple[str, ...],
@@ -51,13 +65,10 @@ def read_recipe(
     method: str | None,
     targets: str | None,
     **more: object,
-) -> Recipe:
-    """Resolve the recipe from the flags; ``more`` are further dotted keys, with ``__`` for the dot."""
-    from addenda.settings import resolve
-
+) -> dict[str, Any]:
     flags: dict[str, object] = {"base.source": base, "method.name": method, "method.targets": _split(targets)}
     flags.update({key.replace("__", "."): value for key, value in more.items()})
-    return resolve(file=file, sets=sets, flags=flags)
+    return {"file": file, "sets": sets, "flags": flags}
 
 
 def _split(targets: str | None) -> str | list[str] | None:

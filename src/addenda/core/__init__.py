@@ -1,39 +1,61 @@
-"""What adapting a model means: the contract, the host, and the life of an adapter."""
+"""What adapting a model means: the contract, the host, and the life of an adapter; loaded at the first use.
+
+Rooms that need no model take what is free of PyTorch from here (``progress``, ``ranges``, ``registry``), and start at
+once.
+"""
 
 from __future__ import annotations
 
-from addenda.core.attach import attach as attach
-from addenda.core.attach import detach as detach
-from addenda.core.contract import Adapter as Adapter
-from addenda.core.contract import Base as Base
-from addenda.core.contract import Method as Method
-from addenda.core.fingerprint import fingerprint as fingerprint
-from addenda.core.handle import Handle as Handle
-from addenda.core.handle import handles as handles
-from addenda.core.plan import Plan as Plan
-from addenda.core.plan import PlannedLayer as PlannedLayer
-from addenda.core.plan import plan as plan
-from addenda.core.progress import OnProgress as OnProgress
-from addenda.core.progress import Progress as Progress
-from addenda.core.state import load as load
-from addenda.core.state import read_manifest as read_manifest
-from addenda.core.state import save as save
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Adapter",
-    "Base",
-    "Handle",
-    "Method",
-    "OnProgress",
-    "Plan",
-    "PlannedLayer",
-    "Progress",
-    "attach",
-    "detach",
-    "fingerprint",
-    "handles",
-    "load",
-    "plan",
-    "read_manifest",
-    "save",
-]
+if TYPE_CHECKING:
+    from addenda.core.attaching import attach as attach
+    from addenda.core.attaching import detach as detach
+    from addenda.core.contract import Adapter as Adapter
+    from addenda.core.contract import Base as Base
+    from addenda.core.contract import Method as Method
+    from addenda.core.fingerprints import fingerprint as fingerprint
+    from addenda.core.handle import Handle as Handle
+    from addenda.core.handle import handles as handles
+    from addenda.core.planning import Plan as Plan
+    from addenda.core.planning import PlannedLayer as PlannedLayer
+    from addenda.core.planning import plan as plan
+    from addenda.core.progress import OnProgress as OnProgress
+    from addenda.core.progress import Progress as Progress
+    from addenda.core.state import load as load
+    from addenda.core.state import read_manifest as read_manifest
+    from addenda.core.state import save as save
+
+# A file must not have the name of something it offers: loading the file would hide the thing behind it.
+_PLACES = {
+    "Adapter": "contract",
+    "Base": "contract",
+    "Handle": "handle",
+    "Method": "contract",
+    "OnProgress": "progress",
+    "Plan": "planning",
+    "PlannedLayer": "planning",
+    "Progress": "progress",
+    "attach": "attaching",
+    "detach": "attaching",
+    "fingerprint": "fingerprints",
+    "handles": "handle",
+    "load": "state",
+    "plan": "planning",
+    "read_manifest": "state",
+    "save": "state",
+}
+
+__all__ = sorted(_PLACES)
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -63,6 +63,11 @@ class Base(ABC):
         """Features of the layer's output."""
 
     @property
+    def groups(self) -> int:
+        """Into how many groups a convolution divides its channels; 1 for every other kind."""
+        return 1
+
+    @property
     @abstractmethod
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
@@ -147,6 +152,10 @@ def _generator(seed: int, path: str, drawn: int) -> torch.Generator:
 class Adapter(nn.Module):
     """The trained parameters of one method on one layer, and how they change what the layer computes."""
 
+    additive: bool = False
+    """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
+    and others like it stand on a layer does not matter."""
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
         raise MethodError(
@@ -203,6 +212,10 @@ class Method(ABC):
 
     def problems_at(self, base: Base) -> list[str]:
         """Return why the method cannot be put on this layer, one short sentence each."""
+        return []
+
+    def problems_among(self, paths: Sequence[str]) -> list[str]:
+        """Return what is wrong with the settings for these layers taken together, one short sentence each."""
         return []
 
     def layer_kinds(self) -> tuple[str, ...]:

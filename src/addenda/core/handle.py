@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Method
-from addenda.core.host import Host, HostState, remove
+from addenda.core.host import Host, HostState, adapter_prefixes, remove, require_module
 from addenda.errors import MethodError
 
 __all__ = ["Handle", "handles"]
@@ -20,6 +21,26 @@ class Handle:
     """One adapter on a model: its parameters, and its switch.
 
     Made by :func:`addenda.attach` and :func:`addenda.load`.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"])
+        >>> handle
+        <Handle 'default': lora, 1 layers, 24 parameters, active>
+        >>> handle.disable()
+        >>> handle.active
+        False
+        >>> handle.enable()
+        >>> handle.merge()
+        >>> handle.merged
+        True
+        >>> handle.unmerge()
+        >>> [name for name, _ in handle.named_parameters()]
+        ['0.A', '0.B']
+        >>> handle.detach()
+        >>> handle.paths
+        []
     """
 
     def __init__(self, model: nn.Module, method: Method, name: str, hosts: dict[str, nn.Module]) -> None:
@@ -68,6 +89,7 @@ class Handle:
     def enable(self) -> None:
         """Let the adapter run again, in its place in the order of attaching."""
         self._require_unmerged("enable")
+        self._require_order("enable", merged=False)
         for path in self._hosts:
             host = self._host(path)
             active = {*host._addenda.active, self.name}
@@ -95,11 +117,13 @@ class Handle:
         """Fold the adapter into the base's weights; the original weights are kept for :meth:`unmerge`.
 
         Raises:
-            MethodError: the method cannot be folded, a weight is shared with another layer, or a folded weight is
-                not finite. The model is then as it was.
+            MethodError: the method cannot be folded, a weight is shared with another layer, an adapter attached
+                before it still runs and the order matters, or a folded weight is not finite. The model is then as
+                it was.
         """
         self._require_unmerged("merge")
         self._require_mergeable()
+        self._require_order("merge", merged=True)
         folded = {path: self._folded(path) for path in self._hosts}
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
@@ -111,24 +135,24 @@ class Handle:
                 state.active.remove(self.name)
 
     def unmerge(self) -> None:
-        """Take the adapter out of the weights again; with the last one out they are restored bit for bit.
+        """Take the adapter out of the weights again, and let it run; with the last one out they are as they were.
 
         The original is a kept copy, so nothing is subtracted. Other merged adapters are folded anew.
         """
+        self._require_attached("unmerge")
         if not self.merged:
             raise MethodError(
                 f"adapter '{self.name}' is not merged", hint="only a merged adapter can be unmerged"
             )
-        for path in self._hosts:
-            state = self._host(path)._addenda
-            state.merged.remove(self.name)
-            self._restore(path, state)
+        self._require_order("unmerge", merged=False)
+        self._unfold()
         self.enable()
 
     def detach(self) -> None:
         """Take the adapter off; layers without any other are as they were before, class and all."""
+        self._require_attached("detach")
         if self.merged:
-            self.unmerge()
+            self._unfold()
         for module in self._hosts.values():
             remove(module, self.name)
         self._hosts = {}
@@ -137,6 +161,12 @@ class Handle:
         if not registry.handles:
             _thaw(self.model, registry.thawed)
             del self.model.__dict__["_addenda_registry"]
+
+    def _unfold(self) -> None:
+        for path in self._hosts:
+            state = self._host(path)._addenda
+            state.merged.remove(self.name)
+            self._restore(path, state)
 
     def _restore(self, path: str, state: HostState) -> None:
         assert state.kept is not None
@@ -164,6 +194,24 @@ class Handle:
                 f"method '{self.method.name}' cannot be merged",
                 hint="keep the adapter beside its base, or use 'lora'",
             )
+        made = [path for path, module in self._hosts.items() if module._parameters.get("weight") is None]
+        if made or any(p.is_meta for p in self.parameters()):
+            raise MethodError(
+                f"the weight of '{made[0]}' is computed from other tensors: there is no place to fold into"
+                if made
+                else f"adapter '{self.name}' has no values: it is on the meta device",
+                hint="remove the parametrization first, or keep the adapter beside its base"
+                if made
+                else "load the base's values before attaching",
+            )
+        more = [path for path in self._hosts if not self._host(path)._addenda.view.is_plain()]
+        if more:
+            raise MethodError(
+                f"'{more[0]}' ({self._host(more[0]).original_class.__name__}) does more than apply its weight: "
+                "no weight gives what the adapter gives",
+                where={"layers": len(more)},
+                hint="leave such layers out of the targets, or keep the adapter beside its base",
+            )
         tied = [f"'{path}' with '{other}'" for path, other in _tied(self.model, self._hosts).items()]
         if tied:
             raise MethodError(
@@ -171,9 +219,29 @@ class Handle:
                 hint="untie the weights first, or keep the adapter beside its base",
             )
 
-    def _require_unmerged(self, verb: str) -> None:
+    def _require_order(self, verb: str, *, merged: bool) -> None:
+        """Refuse a change after which an adapter would take effect before one that it was attached on top of."""
+        for path in self._hosts:
+            host = self._host(path)
+            folded = [n for n in host._addenda.merged if n != self.name] + [self.name] * merged
+            running = {*host._addenda.active, self.name} - set(folded)
+            order = list(host.adapters)
+            effect = [*folded, *(n for n in order if n in running)]
+            for first, second in itertools.combinations(effect, 2):
+                both_add = all(cast(Adapter, host.adapters[n]).additive for n in (first, second))
+                if order.index(first) > order.index(second) and not both_add:
+                    raise MethodError(
+                        f"cannot {verb} '{self.name}': '{first}' would then act before '{second}', on which it stands",
+                        where={"layer": path, "order of attaching": " ".join(order)},
+                        hint="merge in the order of attaching and unmerge in the reverse one, or disable the other",
+                    )
+
+    def _require_attached(self, verb: str) -> None:
         if not self._hosts:
             raise MethodError(f"cannot {verb} '{self.name}': it was detached", hint="attach or load it again")
+
+    def _require_unmerged(self, verb: str) -> None:
+        self._require_attached(verb)
         if self.merged:
             raise MethodError(f"cannot {verb} '{self.name}': it is merged", hint="call unmerge() first")
 
@@ -194,7 +262,8 @@ class Registry:
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
-        self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+        inside = adapter_prefixes(model)
+        self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 
 
 def _registry(model: nn.Module) -> Registry:
@@ -203,12 +272,15 @@ def _registry(model: nn.Module) -> Registry:
     if registry is None:
         registry = Registry(model)
         object.__setattr__(model, "_addenda_registry", registry)
-        model.requires_grad_(False)
+        parameters = dict(model.named_parameters())
+        for name in registry.thawed:
+            parameters[name].requires_grad_(False)
     return cast(Registry, registry)
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:
     """Return the handles of all adapters on the model, by name."""
+    require_module(model)
     registry = model.__dict__.get("_addenda_registry")
     return dict(registry.handles) if registry else {}
 

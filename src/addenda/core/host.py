@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base
 from addenda.core.layers import LayerView
+from addenda.errors import TargetError
 
-__all__ = ["Host", "HostState", "host_of", "install", "remove"]
+__all__ = ["Host", "HostState", "adapter_prefixes", "host_of", "install", "remove", "require_module"]
 
 
 class HostState:
@@ -103,9 +104,29 @@ def _noop_hook(module: nn.Module, args: object, output: object) -> None:
     """Present only so that PyTorch's fused inference paths, which read weights and call no layer, stay off."""
 
 
+def require_module(model: object) -> None:
+    """Refuse what is no module, before anything is looked up on it.
+
+    Raises:
+        TargetError: it is something else.
+    """
+    if not isinstance(model, nn.Module):
+        inner = isinstance(getattr(model, "model", None), nn.Module)
+        raise TargetError(
+            f"a model is a torch.nn.Module, not a {type(model).__name__}",
+            hint="give its attribute 'model'" if inner else "give the module itself",
+        )
+
+
 def host_of(module: nn.Module) -> Host | None:
     """Return the module as a host, or None where it carries no adapter."""
     return module if isinstance(module, Host) else None
+
+
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of all adapter parameters on the model start with; a shared layer has several names."""
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if host_of(module)]
+    return tuple(f"{path}.adapters." if path else "adapters." for path in paths)
 
 
 def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter) -> None:

@@ -75,6 +75,32 @@ class LayerView(Base):
     def bias(self) -> Tensor | None:
         return self.module.bias.detach() if self.has_bias else None
 
+    def is_plain(self) -> bool:
+        """Whether the layer computes its kind's operation with its weight, and nothing more.
+
+        A subclass may do more: an embedding that scales what it looks up, a linear layer with a norm. One that
+        defines a forward of its own is tried on a small input.
+        """
+        if self.original.forward in _PLAIN_FORWARDS:
+            return True
+        with torch.no_grad():
+            x = self.sample()
+            try:
+                y = self.original.forward(self.module, x)
+            except TypeError:  # it asks for more than an input
+                return False
+            plain = self.apply(x, self.weight(), self.bias())
+            same_form = isinstance(y, Tensor) and y.shape == plain.shape
+            return same_form and not bool((y - plain).abs().max() > 0.01 * plain.abs().max())
+
+    def sample(self) -> Tensor:
+        """A small input."""
+        return self._random(2, self.d_in)
+
+    def _random(self, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(*shape, generator=generator).to(device=self.device, dtype=self.dtype)
+
     def stored(self) -> Tensor:
         """The weight as the layer keeps it."""
         weight: Tensor = self.module.weight
@@ -87,6 +113,15 @@ class LayerView(Base):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """A (d_out, d_in) matrix in the layout in which the layer stores its weight."""
         return matrix
+
+
+_PLAIN_FORWARDS = (
+    nn.Linear.forward,
+    nn.Embedding.forward,
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+)
 
 
 class LinearView(LayerView):
@@ -115,7 +150,7 @@ class LinearView(LayerView):
 
     def _fusible(self, x: Tensor) -> bool:
         # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
-        plain = x.dtype == self.dtype and not torch.is_autocast_enabled(x.device.type)
+        plain = x.dtype == self.dtype and not x.is_nested and not torch.is_autocast_enabled(x.device.type)
         frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
         return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
 
@@ -159,6 +194,10 @@ class ConvView(LayerView):
         return int(self.module.in_channels)
 
     @property
+    def groups(self) -> int:
+        return int(self.module.groups)
+
+    @property
     def _space(self) -> int:
         return len(self.module.kernel_size)
 
@@ -192,6 +231,10 @@ class ConvView(LayerView):
             x, self.module._reversed_padding_repeated_twice, mode="constant" if mode == "zeros" else mode
         )
 
+    def sample(self) -> Tensor:
+        reach = zip(self.module.kernel_size, self.module.dilation, strict=True)
+        return self._random(1, self.module.in_channels, *[size * step for size, step in reach])
+
     def inputs_last(self, x: Tensor) -> Tensor:
         return x.movedim(-1 - self._space, -1)
 
@@ -219,6 +262,9 @@ class EmbeddingView(LayerView):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.t()
+
+    def sample(self) -> Tensor:
+        return torch.arange(min(4, self.d_in), device=self.device)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = F.embedding(x, weight.t())

@@ -34,23 +34,25 @@ class _LowRankLinear(torch.autograd.Function):
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         h = rows @ A_.t()
         y = base.linear(rows).addmm_(h, B_.t(), alpha=scaling)
-        ctx.save_for_backward(rows, h, A_, B_)
-        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
-        ctx.dtypes = (A.dtype, B.dtype)
+        ctx.save_for_backward(x, h, A, B)
+        ctx.base, ctx.scaling = base, scaling
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, h, A, B = ctx.saved_tensors
+        x, h, A, B = ctx.saved_tensors
+        rows, A_, B_ = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        if torch.is_grad_enabled():  # for a second derivative, h has to know where it comes from
+            h = rows @ A_.t()
         g = grads[0].reshape(-1, grads[0].shape[-1])
-        gB = (g @ B).mul_(ctx.scaling)
+        gB = (g @ B_).mul_(ctx.scaling)
         dx = dA = dB = None
         if ctx.needs_input_grad[1]:
-            dA = (gB.t() @ rows).to(ctx.dtypes[0])
+            dA = (gB.t() @ rows).to(A.dtype)
         if ctx.needs_input_grad[2]:
-            dB = (g.t() @ h).to(ctx.dtypes[1]).mul_(ctx.scaling)
+            dB = (g.t() @ h).to(B.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            dx = ctx.base.grad_input(g).addmm_(gB, A).view(ctx.shape)
+            dx = ctx.base.grad_input(g).addmm_(gB, A_).view(x.shape)
         return dx, dA, dB, None, None
 
 

@@ -6,8 +6,9 @@ One forward and backward pass does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from addenda.core.handle import Handle
 from addenda.errors import TargetError
 
-__all__ = ["Probe", "own_batch", "prove"]
+__all__ = ["Probe", "own_batch", "prove", "prove_by_own_batch"]
 
 Probe = Callable[[nn.Module], Any] | Mapping[str, Any] | Tensor
 """A batch for one forward pass: keyword arguments, one tensor, or a function that runs the model itself."""
@@ -28,14 +29,49 @@ def own_batch(model: nn.Module) -> Probe | None:
     batch = getattr(model, "dummy_inputs", None)
     if not isinstance(batch, Mapping) or not all(isinstance(v, Tensor) for v in batch.values()):
         return None
-    device = next(model.parameters()).device
-    return {key: value.to(device) for key, value in batch.items()}
+    device, rows = next(model.parameters()).device, _rows_of_the_embedding(model)
+    # The batch is made for any vocabulary; where this one is smaller, the tokens are taken modulo its size.
+    fitted = {
+        key: value % rows if rows and key.endswith("input_ids") else value for key, value in batch.items()
+    }
+    return {key: value.to(device) for key, value in fitted.items()}
+
+
+def _rows_of_the_embedding(model: nn.Module) -> int | None:
+    try:
+        embedding = cast(Any, model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def prove_by_own_batch(handle: Handle) -> None:
+    """Prove by the batch that the model carries, if it carries one that its base can run.
+
+    A vision model, for example, inherits a batch of tokens: the handle then says that the probe was not run.
+    """
+    batch = own_batch(handle.model)
+    if batch is None:
+        return
+    try:
+        prove(handle, batch)
+    except TargetError:
+        raise
+    except Exception as problem:
+        with handle.disabled(), _undisturbed(handle.model), torch.no_grad():
+            try:
+                _output(handle.model, batch)
+            except Exception:  # noqa: BLE001  whatever a foreign model raises at a batch that is not for it
+                handle.probed = f"not run: the model's own batch does not fit it ({type(problem).__name__})"
+                return
+        raise
 
 
 def prove(handle: Handle, batch: Probe) -> None:
     """Run one batch forward and backward, and check that each adapter was called and got a gradient.
 
-    Gradients, buffers of the adapters and the mode of the model are as before afterwards.
+    The model is in evaluation mode meanwhile, so that nothing is dropped and no running statistic moves. Gradients,
+    modes and the global random generator are as before afterwards.
 
     Raises:
         TargetError: an adapter was not called, or got no gradient; all of them are named.
@@ -44,7 +80,7 @@ def prove(handle: Handle, batch: Probe) -> None:
     for calls in counts.values():
         calls.pop(handle.name, None)
     parameters = dict(handle.named_parameters())
-    with torch.enable_grad():
+    with torch.enable_grad(), _undisturbed(handle.model):
         loss = _scalar(_output(handle.model, batch))
         trained = [p for p in parameters.values() if p.requires_grad]
         gradients = (
@@ -59,6 +95,21 @@ def prove(handle: Handle, batch: Probe) -> None:
     still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
     _report(handle, silent, [path for path in still if path not in silent])
     handle.probed = f"all {len(counts)} adapters were called and received a gradient"
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode and keep the global random generator; both are restored."""
+    # Recurrent layers stay as they are: cuDNN differentiates them in training mode only.
+    modes = {module: module.training for module in model.modules() if not isinstance(module, nn.RNNBase)}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            for module in modes:
+                module.training = False
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def _output(model: nn.Module, batch: Probe) -> Any:

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
-__all__ = ["integer", "number"]
+__all__ = ["flag", "integer", "number", "suffixes"]
+
+
+def flag(name: str, value: object) -> list[str]:
+    """Check that ``value`` is True or False.
+
+    Example:
+        >>> flag("create", "no")
+        ["create must be True or False, got 'no'"]
+    """
+    return [] if isinstance(value, bool) else [f"{name} must be True or False, got {value!r}"]
+
+
+def suffixes(name: str, value: object) -> list[str]:
+    """Check that ``value`` is a list of texts, none of them empty.
+
+    Example:
+        >>> suffixes("feed_forward", "down_proj")
+        ["feed_forward must be a list of texts, none of them empty, got 'down_proj'"]
+    """
+    if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
+        return []
+    return [f"{name} must be a list of texts, none of them empty, got {value!r}"]
 
 
 def integer(name: str, value: object, *, least: int = 1) -> list[str]:
@@ -41,7 +63,8 @@ def number(
     good = (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value)
+        <= sys.float_info.max  # neither infinite, nor NaN, nor a whole number beyond every float
         and (above is None or value > above)
         and (least is None or value >= least)
         and (below is None or value < below)

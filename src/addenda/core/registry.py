@@ -6,10 +6,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from addenda.core.contract import Method
 from addenda.errors import MethodError, NotFoundError, nearest
+
+if TYPE_CHECKING:
+    from addenda.core.contract import Method
 
 __all__ = ["ENTRY_POINT_GROUP", "get", "names", "register"]
 
@@ -19,7 +21,7 @@ ENTRY_POINT_GROUP = "addenda.methods"
 _METHODS: dict[str, type[Method]] = {}
 _discovered = False
 
-M = TypeVar("M", bound=type[Method])
+M = TypeVar("M", bound="type[Method]")
 
 
 def register(name: str) -> Callable[[M], M]:

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from addenda.core import registry
-from addenda.core.attach import attach_paths
-from addenda.core.fingerprint import fingerprint
+from addenda.core.attaching import attach_paths
+from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
-from addenda.core.plan import planned_rows
+from addenda.core.host import require_module
+from addenda.core.planning import planned_rows
 from addenda.core.targets import exact
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
@@ -52,6 +53,7 @@ def save(
     Raises:
         NotFoundError: the model carries no such adapter.
         CheckpointError: a value is not finite, or the folder holds something else.
+        ConfigError: the provenance is not JSON-able.
 
     Example:
         >>> import addenda, tempfile
@@ -64,6 +66,8 @@ def save(
     handle = _the_one(model, name)
     target = Path(folder)
     _require_replaceable(target)
+    _require_values(handle)
+    _require_plain(provenance)
     tensors = _tensors(handle)
     _require_finite(tensors, f"adapter '{handle.name}'")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +99,17 @@ def load(
         NotFoundError: the folder holds no adapter.
         CheckpointError: the files are damaged, disagree, hold non-finite values, or belong to another base. The
             model is then as it was.
+
+    Example:
+        >>> import addenda, tempfile
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], name="support")
+        >>> folder = addenda.save(model, tempfile.mkdtemp() + "/adapter")
+        >>> handle.detach()
+        >>> addenda.load(model, folder)
+        <Handle 'support': lora, 1 layers, 24 parameters, active>
     """
+    require_module(model)
     source = Path(folder)
     manifest = read_manifest(source)
     _require_same_base(model, manifest, source)
@@ -164,7 +178,9 @@ def _require_form(manifest: Any, path: Path) -> None:
     wrong = [key for key, kind in shape.items() if not isinstance(manifest.get(key), kind)]
     _refuse(f"'{path}' lacks or misstates {', '.join(wrong)}", path, unless=not wrong)
     _refuse(
-        f"'{path}' misstates layers", path, unless=all(isinstance(layer, str) for layer in manifest["layers"])
+        f"'{path}' misstates layers",
+        path,
+        unless=bool(manifest["layers"]) and all(isinstance(layer, str) for layer in manifest["layers"]),
     )
     version = manifest["format_version"]
     _refuse(
@@ -287,7 +303,31 @@ def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
             value.copy_(given)
 
 
+def _require_values(handle: Handle) -> None:
+    if any(parameter.is_meta for parameter in handle.parameters()):
+        raise CheckpointError(
+            f"adapter '{handle.name}' has no values: it is on the meta device",
+            hint="load the base's values before attaching",
+        )
+
+
+def _require_plain(provenance: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(provenance, allow_nan=False)
+    except (TypeError, ValueError) as problem:
+        raise ConfigError(
+            f"the provenance cannot be written as JSON: {problem}",
+            hint="give texts, finite numbers, lists and mappings",
+        ) from problem
+
+
 def _require_replaceable(target: Path) -> None:
+    if target.name in ("", ".."):
+        raise CheckpointError(
+            f"'{target}' cannot be replaced as a whole",
+            where={"folder": target.resolve()},
+            hint="name a folder for the adapter alone, such as 'adapter'",
+        )
     if target.exists() and not (
         target.is_dir() and ((target / _MANIFEST).exists() or not any(target.iterdir()))
     ):

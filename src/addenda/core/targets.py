@@ -5,10 +5,11 @@ No regular expressions: a target may come from a file somebody else wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from addenda.core.host import adapter_prefixes
 from addenda.core.layers import KINDS, LayerKind, kind_of
 from addenda.errors import TargetError, nearest
 
@@ -20,9 +21,11 @@ __all__ = [
     "adaptable",
     "bypass_of",
     "exact",
+    "listed",
     "matches",
     "resolve",
     "suffixes_present",
+    "unmatched",
 ]
 
 Targets = str | Sequence[str]
@@ -36,10 +39,37 @@ KEYS_AND_VALUES = (
     "attention.self.value",
     "key",
     "value",
+    "SelfAttention.k",
+    "SelfAttention.v",
+    "EncDecAttention.k",
+    "EncDecAttention.v",
+    "k_lin",
+    "v_lin",
     "attn.c_attn",
+    "query_key_value",
 )
-ATTENTION_OUTPUTS = ("o_proj", "out_proj", "attention.output.dense", "attn.c_proj", "self_attn.dense")
-FEED_FORWARD_OUTPUTS = ("down_proj", "mlp.c_proj", "fc2", "output.dense", "linear2")
+ATTENTION_OUTPUTS = (
+    "o_proj",
+    "out_proj",
+    "attention.output.dense",
+    "attn.c_proj",
+    "self_attn.dense",
+    "attention.dense",
+    "self_attention.dense",
+    "SelfAttention.o",
+    "EncDecAttention.o",
+    "out_lin",
+)
+FEED_FORWARD_OUTPUTS = (
+    "down_proj",
+    "mlp.c_proj",
+    "fc2",
+    "output.dense",
+    "linear2",
+    "DenseReluDense.wo",
+    "ffn.lin2",
+    "dense_4h_to_h",
+)
 
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 
@@ -54,19 +84,44 @@ def matches(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 
-def suffixes_present(paths: Sequence[str], suffixes: Iterable[str]) -> list[str]:
-    """Return those of ``suffixes`` that name at least one of ``paths``, without those a longer one covers."""
+def suffixes_present(
+    paths: Sequence[str], suffixes: Iterable[str], *, without: Sequence[str] = ()
+) -> list[str]:
+    """Return those of ``suffixes`` that name at least one of ``paths``, without those a longer one covers.
+
+    What a suffix of ``without`` names is left out: a suffix that names such a path too gives way to the whole paths
+    of the others.
+
+    Example:
+        >>> suffixes_present(["0.output.dense", "0.attention.output.dense"], ["output.dense"])
+        ['output.dense']
+        >>> paths = ["0.output.dense", "0.attention.output.dense"]
+        >>> suffixes_present(paths, ["output.dense"], without=["attention.output.dense"])
+        ['0.output.dense']
+    """
     found: list[str] = []
+    kept = [path for path in paths if not any(matches(path, suffix) for suffix in without)]
     for suffix in suffixes:
-        named = {p for p in paths if matches(p, suffix)}
+        named = {p for p in kept if matches(p, suffix)}
         if named and not any(named <= {p for p in paths if matches(p, other)} for other in found):
-            found.append(suffix)
+            exact = len(named) == sum(matches(p, suffix) for p in paths)
+            found += [suffix] if exact else sorted(named, key=kept.index)
     return found
+
+
+def unmatched(paths: Sequence[str], suffixes: Iterable[str]) -> list[str]:
+    """Return those of ``suffixes`` that name none of ``paths``.
+
+    Example:
+        >>> unmatched(["0.q_proj"], ["q_proj", "v_proj"])
+        ['v_proj']
+    """
+    return [suffix for suffix in suffixes if not any(matches(path, suffix) for path in paths)]
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[nn.Module, LayerKind]]:
     """Return every layer of a known kind by its path; adapters themselves are not layers."""
-    inside = tuple(f"{path}.adapters." for path, m in model.named_modules() if hasattr(m, "_addenda"))
+    inside = adapter_prefixes(model)
     return {
         path: (module, kind)
         for path, module in model.named_modules()
@@ -81,14 +136,15 @@ def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict
         TargetError: a target matches nothing, or only layers that cannot be adapted; all are reported at once.
     """
     layers = {path: pair for path, pair in adaptable(model).items() if pair[1].name in kinds}
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    wanted = listed(targets)
+    also_called = _other_names(model)
     chosen: set[str] = set()
     problems: list[str] = []
     for target in wanted:
         found = (
             _all_linear(model, layers)
             if target == "all-linear"
-            else {p for p in layers if matches(p, target)}
+            else {p for p in layers if any(matches(name, target) for name in (p, *also_called.get(p, ())))}
         )
         bypassed = sorted(p for p in found if bypass_of(model, p))
         if target == "all-linear":
@@ -101,6 +157,38 @@ def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict
     if problems or not wanted:
         raise _error(model, layers, wanted, problems or ["no target was given"])
     return {path: module for path, (module, _) in layers.items() if path in chosen}
+
+
+def listed(targets: Targets) -> list[str]:
+    """Return the targets as a list.
+
+    Raises:
+        TargetError: it is no text and no list of texts.
+
+    Example:
+        >>> listed("q_proj"), listed(("q_proj", "v_proj"))
+        (['q_proj'], ['q_proj', 'v_proj'])
+    """
+    if isinstance(targets, str):
+        return [targets]
+    several = isinstance(targets, Iterable) and not isinstance(targets, Mapping)
+    names = list(targets) if several else []
+    if not several or not all(isinstance(name, str) for name in names):
+        raise TargetError(
+            f"targets must be a text or a list of texts, got {targets!r}",
+            hint="what differs from layer to layer is a setting of the method, such as LoRA(ranks={'v_proj': 8})",
+        )
+    return names
+
+
+def _other_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return the further paths of each module that stands at several, by its first one."""
+    first: dict[nn.Module, str] = {}
+    others: dict[str, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if first.setdefault(module, path) != path:
+            others.setdefault(first[module], []).append(path)
+    return others
 
 
 def exact(model: nn.Module, paths: Sequence[str], *, kinds: Sequence[str]) -> dict[str, nn.Module]:
@@ -128,6 +216,8 @@ def bypass_of(model: nn.Module, path: str) -> str | None:
     parent = model.get_submodule(parent_path)
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
         return "nn.MultiheadAttention"
+    if "Mamba" in type(parent).__name__ and name == "dt_proj":
+        return type(parent).__name__
     return None
 
 
@@ -141,9 +231,15 @@ def _all_linear(model: nn.Module, layers: dict[str, tuple[nn.Module, LayerKind]]
 
 
 def _unmatched(model: nn.Module, target: str) -> str:
-    others = [type(m).__name__ for p, m in model.named_modules() if p and matches(p, target)]
+    others = [m for p, m in model.named_modules() if p and matches(p, target)]
     if others:
-        return f"target '{target}' names only modules that this method cannot adapt ({others[0]})"
+        kind = type(others[0]).__name__
+        why = (
+            " with max_norm, which changes its weight at each call"
+            if getattr(others[0], "max_norm", None)
+            else ""
+        )
+        return f"target '{target}' names only modules that this method cannot adapt ({kind}{why})"
     return f"target '{target}' matched no module"
 
 
@@ -159,5 +255,6 @@ def _error(
         where={"model": f"{type(model).__name__}, {len(layers)} adaptable modules", "last names": shown},
         hint=f"did you mean {', '.join(close)}?"
         if close
-        else "name layers by the end of their path, or 'all-linear'",
+        else "name layers by the end of their path"
+        + ("" if "all-linear" in missing else ", or 'all-linear'"),
     )

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
 from addenda.bases.registry import find
-from addenda.core.attach import attach_paths
+from addenda.core.attaching import attach_paths
 from addenda.core.contract import Adapter, Method
 from addenda.core.handle import Handle
 from addenda.core.layers import kind_of
-from addenda.core.plan import planned_rows
+from addenda.core.planning import planned_rows
 from addenda.core.progress import OnProgress
 from addenda.core.targets import exact, matches
 from addenda.errors import CheckpointError, ExportError, NotFoundError, UnsafeError

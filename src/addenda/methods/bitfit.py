@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.ranges import flag
 from addenda.core.registry import register
 
 __all__ = ["BitFit"]
@@ -46,6 +47,9 @@ class BitFit(Method):
     create: bool = True
     """Adapt layers that have no bias too."""
 
+    def problems(self) -> list[str]:
+        return flag("create", self.create)
+
     def problems_at(self, base: Base) -> list[str]:
         return [] if base.has_bias or self.create else ["it has no bias (create=True gives it one)"]
 
@@ -55,6 +59,8 @@ class BitFit(Method):
 
 class BitFitAdapter(Adapter):
     """offset: (channels_out,)."""
+
+    additive = True
 
     def __init__(self, offset: nn.Parameter) -> None:
         super().__init__()

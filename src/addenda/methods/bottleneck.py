@@ -19,7 +19,7 @@ __all__ = ["Bottleneck"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 _PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
-_FEED_FORWARD_BLOCKS = ("mlp", "feed_forward", "ffn")
+_FEED_FORWARD_BLOCKS = ("mlp", "feed_forward", "ffn", "DenseReluDense")
 
 
 @register("bottleneck")
@@ -36,7 +36,8 @@ class Bottleneck(Method):
     Args:
         size: width of the bottleneck, >= 1. Parameters: about 2 * d * size per adapted layer.
         placement: ``houlsby`` behind the attention's and the feed-forward's output layer, ``pfeiffer`` behind the
-            feed-forward's alone, ``parallel`` beside the feed-forward block.
+            feed-forward's alone, ``parallel`` beside the feed-forward block; in a model that has none of the names
+            these go by, at all linear layers, and the plan says so.
         activation: ``relu``, ``gelu`` or ``silu``.
         scaling: factor of the added part, dimensionless, > 0. He et al. use 4 for the parallel placement.
 
@@ -74,7 +75,7 @@ class Bottleneck(Method):
         found = integer("size", self.size) + number("scaling", self.scaling, above=0.0)
         if self.placement not in _PLACEMENTS:
             found.append(f"placement must be one of {', '.join(_PLACEMENTS)}, got {self.placement!r}")
-        if self.activation not in _ACTIVATIONS:
+        if self.activation not in tuple(_ACTIVATIONS):
             found.append(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
         return found
 
@@ -82,12 +83,13 @@ class Bottleneck(Method):
         return (*self.kinds, "block") if self.placement == "parallel" else self.kinds
 
     def default_targets(self, paths: Sequence[str]) -> str | list[str]:
+        feed_forward = suffixes_present(paths, FEED_FORWARD_OUTPUTS, without=ATTENTION_OUTPUTS)
         roles = {
-            "houlsby": (*ATTENTION_OUTPUTS, *FEED_FORWARD_OUTPUTS),
-            "pfeiffer": FEED_FORWARD_OUTPUTS,
-            "parallel": _FEED_FORWARD_BLOCKS,
+            "houlsby": suffixes_present(paths, ATTENTION_OUTPUTS) + feed_forward,
+            "pfeiffer": feed_forward,
+            "parallel": suffixes_present(paths, _FEED_FORWARD_BLOCKS),
         }
-        return suffixes_present(paths, roles[self.placement]) or "all-linear"
+        return roles[self.placement] or "all-linear"
 
     def problems_at(self, base: Base) -> list[str]:
         if self.placement == "parallel" and base.channels_in is None:
@@ -127,7 +129,7 @@ class BottleneckAdapter(Adapter):
         super().__init__()
         self.down, self.down_bias = down, down_bias
         self.up, self.up_bias = up, up_bias
-        self.parallel = settings.placement == "parallel"
+        self.parallel = self.additive = settings.placement == "parallel"
         self.scaling = settings.scaling
         self.activation = settings.activation
 

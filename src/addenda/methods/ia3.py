@@ -9,8 +9,16 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.ranges import suffixes
 from addenda.core.registry import register
-from addenda.core.targets import FEED_FORWARD_OUTPUTS, KEYS_AND_VALUES, matches, suffixes_present
+from addenda.core.targets import (
+    ATTENTION_OUTPUTS,
+    FEED_FORWARD_OUTPUTS,
+    KEYS_AND_VALUES,
+    matches,
+    suffixes_present,
+    unmatched,
+)
 
 __all__ = ["IA3"]
 
@@ -49,12 +57,23 @@ class IA3(Method):
     """Suffixes of the layers scaled at their input."""
 
     def default_targets(self, paths: Sequence[str]) -> str | list[str]:
-        found = suffixes_present(paths, (*KEYS_AND_VALUES, *self.feed_forward))
-        return found or "all-linear"
+        keys_and_values = suffixes_present(paths, KEYS_AND_VALUES)
+        return keys_and_values + self._feed_forward_in(paths) or "all-linear"
+
+    def _feed_forward_in(self, paths: Sequence[str]) -> list[str]:
+        asked = [suffix for suffix in self.feed_forward if suffix not in FEED_FORWARD_OUTPUTS]
+        known = [suffix for suffix in self.feed_forward if suffix in FEED_FORWARD_OUTPUTS]
+        return suffixes_present(paths, asked) + suffixes_present(paths, known, without=ATTENTION_OUTPUTS)
+
+    def problems(self) -> list[str]:
+        return suffixes("feed_forward", self.feed_forward)
+
+    def problems_among(self, paths: Sequence[str]) -> list[str]:
+        asked = [suffix for suffix in self.feed_forward if suffix not in FEED_FORWARD_OUTPUTS]
+        return [f"feed_forward names no target by '{suffix}'" for suffix in unmatched(paths, asked)]
 
     def problems_at(self, base: Base) -> list[str]:
-        grouped = base.channels_in is not None and base.d_in % base.channels_in
-        if self._at_input(base) and (base.channels_in is None or grouped):
+        if self._at_input(base) and (base.channels_in is None or base.groups > 1):
             return ["its input cannot be scaled channel by channel in the weight"]
         return []
 

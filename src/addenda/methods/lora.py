@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base, Method
-from addenda.core.ranges import integer, number
+from addenda.core.ranges import flag, integer, number, suffixes
 from addenda.core.registry import register
-from addenda.core.targets import matches
+from addenda.core.targets import matches, unmatched
 
 __all__ = ["LoRA"]
 
@@ -73,11 +73,13 @@ class LoRA(Method):
 
     def problems(self) -> list[str]:
         found = integer("rank", self.rank) + number("dropout", self.dropout, least=0.0, below=1.0)
+        found += flag("rank_stabilized", self.rank_stabilized)
         if self.alpha is not None:
             found += number("alpha", self.alpha, above=0.0)
         for name, table in (("ranks", self.ranks), ("alphas", self.alphas)):
             if not isinstance(table, Mapping):
                 return [*found, f"{name} must map suffixes to numbers, got {table!r}"]
+            found += suffixes(f"keys of {name}", list(table))
         for suffix, rank in self.ranks.items():
             found += integer(f"ranks[{suffix!r}]", rank)
         for suffix, alpha in self.alphas.items():
@@ -87,6 +89,14 @@ class LoRA(Method):
     def problems_at(self, base: Base) -> list[str]:
         rank, limit = self.rank_at(base.path), min(base.d_in, base.d_out)
         return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
+
+    def problems_among(self, paths: Sequence[str]) -> list[str]:
+        tables = {"ranks": self.ranks, "alphas": self.alphas}
+        return [
+            f"{name} names no target by '{suffix}'"
+            for name, table in tables.items()
+            for suffix in unmatched(paths, table)
+        ]
 
     def rank_at(self, path: str) -> int:
         """Return the rank that applies to the layer at ``path``."""
@@ -115,6 +125,8 @@ def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
 
 class LoRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank)."""
+
+    additive = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, scaling: float, dropout: float) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.packed import PackedModel
-from addenda.core.fingerprint import fingerprint
+from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle
 from addenda.data.pack import plan_batches
 from addenda.data.rows import Example

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTModel
 
 import addenda
 from addenda.errors import ConfigError, MethodError, NotFoundError, TargetError
@@ -55,6 +55,14 @@ def tiny_llama() -> LlamaForCausalLM:
         (addenda.LoRA(rank=2), "q_proj", "taken", "already carries an adapter 'taken'"),
         (addenda.LoRA(rank=2), "q_proj", "a.b", "cannot be an adapter's name"),
         (addenda.LoRA(rank=2), "q_proj", "keys", "cannot be an adapter's name"),
+        (addenda.LoRA(rank=2), "q_proj", "training", "cannot be an adapter's name"),
+        (addenda.LoRA(rank=2), "q_proj", None, "cannot be an adapter's name"),
+        (addenda.LoRA(rank=2), {"q_proj": 4}, "new", "a text or a list of texts"),
+        (addenda.LoRA(rank=2), 5, "new", "a text or a list of texts"),
+        (addenda.LoRA(rank=2), [None], "new", "a text or a list of texts"),
+        (addenda.LoRA(rank=2, ranks={"v_prj": 1}), "all-linear", "new", "ranks names no target by 'v_prj'"),
+        (addenda.LoRA(rank=9, alphas={"norm": 1}), "q_proj", "new", "alphas names no target by 'norm'"),
+        (addenda.IA3(feed_forward=("fc",)), "q_proj", "new", "feed_forward names no target by 'fc'"),
     ],
 )
 def test_a_failed_attach_says_what_exists_and_leaves_the_model_alone(
@@ -109,11 +117,34 @@ def test_a_target_is_no_regular_expression() -> None:
         {"ranks": {"q_proj": 0}},
         {"alphas": {"q_proj": float("nan")}},
         {"ranks": 3},
+        {"ranks": {3: 4}},
+        {"ranks": {"": 4}},
+        {"alpha": 10**400},
+        {"alpha": "8"},
+        {"rank_stabilized": "no"},
     ],
 )
 def test_settings_out_of_range_are_refused_when_made(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:
         addenda.LoRA(**settings)
+    assert next(iter(settings)) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (addenda.BitFit, {"create": "no"}),
+        (addenda.IA3, {"feed_forward": "down_proj"}),
+        (addenda.IA3, {"feed_forward": 3}),
+        (addenda.Bottleneck, {"activation": {}}),
+        (addenda.Bottleneck, {"placement": []}),
+    ],
+)
+def test_settings_of_a_wrong_type_are_refused_when_made(
+    method: type[addenda.Method], settings: dict[str, object]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        method(**settings)
     assert next(iter(settings)) in caught.value.message
 
 
@@ -149,6 +180,39 @@ def test_the_probe_leaves_no_gradient_and_draws_no_random_number() -> None:
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert handle.probed == "all 2 adapters were called and received a gradient"
+
+
+def test_the_probe_moves_no_statistic_and_draws_nothing_where_the_model_drops() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 4)).train()
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    addenda.attach(model, addenda.LoRA(rank=2, dropout=0.5), "all-linear", probe=torch.ones(4, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert all(module.training for module in model.modules())
+
+
+def test_a_batch_that_the_base_cannot_run_proves_nothing_and_says_so() -> None:
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=32,
+        patch_size=8,
+    )
+    model = ViTModel(config).train()
+    handle = addenda.attach(model, addenda.LoRA(rank=2))
+    assert handle.probed.startswith("not run: the model's own batch does not fit")
+    assert handle.active
+    handle.detach()
+    images = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    assert "were called" in addenda.attach(model, addenda.LoRA(rank=2), "q_proj", probe=images).probed
+
+
+def test_a_vocabulary_smaller_than_the_models_own_batch_is_probed_too() -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(3)
+    assert "were called" in addenda.attach(model, addenda.LoRA(rank=2)).probed
 
 
 def test_a_transformers_model_is_probed_by_its_own_batch() -> None:
@@ -238,3 +302,84 @@ def test_a_module_with_an_attribute_called_adapters_is_refused() -> None:
     model.q_proj.adapters = nn.Identity()
     with pytest.raises(TargetError, match="'adapters' of its own"):
         addenda.attach(model, addenda.LoRA(rank=2), "q_proj")
+
+
+def test_an_adapter_on_a_part_is_neither_overwritten_nor_frozen_by_one_on_the_whole() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 6))
+    part = addenda.attach(model[0], addenda.LoRA(rank=2), "all-linear")
+    with pytest.raises(TargetError, match=r"'0.0' already carries an adapter 'default', attached through"):
+        addenda.attach(model, addenda.LoRA(rank=3), "all-linear")
+    assert part.trainable_parameters == 24
+    assert model[1].weight.requires_grad
+    addenda.attach(model, addenda.LoRA(rank=3), "all-linear", name="whole")
+    assert all(p.requires_grad for p in part.parameters())
+    assert not model[1].weight.requires_grad
+
+
+def test_a_layer_at_two_places_goes_by_both_names() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    model.add_module("again", model[0])
+    assert addenda.attach(model, addenda.LoRA(rank=2), "again").paths == ["0"]
+
+
+def test_the_plan_of_a_single_layer_counts_its_base_once_more_is_attached() -> None:
+    model = nn.Linear(6, 6)
+    addenda.attach(model, addenda.LoRA(rank=2), "all-linear")
+    assert addenda.plan(model, addenda.LoRA(rank=2), "all-linear").base_parameters == 42
+
+
+def test_an_embedding_that_changes_itself_is_refused_with_the_reason() -> None:
+    with pytest.raises(TargetError, match="max_norm"):
+        addenda.plan(nn.Sequential(nn.Embedding(9, 6, max_norm=1.0)), addenda.LoRA(rank=2), "0")
+
+
+def bert() -> BertModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertModel(BertConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    "method", [addenda.IA3(), addenda.Bottleneck(placement="pfeiffer")], ids=["ia3", "pfeiffer"]
+)
+def test_a_methods_own_targets_tell_the_feed_forward_from_the_attention(method: addenda.Method) -> None:
+    paths = [row.path for row in addenda.plan(bert(), method).rows]
+    assert "encoder.layer.0.output.dense" in paths
+    assert "encoder.layer.0.attention.output.dense" not in paths
+
+
+def test_the_plan_says_when_a_method_finds_none_of_the_names_it_goes_by() -> None:
+    assert "all linear layers instead" in str(addenda.plan(bert(), addenda.Bottleneck(placement="parallel")))
+    assert "instead" not in str(addenda.plan(bert(), addenda.Bottleneck()))
+    assert "instead" not in str(addenda.plan(bert(), addenda.LoRA()))
+
+
+def test_what_all_linear_leaves_out_is_said_in_a_list_too() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32)
+    alone, listed = (addenda.plan(layer, addenda.LoRA(rank=2), t) for t in ("all-linear", ["all-linear"]))
+    assert alone.notes == listed.notes
+    assert "out_proj" in alone.notes[0]
+
+
+@pytest.mark.parametrize("method", ["lora", addenda.LoRA, None])
+def test_what_is_no_method_is_refused_in_words(method: object) -> None:
+    with pytest.raises(MethodError, match=r"a method is an object such as LoRA\(rank=16\)"):
+        addenda.attach(TwoLayers(), method, "q_proj")
+
+
+def test_what_is_no_module_is_refused_and_one_that_holds_it_is_pointed_at() -> None:
+    class Holder:
+        model = TwoLayers()
+
+    verbs = [
+        lambda m: addenda.attach(m, addenda.LoRA(rank=2)),
+        lambda m: addenda.plan(m, addenda.LoRA(rank=2)),
+        lambda m: addenda.save(m, "nowhere"),
+        lambda m: addenda.load(m, "nowhere"),
+        addenda.detach,
+    ]
+    for verb in verbs:
+        with pytest.raises(TargetError, match="not a Holder") as caught:
+            verb(Holder())
+        assert "'model'" in caught.value.hint
+        with pytest.raises(TargetError, match="not a dict"):
+            verb({})

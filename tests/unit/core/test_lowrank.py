@@ -39,6 +39,27 @@ def test_fused_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda x, A, B: low_rank_linear(x, A, B, scaling=0.5, base=view), inputs)
 
 
+def test_second_derivatives_are_right() -> None:
+    layer = nn.Linear(4, 3).double().requires_grad_(False)
+    view = view_of(layer, "layer")
+    inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((5, 4), (2, 4), (3, 2))]
+    assert torch.autograd.gradgradcheck(
+        lambda x, A, B: low_rank_linear(x, A, B, scaling=0.5, base=view).square(), inputs
+    )
+
+
+def test_nested_tensors_take_the_general_path() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    handle = addenda.attach(model, addenda.LoRA(rank=2), "all-linear")
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter)
+    rows = [torch.randn(n, 4) for n in (2, 5)]
+    with torch.no_grad():
+        out = model(torch.nested.nested_tensor(rows, layout=torch.jagged)).unbind()
+        for got, row in zip(out, rows, strict=True):
+            torch.testing.assert_close(got, model(row))
+
+
 def test_no_gradient_is_made_for_an_input_that_needs_none() -> None:
     layer = nn.Linear(4, 3).requires_grad_(False)
     A, B = torch.randn(2, 4, requires_grad=True), torch.randn(3, 2, requires_grad=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import addenda
-from addenda.core.attach import attach_paths
-from addenda.core.fingerprint import fingerprint
-from addenda.errors import CheckpointError, NotFoundError
+from addenda.core.attaching import attach_paths
+from addenda.core.fingerprints import fingerprint
+from addenda.errors import CheckpointError, ConfigError, NotFoundError
 
 
 def base() -> nn.Sequential:
@@ -70,7 +70,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "huge rank": (lambda f: edit(f, lambda m: m["settings"].update(rank=200_000)), "rank 200000 exceeds"),
     "other rank": (lambda f: edit(f, lambda m: m["settings"].update(rank=4)), "has shape"),
     "layer of no model": (lambda f: edit(f, lambda m: m["layers"].append("9")), "'9' is no adaptable layer"),
-    "fewer layers": (lambda f: edit(f, lambda m: m["layers"].pop()), "belong to nothing"),
+    "no layers": (lambda f: edit(f, lambda m: m["layers"].clear()), "misstates layers"),
+    "fewer layers": (lambda f: edit(f, lambda m: m["layers"].remove("0")), "belong to nothing"),
     "other base": (lambda f: edit(f, lambda m: m["base"].update(fingerprint="sha256-0")), "another base"),
     "missing tensor": (lambda f: rewrite_tensors(f, lambda t: t.pop("0.A")), "missing, first '0.A'"),
     "extra tensor": (lambda f: rewrite_tensors(f, lambda t: t.update(x=torch.ones(1))), "belong to nothing"),
@@ -164,3 +165,82 @@ def test_the_fingerprint_sees_values_and_names_but_neither_adapters_merging_nor_
         model[0].bias[0] += 1
     assert fingerprint(model) != mark
     assert fingerprint(nn.Sequential(nn.Linear(6, 6))) != fingerprint(nn.ModuleDict({"a": nn.Linear(6, 6)}))
+
+
+class Twice(nn.Module):
+    """One layer at two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6, bias=False)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+class WithState(nn.Linear):
+    """A layer that keeps more than tensors."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"version": 1}
+
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "the layer is the model": lambda: nn.Linear(6, 6, bias=False),
+    "one layer at two places": Twice,
+    "state that is no tensor": lambda: nn.Sequential(WithState(6, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("method", [addenda.LoRA(rank=2), addenda.BitFit()], ids=lambda m: m.name)
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_saved_loads_again_on_the_same_base(
+    kind: str, method: addenda.Method, merged: bool, tmp_path: Path
+) -> None:
+    model, x = BASES[kind](), torch.randn(3, 6)
+    handle = addenda.attach(model, method, "all-linear", probe=x)
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter)
+    adapted = model(x)
+    if merged:
+        handle.merge()
+    addenda.save(model, tmp_path / "a")
+    handle.detach()
+    addenda.load(model, tmp_path / "a")
+    assert torch.equal(model(x), adapted)
+
+
+@pytest.mark.parametrize("folder", [".", "..", "a/.."])
+def test_a_folder_that_cannot_be_replaced_is_refused(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = base()
+    addenda.attach(model, addenda.LoRA(rank=2), "0")
+    with pytest.raises(CheckpointError, match="cannot be replaced"):
+        addenda.save(model, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}])
+def test_provenance_that_json_cannot_hold_is_refused_before_anything_is_written(
+    value: object, tmp_path: Path
+) -> None:
+    model = base()
+    addenda.attach(model, addenda.LoRA(rank=2), "0")
+    with pytest.raises(ConfigError, match="provenance"):
+        addenda.save(model, tmp_path / "a", provenance={"fact": value})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    model = base().to("meta")
+    addenda.attach(model, addenda.LoRA(rank=2), "0")
+    with pytest.raises(CheckpointError, match="no values"):
+        addenda.save(model, tmp_path / "a")

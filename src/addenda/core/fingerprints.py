@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from addenda.core.host import host_of
+from addenda.core.host import adapter_prefixes, host_of
 
 __all__ = ["fingerprint"]
 
@@ -39,22 +39,19 @@ def fingerprint(model: nn.Module) -> str:
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the base's tensors in the order of their names; where weights are merged, the kept originals."""
-    kept: dict[str, Tensor] = {}
-    inside: list[str] = []
-    for path, module in model.named_modules():
+    kept: dict[str, Tensor | None] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
         host = host_of(module)
-        if host is None:
-            continue
-        inside.append(f"{path}.adapters." if path else "adapters.")
-        if host._addenda.kept is not None:
+        if host is not None and host._addenda.kept is not None:
             weight, bias = host._addenda.kept
-            kept[f"{path}.weight"] = weight
-            if bias is not None:
-                kept[f"{path}.bias"] = bias
-    skip = tuple(inside)
+            prefix = f"{path}." if path else ""
+            kept.update({f"{prefix}weight": weight, f"{prefix}bias": bias})
+    skip = adapter_prefixes(model)
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(skip):
-            yield name, kept.get(name, tensor)
+        original = kept.get(name, tensor)
+        # None is a bias that merging made; what is no tensor is a module's extra state.
+        if isinstance(original, Tensor) and not name.startswith(skip):
+            yield name, original
 
 
 def _sampled(tensor: Tensor) -> bytes:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from addenda.core.contract import Base, Method
+from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
-from addenda.core.targets import Targets, adaptable, bypass_of, resolve
+from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
 from addenda.errors import MethodError
 
 __all__ = ["Plan", "PlannedLayer", "plan"]
@@ -34,7 +35,15 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be adapted, how many parameters that trains, and what is left out and why."""
+    """What would be adapted, how many parameters that trains, and what is left out and why.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> print(addenda.plan(model, addenda.LoRA(rank=2), targets=["0"]))
+        lora on 1 layers: 24 trainable parameters (52.17% of 46), 0.0 MiB
+             1 x 0                linear                   8 -> 4               24 each
+    """
 
     method: Method
     rows: tuple[PlannedLayer, ...]
@@ -84,10 +93,23 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
         >>> addenda.plan(model, addenda.LoRA(rank=2), targets="all-linear").parameters
         36
     """
+    require_module(model)
+    if not isinstance(method, Method):
+        raise MethodError(
+            f"a method is an object such as LoRA(rank=16), not {method!r}",
+            hint="make one of the classes that 'addenda methods' lists, with its settings",
+        )
     wanted = default_targets(model, method) if targets is None else targets
     layers = resolve(model, wanted, kinds=method.layer_kinds())
     rows = planned_rows(method, layers)
-    return Plan(method, rows, _base_parameters(model), tuple(_notes(model, wanted, list(layers))))
+    notes = _notes(model, wanted, list(layers))
+    if (
+        targets is None
+        and wanted == "all-linear"
+        and type(method).default_targets is not Method.default_targets
+    ):
+        notes.insert(0, f"no layer has a name that {method.name} goes by: all linear layers instead")
+    return Plan(method, rows, _base_parameters(model), tuple(notes))
 
 
 def planned_rows(method: Method, layers: Mapping[str, nn.Module]) -> tuple[PlannedLayer, ...]:
@@ -112,11 +134,14 @@ def _require_possible(method: Method, views: Sequence[Base]) -> None:
     for view in views:
         for problem in method.problems_at(view):
             by_problem.setdefault(problem, []).append(view.path)
-    if by_problem:
-        lines = [f"{problem} at {_some(paths)}" for problem, paths in by_problem.items()]
+    paths = [view.path for view in views]
+    lines = [f"{problem} at {_some(places)}" for problem, places in by_problem.items()]
+    lines += method.problems_among(paths)
+    if lines:
+        last_names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
         raise MethodError(
             "; ".join(lines),
-            where={"method": method.name, "layers": len(views)},
+            where={"method": method.name, "layers": len(views), "last names": " ".join(last_names[:24])},
             hint=f"change the setting, or leave these layers out of the targets; 'addenda methods {method.name}'",
         )
 
@@ -138,21 +163,20 @@ def _planned(method: Method, view: Base) -> PlannedLayer:
 
 
 def _base_parameters(model: nn.Module) -> int:
-    inside = tuple(f"{path}.adapters." for path, m in model.named_modules() if hasattr(m, "_addenda"))
+    inside = adapter_prefixes(model)
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
 
 
 def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:
     notes = []
-    if wanted == "all-linear":
-        left = [p for p, (_, kind) in adaptable(model).items() if kind.linear and bypass_of(model, p)]
+    if "all-linear" in listed(wanted):
+        layers = adaptable(model)
+        left = [p for p, (_, kind) in layers.items() if kind.linear and bypass_of(model, p)]
         notes += [
             f"'{p}' is left out: {bypass_of(model, p)} reads its weight without calling it" for p in left
         ]
         experts = [
-            n
-            for n, p in model.named_parameters()
-            if p.dim() == 3 and not n.startswith(tuple(adaptable(model)))
+            n for n, p in model.named_parameters() if p.dim() == 3 and n.rpartition(".")[0] not in layers
         ]
         if experts:
             notes.append(
@@ -161,6 +185,6 @@ def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:
     else:
         counts = Counter(path.rpartition(".")[2] for path in paths)
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            notes.append(f"the targets are found in different numbers of layers: {listed}")
+            found = ", ".join(f"{name} {count}" for name, count in counts.items())
+            notes.append(f"the targets are found in different numbers of layers: {found}")
     return list(itertools.islice(notes, 20))

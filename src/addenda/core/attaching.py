@@ -8,16 +8,17 @@ from torch import nn
 
 from addenda.core.contract import Adapter, Method
 from addenda.core.handle import Handle, _registry, handles
-from addenda.core.host import install
+from addenda.core.host import host_of, install
 from addenda.core.layers import LayerView, view_of
-from addenda.core.plan import plan
-from addenda.core.probe import Probe, own_batch, prove
+from addenda.core.planning import plan
+from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.targets import Targets
 from addenda.errors import NotFoundError, TargetError
 
 __all__ = ["attach", "detach"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_OWN_NAMES = frozenset(dir(nn.ModuleDict()))
 
 
 def attach(
@@ -30,6 +31,9 @@ def attach(
     probe: Probe | None = None,
 ) -> Handle:
     """Put a new adapter on a model, in place, and freeze the base.
+
+    The base is its parameters and its buffers. Batch norms change theirs in training mode: keep such layers in
+    ``eval()``, or the adapter belongs to a base that is nowhere else.
 
     Args:
         model: any module; the layers named by ``targets`` change their class, nothing else does.
@@ -76,10 +80,11 @@ def attach_paths(
     views = {path: view_of(model.get_submodule(path), path, seed=seed) for path in paths}
     adapters = {path: method.build(view) for path, view in views.items()}
     handle = _install(model, method, name, views, adapters)
-    batch = own_batch(model) if probe is None else probe
     try:
-        if batch is not None:
-            prove(handle, batch)
+        if probe is None:
+            prove_by_own_batch(handle)
+        else:
+            prove(handle, probe)
     except BaseException:
         handle.detach()
         raise
@@ -91,6 +96,14 @@ def detach(model: nn.Module, name: str = "default") -> None:
 
     Raises:
         NotFoundError: the model carries no such adapter.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = addenda.attach(model, addenda.BitFit(), name="shift")
+        >>> addenda.detach(model, "shift")
+        >>> type(model[0]).__name__
+        'Linear'
     """
     on_model = handles(model)
     if name not in on_model:
@@ -118,6 +131,12 @@ def _install(
 
 
 def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN_NAMES:
+        raise TargetError(
+            f"{name!r} cannot be an adapter's name",
+            hint="use up to 64 letters, digits, '-' and '_', starting with a letter or digit; names that modules "
+            "use themselves, such as 'keys' or 'training', are not free",
+        )
     taken = handles(model)
     if name in taken:
         raise TargetError(
@@ -125,13 +144,16 @@ def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
             where={"adapters": " ".join(taken)},
             hint=f"choose another name, or detach it first: addenda.detach(model, '{name}')",
         )
-    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+    modules = {path: model.get_submodule(path) for path in paths}
+    held = [path for path, module in modules.items() if (host := host_of(module)) and name in host.adapters]
+    if held:
         raise TargetError(
-            f"{name!r} cannot be an adapter's name",
-            hint="use up to 64 letters, digits, '-' and '_', starting with a letter or digit",
+            f"'{held[0]}' already carries an adapter '{name}', attached through another module",
+            where={"layers": len(held)},
+            hint="choose another name, or detach it by the handle of that attach",
         )
     foreign = [
-        p for p in paths if hasattr(m := model.get_submodule(p), "adapters") and not hasattr(m, "_addenda")
+        path for path, module in modules.items() if hasattr(module, "adapters") and not host_of(module)
     ]
     if foreign:
         raise TargetError(
