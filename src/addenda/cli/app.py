@@ -114,7 +114,9 @@ def cli() -> None:
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    from addenda.train.interrupt import Interrupted
+
+    raise Interrupted(signum)
 
 
 def run(arguments: Sequence[str]) -> int:

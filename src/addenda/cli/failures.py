@@ -59,7 +59,8 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         # Click turns Ctrl-C into an Abort and keeps what was raised as its cause.
         cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
-        return Failure("Interrupted", str(cause) or "interrupted", getattr(cause, "exit_code", 130))
+        hint = "; ".join(getattr(cause, "__notes__", ()))
+        return Failure("Interrupted", str(cause) or "interrupted", getattr(cause, "exit_code", 130), hint)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return _system(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):

@@ -62,9 +62,9 @@ def command(
     with Display(console) as display:
         try:
             summary = run(recipe, on_event=display, resume=resume, force=force, command=command_line)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             if (Path(recipe.out or "") / "recipe.resolved.toml").is_file():
-                display.say(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
+                stopped.add_note(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
             raise
     console.result(_document(summary), lambda: _text(console, summary))
 

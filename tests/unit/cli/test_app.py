@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,28 @@ def test_a_verb_that_fails_ends_with_its_code(
     monkeypatch.setattr(app.LazyGroup, "get_command", lambda self, ctx, name: command)
     assert run(["doctor"]) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_sigterm_outside_training_has_its_code_its_message_and_its_document(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command("doctor")
+    @click.option("--json", is_flag=True)
+    def command(json: bool) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(app.LazyGroup, "get_command", lambda self, ctx, name: command)
+    monkeypatch.setattr(sys, "argv", ["addenda", "doctor", "--json"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"]["type"] == "Interrupted"
+    assert "error: interrupted" in shown.err
 
 
 def test_unexpected_error_is_one_line_and_says_how_to_see_more(

@@ -58,6 +58,12 @@ def test_interrupt_is_not_called_a_fault() -> None:
     assert describe(KeyboardInterrupt()).exit_code == describe(click.Abort()).exit_code == 130
 
 
+def test_an_interrupt_says_how_to_go_on() -> None:
+    stopped = KeyboardInterrupt()
+    stopped.add_note("go on with: addenda train --resume")
+    assert describe(stopped).hint == "go on with: addenda train --resume"
+
+
 def test_usage_error_reads_like_ours_and_points_to_help() -> None:
     context = click.Context(click.Command("check"), info_name="check")
     failure = describe(click.UsageError("Missing argument 'DATA'.", ctx=context))
