@@ -164,6 +164,27 @@ def test_missing_things_are_not_found(
     document(capsys, "methods", "lroa", code=4)
 
 
+def test_flags_that_contradict_each_other_are_refused(
+    trained: Path, chat_rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = document(capsys, "train", "--resume", "--force", "--out", str(trained), code=2)["error"]
+    assert "--resume and --force" in error["message"]
+    for flags in (("--method", "ia3"), ("--targets", "q_proj"), ("--set", "base.template=plain")):
+        error = document(capsys, "eval", str(chat_rows), "--adapter", str(trained), *flags, code=2)["error"]
+        assert "decided by the adapter" in error["message"]
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1]", '{"base_model_name_or_path": 3}'])
+def test_a_broken_peft_folder_is_named_and_no_fault_of_ours(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    run(["chat", "--adapter", str(tmp_path), "--prompt", "hi", "--json"])
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] in ("CheckpointError", "NotFoundError")
+    assert "adapter" in error["message"]
+
+
 def test_dry_run_prints_every_value_with_its_origin(
     chat_rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

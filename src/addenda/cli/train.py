@@ -51,7 +51,7 @@ def command(
     Ctrl-C saves a checkpoint; --resume goes on from it. Settings of sections base, data, method, train and evals are
     set in a recipe or with --set; --dry-run shows them all.
     """
-    recipe = _recipe(data, resume=resume, flags=flags)
+    recipe = _recipe(data, resume=resume, force=force, flags=flags)
     from addenda.recipe import run, with_folder
 
     recipe = with_folder(recipe)
@@ -69,8 +69,12 @@ def command(
     console.result(_document(summary), lambda: _text(console, summary))
 
 
-def _recipe(data: str | None, *, resume: bool, flags: dict[str, Any]) -> Recipe:
+def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any]) -> Recipe:
     file, out = flags.pop("file"), flags["out"]
+    if resume and force:
+        raise ConfigError(
+            "--resume and --force exclude each other", hint="--resume goes on with the run, --force replaces it"
+        )
     if resume:
         if out is None:
             raise ConfigError(

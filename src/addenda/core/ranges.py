@@ -7,8 +7,12 @@ import math
 __all__ = ["integer", "number"]
 
 
+LARGEST = 2**63 - 1
+"""Largest whole number that PyTorch, NumPy and TOML all hold."""
+
+
 def integer(name: str, value: object, *, least: int = 1) -> list[str]:
-    """Check that ``value`` is a whole number of at least ``least``.
+    """Check that ``value`` is a whole number of at least ``least``, and one that a machine word holds.
 
     Example:
         >>> integer("rank", 0)
@@ -16,6 +20,8 @@ def integer(name: str, value: object, *, least: int = 1) -> list[str]:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         return [f"{name} must be a whole number >= {least}, got {value!r}"]
+    if value > LARGEST:
+        return [f"{name} must be at most {LARGEST}, got {value!r}"]
     return []
 
 

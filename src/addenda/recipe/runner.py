@@ -92,7 +92,7 @@ def with_folder(recipe: Recipe) -> Recipe:
     stem = Path(recipe.data.path).stem if recipe.data.path != "-" else "stdin"
     name = f"{stem or 'run'}-{recipe.method.name}"
     taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    free = next(path for path in taken if not path.exists())
+    free = next(path for path in taken if not path.exists() or _never_began(path))
     return recipe.derive("out", str(free), "data and method, the first free name")
 
 
@@ -112,6 +112,11 @@ def _require_place(folder: Path, *, resume: bool, force: bool) -> None:
             where={"holds": " ".join(sorted(there)[:8])},
             hint=hint if ours else "it holds no run; choose another --out",
         )
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether all it holds is the lock of a run that could not start, on faulty data for one."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def _clear(folder: Path) -> None:
