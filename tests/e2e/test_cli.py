@@ -58,7 +58,7 @@ def trained(tiny_model: Path, chat_rows: Path, tmp_path_factory: pytest.TempPath
 def test_a_run_leaves_all_its_files_and_figures(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()} - {".lock"}
     files = {"recipe.resolved.toml", "environment.json", "metrics.jsonl", "summary.json", "report.html"}
-    assert names == files | {"adapter", "checkpoints"}
+    assert names == files | {"adapter", "checkpoints", "record.json"}
     summary = json.loads((trained / "summary.json").read_text())
     wanted = {
         "heldout_nll_before",
@@ -79,6 +79,33 @@ def test_a_run_leaves_all_its_files_and_figures(trained: Path) -> None:
     report = (trained / "report.html").read_text()
     assert "Answers before and after" in report
     assert f"{summary['trainable_parameters']:,}" in report
+
+
+def test_the_report_can_be_made_again_from_the_record(trained: Path) -> None:
+    from addenda.evals.record import RunRecord
+    from addenda.evals.report import render_report
+
+    record = RunRecord.from_json((trained / "record.json").read_text())
+    assert render_report(record) == (trained / "report.html").read_text()
+
+
+def test_a_resumed_run_counts_the_time_of_the_parts_before(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for state in sorted((out / "checkpoints").glob("step-*/state.json")):
+        written = json.loads(state.read_text())
+        written["run"]["seconds"] = 5000.0  # as if the first part had taken that long
+        text = (json.dumps(written, indent=1, sort_keys=True) + "\n").encode()
+        state.write_bytes(text)
+        manifest = state.with_name("MANIFEST.json")
+        listed = json.loads(manifest.read_text())
+        listed["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        manifest.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n")
+    resumed = document(capsys, "train", "--resume", "--out", str(out), "-q")
+    assert resumed["train_seconds"] == 5000.0
+    assert resumed["wall_seconds"] > resumed["train_seconds"]
 
 
 def test_the_adapter_carries_where_it_came_from(trained: Path, tiny_model: Path, chat_rows: Path) -> None:

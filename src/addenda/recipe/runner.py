@@ -25,7 +25,7 @@ from addenda.train import Event, MetricsLog, TrainResult, lock_run, peak_memory_
 __all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
-METRICS, ENVIRONMENT = "metrics.jsonl", "environment.json"
+METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run(
         result = _train(ready, folder, on_event, resume=resume)
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
-        wall = time.monotonic() - started
+        wall = time.monotonic() - started + result.seconds_before
         figures = _figures(ready, result, measured, wall)
         save(
             ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
@@ -80,6 +80,7 @@ def run(
         record = make_record(
             ready, result, measured, samples, run_folder=folder, wall_seconds=wall, command=command
         )
+        _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
         _write_json(folder / SUMMARY, figures)
     return RunSummary(folder, figures, record)
