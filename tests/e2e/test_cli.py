@@ -285,6 +285,20 @@ def test_chat_answers_once_streams_turns_and_compares(
     assert first == second == both["answers"]["adapted"].strip()
 
 
+def test_bytes_that_are_no_text_do_not_end_a_conversation(tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "addenda", "chat", "--base", str(tiny_model), "--max-new-tokens", "3"]
+    for locale in ("C.UTF-8", "C"):
+        options: dict[str, Any] = {
+            "env": {**os.environ, "PYTHONPATH": str(SRC), "LC_ALL": locale, "PYTHONUTF8": "0"},
+            "capture_output": True,
+            "timeout": 120,
+        }
+        spoken = subprocess.run(command, input=b"bad \xff byte\nwhere\n", **options)
+        assert (spoken.returncode, len(spoken.stdout.splitlines())) == (0, 2), spoken.stderr
+        asked = subprocess.run([*command, "--prompt", b"bad \xff byte"], **options)
+        assert asked.returncode == 0, asked.stderr
+
+
 def test_chat_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--adapter" in document(capsys, "chat", "--compare", "--prompt", "hi", code=2)["error"]["message"]
     assert "--prompt" in document(capsys, "chat", code=2)["error"]["message"]

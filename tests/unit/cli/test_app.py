@@ -162,6 +162,20 @@ def test_version_names_what_it_runs_on() -> None:
     ]
 
 
+@pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), (">/dev/full", 6), ("--json >/dev/full", 6)])
+def test_an_output_that_takes_nothing_gives_a_code_and_no_traceback(redirect: str, code: int) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m addenda methods {redirect}"],
+        env={**os.environ, "PYTHONPATH": str(HERE / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("the disk is full" in done.stderr) == (code == 6)
+
+
 def test_a_reader_that_goes_away_is_not_a_fault() -> None:
     command = f"{sys.executable} -m addenda --help | true"
     done = subprocess.run(
