@@ -56,7 +56,8 @@ def _require_only_measuring(recipe: Recipe) -> None:
     ]
     if decided:
         raise ConfigError(
-            f"{decided[0]} is decided by the adapter", hint="leave it out, or measure the base without --adapter"
+            f"{decided[0]} is decided by the adapter",
+            hint="leave it out, or measure the base without --adapter",
         )
 
 

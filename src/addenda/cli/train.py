@@ -74,7 +74,8 @@ def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any
     file, out = flags.pop("file"), flags["out"]
     if resume and force:
         raise ConfigError(
-            "--resume and --force exclude each other", hint="--resume goes on with the run, --force replaces it"
+            "--resume and --force exclude each other",
+            hint="--resume goes on with the run, --force replaces it",
         )
     if resume:
         if out is None:

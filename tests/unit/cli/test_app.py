@@ -44,7 +44,7 @@ def test_every_verb_shows_examples_and_takes_the_common_switches(
     assert run([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"  addenda {name}" in shown.partition("Examples:")[2]
-    assert all(switch in shown for switch in ("--json", "--quiet", "--verbose"))
+    assert all(switch in shown for switch in ("--json", "--quiet", "--verbose", "Exit codes"))
 
 
 def test_help_lists_every_verb_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
