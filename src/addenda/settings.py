@@ -327,6 +327,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise NotFoundError(
             f"no recipe at '{path}'", hint="'addenda train --dry-run' prints one to start from"
         ) from None
+    except OSError as problem:
+        raise ConfigError(
+            f"recipe '{path}' cannot be read: {(problem.strerror or str(problem)).lower()}",
+            hint="name a TOML file, such as RUN/recipe.resolved.toml",
+        ) from None
     except UnicodeDecodeError as wrong:
         raise ConfigError(
             f"recipe '{path}' is not UTF-8 at byte {wrong.start}", hint="save it as UTF-8"
@@ -388,7 +393,10 @@ def _unknown(key: str, schema: Mapping[str, Any], origin: Origin) -> str:
     known = [name for name in schema if name.startswith(f"{section}.")]
     if near:
         return f"unknown key ({origin}); did you mean '{near[0]}'?"
-    return f"unknown key ({origin}); known: {' '.join(known or schema)}"
+    if known:
+        return f"unknown key ({origin}); known: {' '.join(known)}"
+    sections = dict.fromkeys(name.partition(".")[0] for name in schema)
+    return f"unknown key ({origin}); sections and keys at the top: {' '.join(sections)}"
 
 
 class _Unfit(Exception):

@@ -58,7 +58,7 @@ def trained(tiny_model: Path, chat_rows: Path, tmp_path_factory: pytest.TempPath
 def test_a_run_leaves_all_its_files_and_figures(trained: Path) -> None:
     names = {path.name for path in trained.iterdir()} - {".lock"}
     files = {"recipe.resolved.toml", "environment.json", "metrics.jsonl", "summary.json", "report.html"}
-    assert names == files | {"adapter", "checkpoints"}
+    assert names == files | {"adapter", "checkpoints", "record.json"}
     summary = json.loads((trained / "summary.json").read_text())
     wanted = {
         "heldout_nll_before",
@@ -79,6 +79,33 @@ def test_a_run_leaves_all_its_files_and_figures(trained: Path) -> None:
     report = (trained / "report.html").read_text()
     assert "Answers before and after" in report
     assert f"{summary['trainable_parameters']:,}" in report
+
+
+def test_the_report_can_be_made_again_from_the_record(trained: Path) -> None:
+    from addenda.evals.record import RunRecord
+    from addenda.evals.report import render_report
+
+    record = RunRecord.from_json((trained / "record.json").read_text())
+    assert render_report(record) == (trained / "report.html").read_text()
+
+
+def test_a_resumed_run_counts_the_time_of_the_parts_before(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    for state in sorted((out / "checkpoints").glob("step-*/state.json")):
+        written = json.loads(state.read_text())
+        written["run"]["seconds"] = 5000.0  # as if the first part had taken that long
+        text = (json.dumps(written, indent=1, sort_keys=True) + "\n").encode()
+        state.write_bytes(text)
+        manifest = state.with_name("MANIFEST.json")
+        listed = json.loads(manifest.read_text())
+        listed["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        manifest.write_text(json.dumps(listed, indent=1, sort_keys=True) + "\n")
+    resumed = document(capsys, "train", "--resume", "--out", str(out), "-q")
+    assert resumed["train_seconds"] == 5000.0
+    assert resumed["wall_seconds"] > resumed["train_seconds"]
 
 
 def test_the_adapter_carries_where_it_came_from(trained: Path, tiny_model: Path, chat_rows: Path) -> None:
@@ -164,6 +191,27 @@ def test_missing_things_are_not_found(
     document(capsys, "methods", "lroa", code=4)
 
 
+def test_flags_that_contradict_each_other_are_refused(
+    trained: Path, chat_rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = document(capsys, "train", "--resume", "--force", "--out", str(trained), code=2)["error"]
+    assert "--resume and --force" in error["message"]
+    for flags in (("--method", "ia3"), ("--targets", "q_proj"), ("--set", "base.template=plain")):
+        error = document(capsys, "eval", str(chat_rows), "--adapter", str(trained), *flags, code=2)["error"]
+        assert "decided by the adapter" in error["message"]
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1]", '{"base_model_name_or_path": 3}'])
+def test_a_broken_peft_folder_is_named_and_no_fault_of_ours(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    run(["chat", "--adapter", str(tmp_path), "--prompt", "hi", "--json"])
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["type"] in ("CheckpointError", "NotFoundError")
+    assert "adapter" in error["message"]
+
+
 def test_dry_run_prints_every_value_with_its_origin(
     chat_rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +283,20 @@ def test_chat_answers_once_streams_turns_and_compares(
     assert process.returncode == 0, process.stderr
     first, second = process.stdout.splitlines()
     assert first == second == both["answers"]["adapted"].strip()
+
+
+def test_bytes_that_are_no_text_do_not_end_a_conversation(tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "addenda", "chat", "--base", str(tiny_model), "--max-new-tokens", "3"]
+    for locale in ("C.UTF-8", "C"):
+        options: dict[str, Any] = {
+            "env": {**os.environ, "PYTHONPATH": str(SRC), "LC_ALL": locale, "PYTHONUTF8": "0"},
+            "capture_output": True,
+            "timeout": 120,
+        }
+        spoken = subprocess.run(command, input=b"bad \xff byte\nwhere\n", **options)
+        assert (spoken.returncode, len(spoken.stdout.splitlines())) == (0, 2), spoken.stderr
+        asked = subprocess.run([*command, "--prompt", b"bad \xff byte"], **options)
+        assert asked.returncode == 0, asked.stderr
 
 
 def test_chat_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:

@@ -361,7 +361,8 @@ def test_divergence_is_found_within_twenty_steps(tmp_path, rate):
     losses = [event.loss for event in events if isinstance(event, StepEvent)]
     assert losses[0] < 0.1
     assert len(losses) <= 20
-    assert "training diverges" in error.message or "the loss is nan" in error.message
+    # Which number runs over first, a loss or a gradient, is the processor's affair.
+    assert any(text in error.message for text in ("training diverges", "the loss is nan", "is not finite"))
     assert "train.learning_rate" in error.hint
 
 

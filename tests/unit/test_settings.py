@@ -99,6 +99,7 @@ def test_all_problems_are_reported_at_once_with_nearest_names(tmp_path: Path) ->
         ("data.heldout_fraction=0.9", "heldout_fraction must be in (0, 0.5], got 0.9"),
         ("data.prompt=q", "give both or neither"),
         ("rank=8", "did you mean 'method.rank'?"),
+        (f"train.seed={2**63}", "seed must be at most 9223372036854775807"),
     ],
 )
 def test_one_wrong_value_is_named_with_what_it_must_be(assignment: str, text: str) -> None:
@@ -129,6 +130,16 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"\n')
     with pytest.raises(ConfigError, match="not UTF-8 at byte 11"):
         resolve(file=tmp_path / "latin.toml")
+    with pytest.raises(ConfigError, match="cannot be read: is a directory") as caught:
+        resolve(file=tmp_path)
+    assert "TOML" in caught.value.hint
+
+
+def test_an_unknown_section_is_answered_with_the_sections_that_exist() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(sets=["zzz.xyz=1"])
+    assert "name out method base data train evals" in caught.value.message
+    assert len(caught.value.message) < 200
 
 
 def test_recipes_with_the_same_values_are_equal_whatever_their_origins() -> None:

@@ -114,14 +114,17 @@ def cli() -> None:
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    from addenda.train.interrupt import Interrupted
+
+    raise Interrupted(signum)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; nothing but the verb's own output is printed."""
     try:
         code = cli.main(args=list(arguments), prog_name="addenda", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where the caller closed it
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 1
@@ -143,7 +146,7 @@ def _asks_traceback(arguments: Sequence[str]) -> bool:
 
 def main() -> None:
     """Entry point of the ``addenda`` command."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         # A terminal with an old encoding shows '?' where it has no character; it never crashes the command.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -44,9 +44,9 @@ class _Talk:
         """The next answer of ``who``: ``base`` answers without the adapter."""
         from addenda.bases.generate import generate
 
-        start = [{"role": "system", "content": self.system}] if self.system else []
+        start = [{"role": "system", "content": _clean(self.system)}] if self.system else []
         turns = self.turns.setdefault(who, start)
-        turns.append({"role": "user", "content": prompt})
+        turns.append({"role": "user", "content": _clean(prompt)})
 
         def write(piece: str) -> None:
             click.echo(piece, nl=False)
@@ -68,6 +68,11 @@ class _Talk:
             reply = ask()
         turns.append({"role": "assistant", "content": reply})
         return reply
+
+
+def _clean(text: str) -> str:
+    """The text with a question mark for each byte of the command line that was no character."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @verb(

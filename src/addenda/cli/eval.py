@@ -10,6 +10,7 @@ from addenda.cli.console import Console
 from addenda.cli.display import Display
 from addenda.cli.recipe_flags import read_recipe, recipe_flags
 from addenda.cli.verb import verb
+from addenda.errors import ConfigError
 
 if TYPE_CHECKING:
     from addenda.settings import Recipe
@@ -34,6 +35,8 @@ def command(console: Console, data: str, adapter: str | None, **flags: Any) -> N
     With --adapter: the base and the adapted model on the same rows, and how far the model moved on general prompts.
     """
     recipe = read_recipe(**flags, data__path=data)
+    if adapter is not None:
+        _require_only_measuring(recipe)
     with Display(console) as display:
         if adapter is None:
             figures = _base_alone(recipe, display)
@@ -42,6 +45,20 @@ def command(console: Console, data: str, adapter: str | None, **flags: Any) -> N
             source = recipe.base.source if recipe.origin("base.source").kind != "default" else None
             figures = _adapted(recipe, adapter, source, display)
     console.result({"data": data, "adapter": adapter, **figures}, lambda: _text(figures))
+
+
+def _require_only_measuring(recipe: Recipe) -> None:
+    """What the adapter decides cannot be set beside it; a recipe file may say it, for it is that of the run."""
+    decided = [
+        key
+        for key, origin in recipe.origins.items()
+        if origin.kind in ("flag", "--set") and (key.startswith("method.") or key == "base.template")
+    ]
+    if decided:
+        raise ConfigError(
+            f"{decided[0]} is decided by the adapter",
+            hint="leave it out, or measure the base without --adapter",
+        )
 
 
 def _base_alone(recipe: Recipe, display: Display) -> dict[str, Any]:

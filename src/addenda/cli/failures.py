@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Mapping
@@ -60,9 +61,12 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
         # Click turns Ctrl-C into an Abort and keeps what was raised as its cause.
         cause = error.__cause__ if isinstance(error, click.Abort) and error.__cause__ else error
-        return Failure("Interrupted", str(cause) or "interrupted", getattr(cause, "exit_code", 130))
+        hint = "; ".join(getattr(cause, "__notes__", ()))
+        return Failure("Interrupted", str(cause) or "interrupted", getattr(cause, "exit_code", 130), hint)
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return _system(error)
+    if os.strerror(errno.ENOSPC) in str(error):  # as safetensors says it, in an exception of its own
+        return _system(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         hint = "set train.tokens_per_micro_batch lower, data.max_tokens lower, or take a smaller base"
         return Failure("OutOfMemory", f"out of memory: {_first_line(error)}", 5, hint)
@@ -89,6 +93,9 @@ def _system(error: OSError) -> Failure:
     where = {"path": error.filename} if error.filename else {}
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure("DiskFullError", "the disk is full", 6, "free some space and run again", where)
+    if error.errno == errno.EFBIG:
+        hint = "raise the limit (ulimit -f), or write to another disk"
+        return Failure("DiskFullError", "a file became larger than is allowed here", 6, hint, where)
     if isinstance(error, FileNotFoundError):
         return Failure("NotFoundError", "no such file or folder", 4, "", where)
     reason = (error.strerror or _first_line(error)).lower()
@@ -105,5 +112,6 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         click.echo("".join(traceback.format_exception(error)), err=True)
     click.echo(failure.text(), err=True)
     if as_json:
-        click.echo(json.dumps(failure.document(), ensure_ascii=False, indent=2))
+        with contextlib.suppress(OSError):  # standard output itself may be what failed
+            click.echo(json.dumps(failure.document(), ensure_ascii=False, indent=2))
     return failure.exit_code

@@ -47,11 +47,12 @@ def command(
 ) -> None:
     """Adapt a model to DATA: a file, a folder with train and valid files, or - for standard input.
 
-    Writes a run folder: recipe.resolved.toml, environment.json, metrics.jsonl, adapter/, summary.json, report.html.
+    Writes a run folder: recipe.resolved.toml, environment.json, metrics.jsonl, adapter/, summary.json, report.html,
+    and record.json, all that the report says as data.
     Ctrl-C saves a checkpoint; --resume goes on from it. Settings of sections base, data, method, train and evals are
     set in a recipe or with --set; --dry-run shows them all.
     """
-    recipe = _recipe(data, resume=resume, flags=flags)
+    recipe = _recipe(data, resume=resume, force=force, flags=flags)
     from addenda.recipe import run, with_folder
 
     recipe = with_folder(recipe)
@@ -62,15 +63,20 @@ def command(
     with Display(console) as display:
         try:
             summary = run(recipe, on_event=display, resume=resume, force=force, command=command_line)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
             if (Path(recipe.out or "") / "recipe.resolved.toml").is_file():
-                display.say(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
+                stopped.add_note(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
             raise
     console.result(_document(summary), lambda: _text(console, summary))
 
 
-def _recipe(data: str | None, *, resume: bool, flags: dict[str, Any]) -> Recipe:
+def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any]) -> Recipe:
     file, out = flags.pop("file"), flags["out"]
+    if resume and force:
+        raise ConfigError(
+            "--resume and --force exclude each other",
+            hint="--resume goes on with the run, --force replaces it",
+        )
     if resume:
         if out is None:
             raise ConfigError(

@@ -20,9 +20,9 @@ class Verb(click.Command):
     examples: Sequence[str] = ()
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the examples below the options."""
+        """Write the examples below the options, and where the exit codes are."""
         lines = "".join(f"  {example}\n" for example in self.examples)
-        formatter.write(f"\nExamples:\n{lines}")
+        formatter.write(f"\nExamples:\n{lines}\nExit codes: 'addenda --help' lists them.\n")
 
 
 def verb(name: str, *, examples: Sequence[str]) -> Callable[[Callable[..., Any]], Verb]:

@@ -29,8 +29,12 @@ def suffixes(name: str, value: object) -> list[str]:
     return [f"{name} must be a list of texts, none of them empty, got {value!r}"]
 
 
+LARGEST = 2**63 - 1
+"""Largest whole number that PyTorch, NumPy and TOML all hold."""
+
+
 def integer(name: str, value: object, *, least: int = 1) -> list[str]:
-    """Check that ``value`` is a whole number of at least ``least``.
+    """Check that ``value`` is a whole number of at least ``least``, and one that a machine word holds.
 
     Example:
         >>> integer("rank", 0)
@@ -38,6 +42,8 @@ def integer(name: str, value: object, *, least: int = 1) -> list[str]:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         return [f"{name} must be a whole number >= {least}, got {value!r}"]
+    if value > LARGEST:
+        return [f"{name} must be at most {LARGEST}, got {value!r}"]
     return []
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from addenda.bases.scores import evaluate_positions
 from addenda.core.progress import OnProgress, Progress
 from addenda.data.pack import PackedBatch, collate, plan_batches
 from addenda.data.rows import Example
-from addenda.errors import DataError
+from addenda.errors import BaseModelError, DataError
 from addenda.evals.results import HeldoutMetrics, RowScore
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def heldout(
 
     Raises:
         DataError: there are no rows, or rows without a trained token.
+        BaseModelError: the model gives a row no finite nll.
     """
     _require_targets(examples)
     packed = packed or PackedModel(base.model)
@@ -65,6 +67,7 @@ def heldout(
             scores.update(zip(rows, _row_scores(batch, found.nll.cpu(), found.correct.cpu()), strict=True))
             if on_progress:
                 on_progress(Progress(task, done=len(scores), total=len(examples), unit="rows"))
+    _require_finite(examples, scores)
     return HeldoutMetrics.of([scores[row] for row in range(len(examples))])
 
 
@@ -80,6 +83,16 @@ def _row_scores(batch: PackedBatch, nll: Tensor, correct: Tensor) -> list[RowSco
     hits = torch.bincount(samples, weights=correct.double(), minlength=count).tolist()
     tokens = torch.bincount(samples, minlength=count).tolist()
     return [RowScore(*row) for row in zip(sums, tokens, map(int, hits), strict=True)]
+
+
+def _require_finite(examples: Sequence[Example], scores: Mapping[int, RowScore]) -> None:
+    bad = [row for row in sorted(scores) if not math.isfinite(scores[row].nll_sum)]
+    if bad:
+        raise BaseModelError(
+            f"the model gives {len(bad)} of {len(scores)} rows no finite nll",
+            where={"first": str(examples[bad[0]].row)},
+            hint="its weights are damaged, or too large for their number format: try base.dtype=float32",
+        )
 
 
 def _require_targets(examples: Sequence[Example]) -> None:

@@ -135,9 +135,9 @@ class CostFacts:
     """What the run took."""
 
     wall_seconds: float
-    """From start to report."""
+    """From start to report; of parts before a resume, the training alone."""
     train_seconds: float
-    """Of it in training steps."""
+    """Of it in training, with its evaluations and checkpoints."""
     tokens_per_second: float
     """Trained and context tokens a second while training."""
     trained_tokens: int

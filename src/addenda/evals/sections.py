@@ -203,7 +203,7 @@ def cost(record: RunRecord) -> list[Html]:
     spent = record.cost
     rows = [
         ["wall time, start to report", duration(spent.wall_seconds)],
-        ["of it, training steps", duration(spent.train_seconds)],
+        ["of it, training with its evaluations", duration(spent.train_seconds)],
         ["speed while training", f"{count(spent.tokens_per_second)} tokens per second (trained and context)"],
         [
             "tokens trained on",

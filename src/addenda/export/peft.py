@@ -42,7 +42,7 @@ from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.methods.ia3 import IA3, IA3Adapter
 from addenda.methods.lora import LoRA
 
-__all__ = ["CONFIG", "TENSORS", "export_peft", "import_peft", "write_peft"]
+__all__ = ["CONFIG", "TENSORS", "export_peft", "import_peft", "read_config", "write_peft"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -299,7 +299,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
             then as it was.
     """
     source = Path(folder)
-    config = _read_config(source)
+    config = read_config(source)
     tensors = _read_tensors(source)
     paths = _paths(tensors, source)
     method = _method(config, paths, source)
@@ -316,7 +316,14 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     return handle
 
 
-def _read_config(source: Path) -> dict[str, Any]:
+def read_config(source: Path) -> dict[str, Any]:
+    """Return the configuration of a PEFT folder, checked for what could run code.
+
+    Raises:
+        NotFoundError: there is none.
+        UnsafeError: the folder asks for what could run code.
+        CheckpointError: it is no configuration.
+    """
     path = source / CONFIG
     pickled = sorted(file.name for file in source.glob("*.bin")) + sorted(
         file.name for file in source.glob("*.pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from addenda.bases import LoadedBase, with_chat_template
 from addenda.core import Handle, load, read_manifest
 from addenda.errors import NotFoundError
 from addenda.export.peft import CONFIG as PEFT_CONFIG
-from addenda.export.peft import import_peft
+from addenda.export.peft import import_peft, read_config
 from addenda.recipe.prepare import Note, OnRunEvent, prepare_base
 from addenda.recipe.runner import ADAPTER
 
@@ -44,7 +43,7 @@ def load_adapted(
     place = Path(folder)
     place = place / ADAPTER if (place / ADAPTER / "adapter.json").is_file() else place
     if (place / PEFT_CONFIG).is_file() and not (place / "adapter.json").is_file():
-        named = json.loads((place / PEFT_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        named = read_config(place).get("base_model_name_or_path")
         base = prepare_base(_require_source(source or named, place), None, dtype, on_event)
         return base, import_peft(base.model, place), {}
     provenance = dict(read_manifest(place).get("provenance") or {})
@@ -57,8 +56,8 @@ def load_adapted(
     return base, load(base.model, place), provenance
 
 
-def _require_source(source: str | None, place: Path) -> str:
-    if not source:
+def _require_source(source: object, place: Path) -> str:
+    if not isinstance(source, str) or not source:
         raise NotFoundError(
             f"the adapter in '{place}' does not say which base it is for", hint="name it with --base"
         )

@@ -25,7 +25,7 @@ from addenda.train import Event, MetricsLog, TrainResult, lock_run, peak_memory_
 __all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
-METRICS, ENVIRONMENT = "metrics.jsonl", "environment.json"
+METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def run(
         result = _train(ready, folder, on_event, resume=resume)
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
-        wall = time.monotonic() - started
+        wall = time.monotonic() - started + result.seconds_before
         figures = _figures(ready, result, measured, wall)
         save(
             ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
@@ -80,6 +80,7 @@ def run(
         record = make_record(
             ready, result, measured, samples, run_folder=folder, wall_seconds=wall, command=command
         )
+        _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
         _write_json(folder / SUMMARY, figures)
     return RunSummary(folder, figures, record)
@@ -92,7 +93,7 @@ def with_folder(recipe: Recipe) -> Recipe:
     stem = Path(recipe.data.path).stem if recipe.data.path != "-" else "stdin"
     name = f"{stem or 'run'}-{recipe.method.name}"
     taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    free = next(path for path in taken if not path.exists())
+    free = next(path for path in taken if not path.exists() or _never_began(path))
     return recipe.derive("out", str(free), "data and method, the first free name")
 
 
@@ -112,6 +113,11 @@ def _require_place(folder: Path, *, resume: bool, force: bool) -> None:
             where={"holds": " ".join(sorted(there)[:8])},
             hint=hint if ours else "it holds no run; choose another --out",
         )
+
+
+def _never_began(folder: Path) -> bool:
+    """Whether all it holds is the lock of a run that could not start, on faulty data for one."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]
 
 
 def _clear(folder: Path) -> None:

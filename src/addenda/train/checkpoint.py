@@ -183,6 +183,12 @@ def _disk_errors(parent: Path, need: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DiskFullError(
+                "a checkpoint is larger than a file may be here",
+                where={"path": parent, "need": f"{need:,} bytes"},
+                hint="the checkpoints before it are untouched; raise the limit (ulimit -f) and resume",
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
                 f"cannot write a checkpoint: {(error.strerror or str(error)).lower()}",

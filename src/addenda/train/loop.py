@@ -56,6 +56,8 @@ class TrainResult:
     """Tokens seen that were context only."""
     seconds: float
     """Time spent, evaluations and checkpoints included, over all resumed parts."""
+    seconds_before: float
+    """Of it, in the parts before this one; 0 where the run was not resumed."""
     tokens_per_second: float
     """Trained and context tokens by the time spent in optimiser steps."""
     best_step: int
@@ -117,6 +119,7 @@ def train(
         if evaluate is None and heldout_examples:
             evaluate = _own_evaluation(session, heldout_examples)
         begin(session, resume=resume, heldout_rows=len(heldout_examples))
+        seconds_before = session.state.seconds
         if evaluate is None:
             on_event(
                 NoticeEvent(
@@ -126,7 +129,7 @@ def train(
         with training_mode(base.model, handle), out_of_memory_named(_smaller(session)):
             if not session.state.finished:
                 _run(session, evaluate, interrupts)
-        result = _finish(session)
+        result = _finish(session, seconds_before)
         if interrupts.requested:  # after the last step: all is saved, but whoever called must stop too
             raise Interrupted(interrupts.signum, str(session.folder))
         return result
@@ -220,7 +223,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
         guards.require_no_divergence(state, learning_rate=session.learning_rate)
 
 
-def _finish(session: Session) -> TrainResult:
+def _finish(session: Session, seconds_before: float) -> TrainResult:
     """Save the end of the run, put the best adapter on the model, and sum up."""
     state = session.state
     if not state.finished:
@@ -237,6 +240,7 @@ def _finish(session: Session) -> TrainResult:
         trained_tokens=state.trained_tokens,
         context_tokens=state.tokens - state.trained_tokens,
         seconds=state.seconds,
+        seconds_before=seconds_before,
         tokens_per_second=state.tokens / max(state.step_seconds, 1e-9),
         best_step=state.step if state.best_step is None else state.best_step,
         stopped_early=state.stopped_early,

@@ -218,7 +218,7 @@ def require_same_run(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     }
     if changed:
         raise CheckpointError(
-            f"this is not the run that the checkpoint belongs to: {len(changed)} differences",
+            f"this is not the run that the checkpoint belongs to: {len(changed)} difference{'s' * (len(changed) > 1)}",
             where=changed,
             hint="resume with the recipe and the data of that run, or train into another folder",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_every_verb_shows_examples_and_takes_the_common_switches(
     assert run([name, "--help"]) == 0
     shown = capsys.readouterr().out
     assert f"  addenda {name}" in shown.partition("Examples:")[2]
-    assert all(switch in shown for switch in ("--json", "--quiet", "--verbose"))
+    assert all(switch in shown for switch in ("--json", "--quiet", "--verbose", "Exit codes"))
 
 
 def test_help_lists_every_verb_and_every_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,6 +94,28 @@ def test_a_verb_that_fails_ends_with_its_code(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_sigterm_outside_training_has_its_code_its_message_and_its_document(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @click.command("doctor")
+    @click.option("--json", is_flag=True)
+    def command(json: bool) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(app.LazyGroup, "get_command", lambda self, ctx, name: command)
+    monkeypatch.setattr(sys, "argv", ["addenda", "doctor", "--json"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["error"]["type"] == "Interrupted"
+    assert "error: interrupted" in shown.err
+
+
 def test_unexpected_error_is_one_line_and_says_how_to_see_more(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +160,20 @@ def test_version_names_what_it_runs_on() -> None:
         "torch",
         "transformers",
     ]
+
+
+@pytest.mark.parametrize(("redirect", "code"), [(">&-", 0), (">/dev/full", 6), ("--json >/dev/full", 6)])
+def test_an_output_that_takes_nothing_gives_a_code_and_no_traceback(redirect: str, code: int) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m addenda methods {redirect}"],
+        env={**os.environ, "PYTHONPATH": str(HERE / "src")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("the disk is full" in done.stderr) == (code == 6)
 
 
 def test_a_reader_that_goes_away_is_not_a_fault() -> None:

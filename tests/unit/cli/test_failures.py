@@ -7,6 +7,7 @@ import re
 
 import click
 import pytest
+from safetensors import SafetensorError
 
 from addenda import errors
 from addenda.cli.failures import EXIT_CODES, describe
@@ -35,6 +36,7 @@ def test_every_addenda_error_keeps_message_hint_and_code(name: str) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device", "/a/b"), 6, "the disk is full"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), 4, "no such file or folder"),
+        (OSError(errno.EFBIG, "File too large", "/a/b"), 6, "a file became larger than is allowed here"),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 1, "permission denied"),
     ],
 )
@@ -61,6 +63,17 @@ def test_running_out_of_memory_says_what_to_set(error: Exception) -> None:
 
 def test_interrupt_is_not_called_a_fault() -> None:
     assert describe(KeyboardInterrupt()).exit_code == describe(click.Abort()).exit_code == 130
+
+
+def test_a_full_disk_is_one_whatever_library_meets_it() -> None:
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert (describe(error).exit_code, describe(error).message) == (6, "the disk is full")
+
+
+def test_an_interrupt_says_how_to_go_on() -> None:
+    stopped = KeyboardInterrupt()
+    stopped.add_note("go on with: addenda train --resume")
+    assert describe(stopped).hint == "go on with: addenda train --resume"
 
 
 def test_usage_error_reads_like_ours_and_points_to_help() -> None:

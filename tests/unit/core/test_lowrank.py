@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import addenda
 from addenda.core.layers import view_of
@@ -30,6 +31,15 @@ def test_fused_equals_the_float64_formula_in_value_and_gradient(bias: bool, shap
         torch.autograd.grad(got, tensors, g), torch.autograd.grad(wanted, tensors, g), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaling", [2.0, 0.5, 16 / 8**0.5, 64 / 8**0.5, 0.7])
+def test_in_float32_the_bits_are_those_of_the_plain_operations(scaling: float) -> None:
+    """PEFT adds the scaled product; a rounding that differs grows to 1e-4 of a logit through thirty layers."""
+    layer = nn.Linear(64, 48).requires_grad_(False)
+    x, A, B = torch.randn(33, 64), torch.randn(8, 64), torch.randn(48, 8)
+    got = low_rank_linear(x, A, B, scaling=scaling, base=view_of(layer, "layer"))
+    assert torch.equal(got, layer(x) + F.linear(F.linear(x, A), B) * scaling)
 
 
 def test_fused_passes_gradcheck() -> None:

@@ -11,7 +11,7 @@ from addenda.bases.loaded import LoadedBase
 from addenda.bases.packed import PackedModel
 from addenda.core.progress import Progress
 from addenda.data.rows import Example, RowRef
-from addenda.errors import DataError
+from addenda.errors import BaseModelError, DataError
 from addenda.evals.heldout import heldout
 
 
@@ -116,3 +116,12 @@ def test_rows_that_cannot_be_measured_are_refused(tiny_base: LoadedBase) -> None
         heldout(tiny_base, [*random_examples(tiny_base), blank])
     assert caught.value.where["rows"] == "data.jsonl:7"
     assert "loss mask" in caught.value.hint
+
+
+def test_a_model_that_gives_no_number_is_refused_and_the_row_named(tiny_base: LoadedBase) -> None:
+    examples = random_examples(tiny_base)
+    with torch.no_grad():
+        next(tiny_base.model.parameters())[examples[0].input_ids[0]] = float("nan")
+    with pytest.raises(BaseModelError, match="no finite nll") as caught:
+        heldout(tiny_base, examples)
+    assert "made-up" in str(caught.value.where["first"])

@@ -29,6 +29,8 @@ def test_the_folder_is_named_for_data_and_method_and_the_first_free_number(
     chosen = with_folder(wanted)
     assert chosen.out == str(Path("runs/rows-ia3-2"))
     assert chosen.origin("out").kind == "derived"
+    (tmp_path / "runs" / "rows-ia3" / ".lock").touch()  # left by a run that could not start
+    assert with_folder(wanted).out == str(Path("runs/rows-ia3"))
     assert with_folder(recipe(Path("x"), Path("mine"))).out == "mine"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -170,6 +171,18 @@ def test_a_disk_that_fails_at_any_place_leaves_the_one_before_whole(parent, monk
     monkeypatch.delenv("ADDENDA_FAILPOINTS")
     save_checkpoint(made(2), parent, keep=2)
     assert names(parent) == ["step-000001", "step-000002"]
+
+
+def test_a_limit_on_the_size_of_files_is_no_room_either(parent, monkeypatch):
+    def too_large(path, data):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+
+    older, _ = save_checkpoint(made(1), parent, keep=2)
+    monkeypatch.setattr(module, "_write", too_large)
+    with pytest.raises(DiskFullError, match="larger than a file may be"):
+        save_checkpoint(made(2), parent, keep=2)
+    assert names(parent) == ["step-000001"]
+    assert verify_checkpoint(older) == ""
 
 
 def test_too_little_room_is_found_before_anything_is_written(parent, monkeypatch):
