@@ -138,7 +138,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_an_unknown_section_is_answered_with_the_sections_that_exist() -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(sets=["zzz.xyz=1"])
-    assert "name out method base data train evals" in caught.value.message
+    assert "name out base data train evals method" in caught.value.message
     assert len(caught.value.message) < 200
 
 
