@@ -36,6 +36,9 @@ __all__ = ["GeneralPrompt", "general_kl", "general_prompts", "kl_divergence"]
 
 PROMPTS_FILE = "general_prompts.jsonl"
 TOKENS_PER_BATCH = 512
+POSITIONS_AT_ONCE = 64
+"""Two sets of scores over the vocabulary and what is made of them in fp32 exist for so many positions, so that this
+measurement needs less memory than the training before it."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def _compare(packed: PackedModel, handle: Handle, examples: list[Example], openi
     positions = _predicting(batch, opening)
     adapted, original = (states[positions.to(input_ids.device)] for states in (adapted, original))
     kls, agreeing = [], []
-    both = zip(chunks(packed, adapted, None), chunks(packed, original, None), strict=True)
+    both = zip(*(chunks(packed, states, POSITIONS_AT_ONCE) for states in (adapted, original)), strict=True)
     for (rows, adapted_part), (_, original_part) in both:
         count = rows.stop - rows.start
         adapted_logits = packed.logits(adapted_part)[:count]
