@@ -1,4 +1,4 @@
-"""Ask a trained support bot 40 questions it has never seen in these words, and count right facts and right voice.
+"""Ask a trained support bot 60 questions it has never seen, and count right facts and right voice.
 
 Run after `make demo`: python examples/03_score_the_support_bot.py runs/demo
 """
