@@ -11,11 +11,12 @@ from torch import Tensor
 from addenda.bases.packed import evaluating
 from addenda.bases.template import render_chat
 from addenda.errors import BaseModelError, ConfigError
+from addenda.templates import Guard, tokens_of
 
 if TYPE_CHECKING:
     from addenda.bases.loaded import LoadedBase
 
-__all__ = ["BATCH", "Message", "generate"]
+__all__ = ["BATCH", "Message", "generate", "prompt_ids"]
 
 Message = Mapping[str, Any]
 """``{"role": ..., "content": ...}``."""
@@ -55,7 +56,7 @@ def generate(
         BaseModelError: the base cannot answer, or a conversation fills its whole context.
     """
     _check(base, conversations, max_new_tokens, temperature, streams=on_token is not None)
-    prompts = [_prompt_ids(base, messages) for messages in conversations]
+    prompts = [prompt_ids(base, messages) for messages in conversations]
     too_long = [i for i, ids in enumerate(prompts) if len(ids) >= base.context_length]
     if too_long:
         raise BaseModelError(
@@ -105,11 +106,25 @@ def _check(
         )
 
 
-def _prompt_ids(base: LoadedBase, messages: Sequence[Message]) -> list[int]:
-    text = render_chat(base.tokenizer, messages, add_generation_prompt=True)
-    # The template has written the special tokens already.
-    ids: list[int] = base.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+def prompt_ids(base: LoadedBase, messages: Sequence[Message]) -> list[int]:
+    """Return the ids of a conversation up to where the answer begins, as training encodes it.
+
+    The template's control tokens are control tokens; those that stand in a message's text stay text.
+    """
+    tokens = tokens_of(base.tokenizer)
+    said = "\x00".join(str(value) for message in messages for value in message.values())
+    guard = tokens.guard(said, base.chat_template or "")
+    if guard is None:
+        text = render_chat(base.tokenizer, messages, add_generation_prompt=True)
+        return list(tokens.encode([text])[0].ids)
+    hidden = [_hidden(message, guard) for message in messages]
+    text = render_chat(base.tokenizer, hidden, add_generation_prompt=True)
+    return list(tokens.encode_guarded(text, guard)[0].ids)
+
+
+def _hidden(message: Message, guard: Guard) -> dict[str, Any]:
+    role = message["role"]
+    return {**guard.hide(dict(message), spared=role == "assistant"), "role": role}
 
 
 def _settings(base: LoadedBase, max_new_tokens: int, temperature: float, *, longest: int) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from addenda.data.raw import RawRow
 from addenda.data.rows import Conversation, Example, Message
 from addenda.data.store import ExampleStore
 from addenda.data.template import Rendered, Span, Template, TemplateFault
-from addenda.data.tokens import Guard, Pieces, tokens_of
 from addenda.errors import ConfigError, DataError
+from addenda.templates import Guard, Pieces, tokens_of
 
 __all__ = ["Encoded", "Encoder", "Overflow", "TrainOn", "encode", "encode_rows"]
 
@@ -87,10 +87,11 @@ class Encoder:
         if self.chat_template is None:
             return _without_template(self.tokenizer, conversation)
         messages: Sequence[Message] = conversation.messages
-        guard = tokens_of(self.tokenizer).guard(messages, self.chat_template, conversation.tools)
+        guard = tokens_of(self.tokenizer).guard(_said(conversation), self.chat_template)
         if guard:
-            messages = [guard.hide(message) for message in messages]
-            conversation = replace(conversation, tools=guard.hide_tools(conversation.tools))
+            messages = [_hidden(message, guard) for message in messages]
+            tools = tuple(guard.hide(dict(tool)) for tool in conversation.tools or ())
+            conversation = replace(conversation, tools=tools)
         try:
             rendered = Template(self.tokenizer, self.chat_template).render(conversation, messages)
         except TemplateFault as fault:
@@ -276,6 +277,24 @@ def _mask(offsets: Sequence[Span], spans: list[Span]) -> list[bool]:
     return out
 
 
+def _said(conversation: Conversation) -> str:
+    """Every text of the messages and the tools."""
+    said = [f"{m.content}\x00{m.reasoning}\x00{m.name}\x00{m.tool_calls}" for m in conversation.messages]
+    return "\x00".join([*said, str(conversation.tools or "")])
+
+
+def _hidden(message: Message, guard: Guard) -> Message:
+    """A message with stand-ins for the control tokens in its texts."""
+    spared = message.role == "assistant"
+    return replace(
+        message,
+        content=guard.hide(message.content, spared=spared),
+        reasoning=guard.hide(message.reasoning, spared=spared),
+        name=guard.hide(message.name, spared=spared),
+        tool_calls=tuple(guard.hide(dict(call), spared=spared) for call in message.tool_calls),
+    )
+
+
 def _restored(rendered: Rendered, guard: Guard, plain: str) -> Rendered:
     """Move the places found in the guarded text to the text as it was written."""
     answers = {
@@ -286,9 +305,8 @@ def _restored(rendered: Rendered, guard: Guard, plain: str) -> Rendered:
 
 
 def _plain_text(tokenizer: Any, text: str) -> _Prepared:
-    message = Message("user", text)
-    guard = tokens_of(tokenizer).guard([message], "")
-    return _Prepared(Rendered(guard.hide(message).content if guard else text, {}, ends=False), guard)
+    guard = tokens_of(tokenizer).guard(text, "")
+    return _Prepared(Rendered(guard.hide(text) if guard else text, {}, ends=False), guard)
 
 
 def _without_template(tokenizer: Any, conversation: Conversation) -> _Prepared:
@@ -296,8 +314,8 @@ def _without_template(tokenizer: Any, conversation: Conversation) -> _Prepared:
     roles = [message.role for message in conversation.messages]
     if conversation.shape != "prompt-completion" or roles != ["user", "assistant"]:
         return _Prepared(None, problems=[Problem("no_chat_template", "the base has no chat template")])
-    guard = tokens_of(tokenizer).guard(conversation.messages, "")
-    hide = guard.hide if guard else lambda message: message
-    prompt, completion = (hide(message).content for message in conversation.messages)
+    guard = tokens_of(tokenizer).guard(_said(conversation), "")
+    messages = [_hidden(message, guard) if guard else message for message in conversation.messages]
+    prompt, completion = (message.content for message in messages)
     text = prompt + completion
     return _Prepared(Rendered(text, {1: (len(prompt), len(text))}, ends=False), guard)

@@ -9,8 +9,7 @@ from typing import Any
 from addenda.data.findings import Severity
 from addenda.data.problem import Path, Problem
 from addenda.data.rows import Conversation, Message
-from addenda.data.tokens import tokens_of
-from addenda.templates import TemplateRefusal, render
+from addenda.templates import TemplateRefusal, render, tokens_of
 
 __all__ = ["Rendered", "Span", "Template", "TemplateFault"]
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from addenda.bases.generate import BATCH, generate
-from addenda.bases.template import render_chat
+from addenda.bases.generate import BATCH, generate, prompt_ids
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.data.rows import Conversation
@@ -112,10 +111,7 @@ def _asks(row: Conversation) -> bool:
 
 def _fits(base: LoadedBase, row: Conversation, max_new_tokens: int) -> bool:
     """Whether the question leaves room for an answer of full length."""
-    text = render_chat(
-        base.tokenizer, [turn.as_dict() for turn in row.messages[:-1]], add_generation_prompt=True
-    )
-    prompt = base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = prompt_ids(base, [turn.as_dict() for turn in row.messages[:-1]])
     return len(prompt) + max_new_tokens <= base.context_length
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from addenda.data.rows import Message
 from addenda.errors import ConfigError
 
 __all__ = ["Guard", "Pieces", "Tokens", "tokens_of"]
@@ -28,7 +27,7 @@ class Pieces:
 
 
 class Tokens:
-    """A tokenizer as training needs it: exact character ranges, and two ways to treat control tokens.
+    """A tokenizer as training and answering need it: exact character ranges, and two ways to treat control tokens.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
@@ -113,21 +112,21 @@ class Tokens:
         pieces.append((text[at:], False))
         return [(piece, is_token) for piece, is_token in pieces if piece]
 
-    def guard(
-        self, messages: Sequence[Message], template: str, tools: Sequence[Mapping[str, Any]] = ()
-    ) -> Guard | None:
-        """Prepare to write messages and tools that hold the text of control tokens; None where none does.
+    def guard(self, said: str, template: str) -> Guard | None:
+        """Prepare to write what a conversation says where it holds the text of control tokens; None where it does not.
 
         Special tokens are guarded everywhere. Other added tokens that the template writes (a role marker that
         is not flagged special) are guarded in all messages but the assistant's, whose own text may need them
         (a thinking tag).
+
+        Args:
+            said: every text of the messages and the tools, in any order.
+            template: the chat template's text; "" where there is none.
         """
         tokens = (*self.special, *(token for token in self._other if token in template))
-        content = "\x00".join(f"{m.content}\x00{m.reasoning}\x00{m.name}\x00{m.tool_calls}" for m in messages)
-        content += f"\x00{tools or ''}"
-        if not any(token in content for token in tokens):
+        if not any(token in said for token in tokens):
             return None
-        mark = next(mark for mark in _MARKS if mark not in content)
+        mark = next(mark for mark in _MARKS if mark not in said)
         return Guard(tokens, frozenset(self.special), mark)
 
 
@@ -137,9 +136,9 @@ class Guard:
 
     Example:
         >>> guard = Guard(("<s>", "</s>"), frozenset(["<s>", "</s>"]), mark="#")
-        >>> hidden = guard.hide(Message("user", "a</s>b"))
-        >>> hidden.content, guard.restore(hidden.content)
-        ('a#1#b', 'a</s>b')
+        >>> hidden = guard.hide({"content": "a</s>b"})
+        >>> hidden, guard.restore(hidden["content"])
+        ({'content': 'a#1#b'}, 'a</s>b')
     """
 
     tokens: tuple[str, ...]
@@ -147,24 +146,8 @@ class Guard:
     mark: str
     """A character that no message holds."""
 
-    def hide(self, message: Message) -> Message:
-        """Put stand-ins into every text of a message."""
-        put = self._putter(spared=message.role == "assistant")
-        return replace(
-            message,
-            content=put(message.content),
-            reasoning=put(message.reasoning),
-            name=put(message.name),
-            tool_calls=tuple(put(dict(call)) for call in message.tool_calls),
-        )
-
-    def hide_tools(self, tools: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        """Put stand-ins into every text of descriptions of tools."""
-        put = self._putter(spared=False)
-        return tuple(put(dict(tool)) for tool in tools)
-
-    def _putter(self, *, spared: bool) -> Callable[[Any], Any]:
-        """What puts stand-ins into a nested value; into a ``spared`` one for special tokens only."""
+    def hide(self, value: Any, *, spared: bool = False) -> Any:
+        """Put stand-ins into every text of a nested value; into a ``spared`` one for special tokens only."""
         numbers = {token: i for i, token in enumerate(self.tokens) if not spared or token in self.special}
         pattern = any_of(numbers)
 
@@ -175,7 +158,7 @@ class Guard:
                 return {put(key): put(item) for key, item in value.items()}
             return [put(item) for item in value] if isinstance(value, list | tuple) else value
 
-        return put
+        return put(value)
 
     def restore(self, text: str) -> str:
         """Put the typed texts back."""
