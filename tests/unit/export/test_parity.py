@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from addenda.errors import ExportError
-from addenda.export.parity import TOLERANCE, require_parity
+from addenda.export.parity import TOLERANCE, UNCHANGED, require_parity
 
 
 def test_equal_logits_pass_with_their_figures() -> None:
@@ -19,7 +19,7 @@ def test_equal_logits_pass_with_their_figures() -> None:
 def test_the_limit_is_a_share_of_the_largest_logit() -> None:
     logits = torch.randn(50, 32)
     logits[0, 0] = 40.0
-    limit = 40.0 * TOLERANCE["float32"]
+    limit = 40.0 * UNCHANGED
     near, far = logits.clone(), logits.clone()
     near[1, 1] += 0.5 * limit
     far[1, 1] += 2.0 * limit
@@ -27,6 +27,19 @@ def test_the_limit_is_a_share_of_the_largest_logit() -> None:
     with pytest.raises(ExportError, match="does not answer as the trained model does"):
         require_parity([logits], [far], reader="a test")
     assert require_parity([logits], [far], reader="a test", dtype="bfloat16").positions == 50
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_merged_weights_may_differ_by_what_their_rounding_makes_and_no_more(dtype: str) -> None:
+    logits = torch.randn(50, 32)
+    logits[0, 0] = 40.0
+    near, far = logits.clone(), logits.clone()
+    near[1, 1] += 0.9 * 40.0 * TOLERANCE[dtype]
+    far[1, 1] += 1.1 * 40.0 * TOLERANCE[dtype]
+    near[:, 0], far[:, 0] = logits[:, 0], logits[:, 0]
+    assert require_parity([logits], [near], reader="a test", dtype=dtype).dtype == dtype
+    with pytest.raises(ExportError, match="does not answer as the trained model does"):
+        require_parity([logits], [far], reader="a test", dtype=dtype)
 
 
 def test_other_top_tokens_fail_even_where_logits_are_close() -> None:
