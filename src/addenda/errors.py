@@ -13,6 +13,7 @@ AddendaError
 ├── UnsafeError            refused because it could run code or escape a folder (also ValueError)
 ├── CheckpointError        a checkpoint or adapter file is damaged or does not fit (also ValueError)
 ├── TrainingError          training cannot go on (also RuntimeError)
+├── KernelError            the machine code cannot be compiled (also RuntimeError)
 ├── ExportError            an export failed or did not answer as the trained model does (also RuntimeError)
 └── MissingDependencyError an optional package is not installed (also ImportError)
 """
@@ -32,6 +33,7 @@ __all__ = [
     "DataError",
     "DiskFullError",
     "ExportError",
+    "KernelError",
     "MethodError",
     "MissingDependencyError",
     "NotFoundError",
@@ -143,6 +145,10 @@ class CheckpointError(AddendaError, ValueError):
 
 class TrainingError(AddendaError, RuntimeError):
     """Training cannot go on, or taught nothing."""
+
+
+class KernelError(AddendaError, RuntimeError):
+    """The kernels cannot be compiled on this machine; plain PyTorch does their work."""
 
 
 class ExportError(AddendaError, RuntimeError):

@@ -26,6 +26,7 @@ from typing import Any
 
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import BaseModelError, DiskFullError
+from addenda.folders import cache_root
 
 __all__ = [
     "cache_root",
@@ -46,24 +47,6 @@ HASHED_AT_LOAD = 32 * 2**20
 """Files up to this many bytes are hashed at every load; larger ones are checked by size unless asked."""
 
 _PARTIAL = ".partial-"
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the cache folder: ``cache_dir`` if given, else by the order in this file's header.
-
-    Example:
-        >>> cache_root("/data/models").as_posix()
-        '/data/models'
-    """
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser().absolute()
-    if home := os.environ.get("ADDENDA_HOME"):
-        return Path(home).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg).expanduser().absolute() / "addenda"
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("addenda", appauthor=False))
 
 
 def sha256_of(path: Path) -> str:

@@ -115,7 +115,7 @@ def _memory() -> Check:
 
 def _storage() -> Iterator[Check]:
     from addenda.bases import list_models
-    from addenda.bases.cache import cache_root
+    from addenda.folders import cache_root
 
     root = cache_root()
     there = next(folder for folder in (root, *root.parents) if folder.exists())

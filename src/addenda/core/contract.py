@@ -162,6 +162,10 @@ class Adapter(nn.Module):
             f"{type(self).__name__} defines no forward", hint="an adapter must implement forward(x, base)"
         )
 
+    def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and the scaling if forward now does ``base.add_low_rank`` with them and nothing else."""
+        return None
+
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the (d_out, d_in) weight and (d_out,) bias with which the bare layer computes the same.
 

@@ -17,7 +17,17 @@ from addenda.core.contract import Adapter, Base
 from addenda.core.layers import LayerView
 from addenda.errors import TargetError
 
-__all__ = ["Host", "HostState", "adapter_prefixes", "host_of", "install", "remove", "require_module"]
+__all__ = [
+    "Host",
+    "HostState",
+    "adapter_prefixes",
+    "count_call",
+    "host_of",
+    "install",
+    "remove",
+    "require_module",
+    "sole_adapter",
+]
 
 
 class HostState:
@@ -64,9 +74,7 @@ def _run(host: Host, base: Base, x: Tensor) -> Tensor:
     *inner, last = [cast(Adapter, host.adapters[name]) for name in state.active]
     for adapter in inner:
         base = cast(Base, _Stacked(base, adapter))
-    if not torch.compiler.is_compiling():
-        for name in state.active:
-            state.calls[name] = state.calls.get(name, 0) + 1
+    count_call(host)
     y: Tensor = last(x, base)
     return y
 
@@ -121,6 +129,20 @@ def require_module(model: object) -> None:
 def host_of(module: nn.Module) -> Host | None:
     """Return the module as a host, or None where it carries no adapter."""
     return module if isinstance(module, Host) else None
+
+
+def sole_adapter(host: Host) -> Adapter | None:
+    """Return the one adapter that runs on a layer, or None where none or several do."""
+    active = host._addenda.active
+    return cast(Adapter, host.adapters[active[0]]) if len(active) == 1 else None
+
+
+def count_call(host: Host | None) -> None:
+    """Note that the adapters of a layer ran, where something other than the layer ran them."""
+    if host is not None and not torch.compiler.is_compiling():
+        calls = host._addenda.calls
+        for name in host._addenda.active:
+            calls[name] = calls.get(name, 0) + 1
 
 
 def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:

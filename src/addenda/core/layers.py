@@ -143,12 +143,17 @@ class LinearView(LayerView):
         """g: (n, d_out) -> (n, d_in)."""
         return g @ self.stored()
 
+    def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
+        """Add the gradient of the input to ``total``: (n, d_in), in place."""
+        return total.addmm_(g, self.stored())
+
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        if self._fusible(x):
+        if self.fusible(x):
             return low_rank_linear(x, A, B, scaling=scaling, base=self)
         return super().add_low_rank(x, A, B, scaling)
 
-    def _fusible(self, x: Tensor) -> bool:
+    def fusible(self, x: Tensor) -> bool:
+        """Whether the layer does for ``x`` the plain frozen product and nothing more."""
         # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
         plain = x.dtype == self.dtype and not x.is_nested and not torch.is_autocast_enabled(x.device.type)
         frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
@@ -176,6 +181,9 @@ class TransposedView(LinearView):
 
     def grad_input(self, g: Tensor) -> Tensor:
         return g @ self.stored().t()
+
+    def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
+        return total.addmm_(g, self.stored().t())
 
     def _runs_the_plain_product(self) -> bool:
         return bool(self.original.__name__ == "Conv1D")

@@ -13,17 +13,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["FrozenLinear", "low_rank_linear"]
+__all__ = ["FrozenLinear", "add_scaled", "low_rank_linear"]
 
 
 class FrozenLinear(Protocol):
-    """The two operations the fused path needs of a frozen weight."""
+    """The operations the fused path needs of a frozen weight."""
 
     def linear(self, x: Tensor) -> Tensor:
         """x: (n, d_in) -> W x + b: (n, d_out)."""
 
     def grad_input(self, g: Tensor) -> Tensor:
         """g: (n, d_out) -> Wᵀ g: (n, d_in)."""
+
+    def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
+        """Add Wᵀ g to ``total`` (n, d_in) in place, and return it."""
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -34,7 +37,7 @@ class _LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         h = rows @ A_.t()
-        y = _add_scaled(base.linear(rows), h, B_, scaling)
+        y = add_scaled(base.linear(rows), h, B_, scaling)
         ctx.save_for_backward(x, h, A, B)
         ctx.base, ctx.scaling = base, scaling
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -57,7 +60,7 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, dA, dB, None, None
 
 
-def _add_scaled(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+def add_scaled(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Add scaling * h Bᵀ to y in place.
 
     One operation rounds once, where PEFT rounds the scaled product before it is added. With a power of two that is

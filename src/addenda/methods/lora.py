@@ -133,8 +133,11 @@ class LoRAAdapter(Adapter):
         self.A, self.B = A, B
         self.scaling, self.dropout = scaling, dropout
 
+    def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:
+        return None if self.training and self.dropout else (self.A, self.B, self.scaling)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if not (self.training and self.dropout):
+        if self.low_rank_term() is not None:
             return base.add_low_rank(x, self.A, self.B, self.scaling)
         A, B = self.A.to(base.dtype), self.B.to(base.dtype)
         if base.channels_in is None:

@@ -1,0 +1,221 @@
+"""Several frozen linear layers on one input, each with at most one low-rank adapter, as one autograd node.
+
+Queries, keys and values share their input, and so do gate and up. Together they cost one thin product with their
+stacked A where each alone costs its own, one gradient of the input instead of three that are added up, and one input
+kept for the backward. An input that can be made again from what is kept anyway (`remakable`) is not kept at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from addenda.core.host import Host, count_call, sole_adapter
+from addenda.core.layers import LinearView
+from addenda.core.lowrank import FrozenLinear, add_scaled
+
+__all__ = [
+    "Remade",
+    "Term",
+    "kept",
+    "remakable",
+    "shared_linear",
+    "term_of",
+    "terms_backward",
+    "terms_forward",
+]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One frozen layer and the low-rank term on it: y = W x + b + scaling B A x."""
+
+    base: FrozenLinear
+    A: Tensor | None = None
+    """``(rank, d_in)``; None where the layer has no adapter."""
+    B: Tensor | None = None
+    """``(d_out, rank)``."""
+    scaling: float = 1.0
+    host: Host | None = None
+    """The layer as a host, if it is one."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the term; 0 where there is none."""
+        return 0 if self.A is None else len(self.A)
+
+
+def term_of(module: nn.Module, x: Tensor) -> Term | None:
+    """Return what the layer computes for ``x`` as a term, or None where only calling it would do the same."""
+    view = module._addenda.view if isinstance(module, Host) else _plain_view(module)
+    if not isinstance(view, LinearView) or not view.fusible(x) or _is_watched(module):
+        return None
+    if not isinstance(module, Host) or not module._addenda.active:
+        return Term(view, host=module if isinstance(module, Host) else None)
+    adapter = sole_adapter(module)
+    found = adapter.low_rank_term() if adapter is not None else None
+    return None if found is None else Term(view, *found, host=module)
+
+
+def _plain_view(module: nn.Module) -> LinearView | None:
+    return LinearView(module, "") if type(module) is nn.Linear else None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody else's hook wants to see the layer being called."""
+    before = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = getattr(module, "_addenda_hook", None)
+    after = [key for key in module._forward_hooks if own is None or key != own.id]
+    return bool(before or after or "forward" in vars(module))
+
+
+# ------------------------------------------------------------------------------------------------------ made again
+
+
+@dataclass(frozen=True)
+class Remade:
+    """How a tensor comes out of others that are kept anyway."""
+
+    make: Callable[..., Tensor]
+    """From the detached tensors, the same bits again."""
+    tensors: tuple[Tensor, ...]
+
+
+def remakable(y: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Mark ``y`` as what ``make(*tensors)`` gives, so that a node which needs it later need not keep it."""
+    y.remade = Remade(make, tuple(t.detach() for t in tensors))  # type: ignore[attr-defined]
+    return y
+
+
+def kept(x: Tensor) -> Remade:
+    """Return what to keep so as to have ``x`` in the backward."""
+    return getattr(x, "remade", None) or Remade(_itself, (x.detach(),))
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+# ---------------------------------------------------------------------------------------------- the products themselves
+
+
+def terms_forward(rows: Tensor, terms: Sequence[Term]) -> tuple[list[Tensor], Tensor]:
+    """rows: (n, d_in) -> each term's output (n, d_out), and the stacked A x: (n, sum of ranks)."""
+    adapted = [term for term in terms if term.A is not None]
+    if not adapted:
+        return [term.base.linear(rows) for term in terms], rows.new_empty(len(rows), 0)
+    h = rows @ stacked(adapted, rows.dtype).t()
+    outputs, at = [], 0
+    for term in terms:
+        y = term.base.linear(rows)
+        if term.B is not None:
+            y = add_scaled(y, h[:, at : at + term.rank], term.B.to(rows.dtype), term.scaling)
+            at += term.rank
+        outputs.append(y)
+    return outputs, h
+
+
+def stacked(adapted: Sequence[Term], dtype: torch.dtype) -> Tensor:
+    """The A of all terms, one under another, (sum of ranks, d_in)."""
+    parts = [term.A for term in adapted if term.A is not None]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+
+def terms_backward(
+    grads: Sequence[Tensor | None],
+    rows: Tensor,
+    h: Tensor,
+    terms: Sequence[Term],
+    *,
+    input_grad: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Return the gradient of the rows, and those of A and B of each term in turn (None where there is none)."""
+    adapted = [term for term in terms if term.A is not None]
+    inner = rows.new_zeros(len(rows), h.shape[1])
+    grad_B: dict[int, Tensor] = {}
+    at = 0
+    for g, term in zip(grads, terms, strict=True):
+        if term.B is None:
+            continue
+        span = slice(at, at + term.rank)
+        at += term.rank
+        if g is None:
+            continue
+        torch.mm(g, (term.B * term.scaling).to(g.dtype), out=inner[:, span])
+        grad_B[id(term)] = (g.t() @ h[:, span]).to(term.B.dtype).mul_(term.scaling)
+    grad_A = (inner.t() @ rows) if adapted else None
+    dx = _input_gradient(grads, terms, inner, adapted) if input_grad else None
+    factors: list[Tensor | None] = []
+    at = 0
+    for g, term in zip(grads, terms, strict=True):
+        if term.A is not None and g is not None and grad_A is not None:
+            factors += [grad_A[at : at + term.rank].to(term.A.dtype), grad_B[id(term)]]
+        else:
+            factors += [None, None]
+        at += term.rank
+    return dx, factors
+
+
+def _input_gradient(
+    grads: Sequence[Tensor | None], terms: Sequence[Term], inner: Tensor, adapted: Sequence[Term]
+) -> Tensor | None:
+    total: Tensor | None = None
+    for g, term in zip(grads, terms, strict=True):
+        if g is not None:
+            total = term.base.grad_input(g) if total is None else term.base.add_grad_input(total, g)
+    if total is not None and adapted:
+        total.addmm_(inner, stacked(adapted, inner.dtype))
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------- the node
+
+
+def shared_linear(modules: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """Return what each of the layers gives for ``x``, in one node where all of them are frozen or low-rank adapted.
+
+    Args:
+        modules: layers of the same input width; hosts, or plain layers.
+        x: ``(..., d_in)``.
+
+    Returns:
+        ``(..., d_out)`` of each layer.
+    """
+    terms = [term_of(module, x) for module in modules]
+    found = [term for term in terms if term is not None]
+    if len(found) < len(terms):
+        return tuple(module(x) for module in modules)
+    for term in found:
+        count_call(term.host)
+    factors = [factor for term in found for factor in (term.A, term.B)]
+    outputs: tuple[Tensor, ...] = _SharedLinear.apply(x, tuple(found), kept(x), *factors)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+class _SharedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, terms: tuple[Term, ...], keep: Remade, *factors: Any) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        outputs, h = terms_forward(rows, terms)
+        if any(term.A is not None for term in terms):
+            ctx.save_for_backward(h, *keep.tensors)
+        ctx.terms, ctx.make, ctx.shape = terms, keep.make, x.shape
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+        if ctx.saved_tensors:
+            h, *ingredients = ctx.saved_tensors
+            rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1])
+        else:
+            some = next(g for g in flat if g is not None)
+            rows = h = some.new_empty(len(some), 0)
+        dx, factors = terms_backward(flat, rows, h, ctx.terms, input_grad=ctx.needs_input_grad[0])
+        return (None if dx is None else dx.view(ctx.shape)), None, None, *factors
