@@ -1,9 +1,9 @@
 """Run a causal language model over a packed row: samples end to end, no padding, no attention across samples.
 
-`PackedModel` uses the model's own forward. Within a call two things differ: attention is per sample
-(`addenda.bases.attention`) and position ids restart with each sample. That this gives what the model gives sample by
-sample is proven on a probe when the object is made. A model for which it does not hold is run one sample at a time,
-which is slower and always right.
+`PackedModel` uses the model's own forward. Within a call three things differ: attention is per sample, position ids
+restart with each sample, and known parts run in a leaner form (`addenda.bases.fast`). That this gives what the model
+gives sample by sample is proven on a probe when the object is made. A model for which it does not hold is run one
+sample at a time, which is slower and always right.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from addenda.bases.attention import Segments, packed_attention_on
-from addenda.bases.fused import find_fusions, forward_replaced, fused_on
+from addenda.bases.fast.attention import packed_attention_on
+from addenda.bases.fast.find import find_fusions
+from addenda.bases.fast.fusion import forward_replaced, fused_on
+from addenda.bases.fast.segments import Segments
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -62,16 +64,28 @@ class PackedModel:
     """Why this path was taken."""
     fused: tuple[tuple[str, int], ...]
     """Kinds of parts that run in a leaner form on the packed path, and how many of each."""
+    unfused: tuple[tuple[str, str, int], ...]
+    """Kinds of parts that run as they are though they look like known ones, why, and how many of each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         with evaluating(model):
             self._decoder, self._output_class, problem = _headless(model)
-            self._fusions = find_fusions(self._decoder) if self._decoder else ()
+            self._fusions, unproven = find_fusions(self._decoder) if self._decoder else ((), ())
             problem = problem or _probe_packing(self)
         self.path = "general" if problem else "packed"
         self.fused = (
             () if problem else tuple(sorted(Counter(fusion.kind for fusion in self._fusions).items()))
+        )
+        self.unfused = (
+            ()
+            if problem
+            else tuple(
+                (kind, reason, count)
+                for (kind, reason), count in sorted(
+                    Counter((part.kind, part.reason) for part in unproven).items()
+                )
+            )
         )
         self.reason = problem or "packed rows give what single samples give, proven on a probe"
 
