@@ -89,6 +89,15 @@ class PackedModel:
         )
         self.reason = problem or "packed rows give what single samples give, proven on a probe"
 
+    @property
+    def parts(self) -> str:
+        """Which parts run fused, and why others that look alike do not, in words."""
+        if self.path == "general":
+            return "no part runs fused on the general path"
+        fused = ", ".join(f"{count} {kind}" for kind, count in self.fused) or "none"
+        own = "".join(f"; {count} {kind} not: {reason}" for kind, reason, count in self.unfused)
+        return f"fused parts: {fused}{own}"
+
     def hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the states before the output head, for every token.
 

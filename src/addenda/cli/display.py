@@ -52,7 +52,7 @@ class Display:
         path = f"{event.path}: {event.path_reason}"
         self._bars.say(
             f"training: {event.rows:,} rows, {event.epochs} epochs, {event.of_steps:,} steps, learning rate "
-            f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.threads} threads, "
+            f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.machine}, "
             f"{event.dtype}; {path}"
         )
 

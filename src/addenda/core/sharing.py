@@ -144,10 +144,11 @@ def terms_input_grad(
     """
     some = next(g for g in grads if g is not None)
     adapted = [term for term in terms if term.A is not None]
-    inner = some.new_zeros(len(some), sum(term.rank for term in terms))
+    inner = some.new_empty(len(some), sum(term.rank for term in terms))
     total: Tensor | None = None
     for g, term, span in zip(grads, terms, _spans(terms), strict=True):
         if g is None:
+            inner[:, span] = 0
             continue
         if term.B is not None:
             torch.mm(g, (term.B * term.scaling).to(g.dtype), out=inner[:, span])

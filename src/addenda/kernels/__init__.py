@@ -4,6 +4,6 @@ Each kernel has a twin in plain PyTorch where it is used, equal to it within rou
 a tensor that a kernel does not take, run the twin.
 """
 
-from addenda.kernels.library import enable, kernels_off, state
+from addenda.kernels.library import enable, kernels_off, pending, state
 
-__all__ = ["enable", "kernels_off", "state"]
+__all__ = ["enable", "kernels_off", "pending", "state"]

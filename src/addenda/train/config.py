@@ -12,7 +12,7 @@ from addenda.errors import ConfigError
 __all__ = ["HARMLESS", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("cosine", "linear", "constant")
-HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads")
+HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "kernels")
 """Settings that change no number of the result, so a resumed run may change them."""
 
 
@@ -68,6 +68,9 @@ class TrainConfig:
     """Seed of the row order and of dropout, >= 0."""
     threads: int | None = None
     """CPU threads; None leaves PyTorch's choice. Another number may change the last bits of the result."""
+    kernels: Literal["auto", "off"] = "auto"
+    """``auto`` compiles the package's C++ where the run is long enough to gain by it, once for each machine; ``off``
+    runs plain PyTorch. They differ in the last bits of the result."""
 
     def __post_init__(self) -> None:
         # TOML and JSON have no tuples.

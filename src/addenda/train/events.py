@@ -33,7 +33,8 @@ class StartEvent:
     trainable_parameters: int
     learning_rate: float
     tokens_per_micro_batch: int
-    threads: int
+    machine: str
+    """Threads, compiled kernels and allocator, as chosen for this run."""
     dtype: str
     """Number format of the base."""
     path: str

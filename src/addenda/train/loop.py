@@ -126,7 +126,11 @@ def train(
                     session.state.step, "no held-out rows: the last adapter is kept, whatever it is worth"
                 )
             )
-        with training_mode(base.model, handle), out_of_memory_named(_smaller(session)):
+        with (
+            training_mode(base.model, handle),
+            out_of_memory_named(_smaller(session)),
+            session.machine.running(),
+        ):
             if not session.state.finished:
                 _run(session, evaluate, interrupts)
         result = _finish(session, seconds_before)

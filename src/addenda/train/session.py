@@ -31,6 +31,7 @@ from addenda.train.checkpoint import (
 from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
 from addenda.train.guards import require_trainable
+from addenda.train.machine import Machine, use_machine
 from addenda.train.optimizer import make_optimizer
 from addenda.train.state import (
     RunState,
@@ -69,6 +70,7 @@ class Session:
     identity: dict[str, str]
     emit: OnEvent
     state: RunState
+    machine: Machine
     best: dict[str, Tensor] | None = None
     saved_step: int | None = None
     saved_at: float = 0.0
@@ -118,7 +120,7 @@ class Session:
             "position": within * self.config.batch_size,
             "random": random_state(self.device),
             "identity": self.identity,
-            "versions": _versions(),
+            "versions": self._versions(),
         }
         adapter = adapter_tensors(self.handle)
         return Checkpoint(
@@ -142,13 +144,23 @@ class Session:
         load_optimizer(self.handle, self.optimizer, checkpoint.optimizer)
         set_random_state(checkpoint.state["random"], self.device)
         self.state, self.best, self.saved_step = state, checkpoint.best, state.step
-        for name, now in _versions().items():
+        if checkpoint.state["versions"].get("kernels") is False:
+            self.machine.kernels, self.machine.why = False, "the run began without them"
+        for name, now in self._versions().items():
             before = checkpoint.state["versions"].get(name)
             if before != now:
                 text = (
                     f"{name} was {before} when the run was saved and is {now} now: the last bits may differ"
                 )
                 self.emit(NoticeEvent(state.step, text))
+
+    def _versions(self) -> dict[str, Any]:
+        """What may change the last bits of the result from one part of a run to the next."""
+        return {
+            "torch": torch.__version__,
+            "CPU threads": torch.get_num_threads(),
+            "kernels": self.machine.kernels,
+        }
 
 
 def open_session(
@@ -177,6 +189,8 @@ def open_session(
         )
     if rows.left_out:
         emit(NoticeEvent(0, f"{rows.left_out} rows have no token to train on and are left out"))
+    order, device = RowOrder(len(rows), config), next(handle.parameters()).device
+    machine = use_machine(wanted=config.kernels == "auto", flop=_flop(model, rows, order), device=device)
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
         model=model,
@@ -184,19 +198,26 @@ def open_session(
         packed=PackedModel(model),
         optimizer=make_optimizer((p for p in handle.parameters() if p.requires_grad), config, learning_rate),
         rows=rows,
-        order=RowOrder(len(rows), config),
+        order=order,
         config=config,
         learning_rate=learning_rate,
         tokens_per_micro_batch=config.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH,
-        device=next(handle.parameters()).device,
+        device=device,
         folder=folder,
         identity=dict(identity),
         emit=emit,
         state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
         saved_at=time.monotonic(),
+        machine=machine,
     )
     session.identity.update(_identity(session))
     return session
+
+
+def _flop(model: nn.Module, rows: UsableRows, order: RowOrder) -> float:
+    """Roughly what the run takes: a product forward and one backward with every weight, for every token."""
+    epochs = order.steps / max(order.steps_per_epoch, 1)
+    return 4.0 * sum(p.numel() for p in model.parameters()) * rows.tokens * epochs
 
 
 def _identity(session: Session) -> dict[str, str]:
@@ -218,10 +239,6 @@ def _identity(session: Session) -> dict[str, str]:
 def _dtype_name(model: nn.Module) -> str:
     frozen = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     return str(max(frozen, key=frozen.count, default=torch.float32)).removeprefix("torch.")
-
-
-def _versions() -> dict[str, Any]:
-    return {"torch": torch.__version__, "CPU threads": torch.get_num_threads()}
 
 
 def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
@@ -268,8 +285,8 @@ def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> Start
         trainable_parameters=session.handle.trainable_parameters,
         learning_rate=session.learning_rate,
         tokens_per_micro_batch=session.tokens_per_micro_batch,
-        threads=torch.get_num_threads(),
+        machine=str(session.machine),
         dtype=_dtype_name(session.model),
         path=session.packed.path,
-        path_reason=session.packed.reason,
+        path_reason=f"{session.packed.reason}; {session.packed.parts}",
     )

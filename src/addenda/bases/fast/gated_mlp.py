@@ -55,8 +55,12 @@ def gated_mlp(module: nn.Module, like: Tensor) -> Fusion | Unproven | None:
         return None
     if names - {*PARTS, "act_fn"} or not callable(act):
         return Unproven(KIND, module, "it holds more than gate, up, down and an activation")
-    shape = quietly(act, probe(like, 2, 64) * 4)
-    name = next((n for n, (f, _) in ACTIVATIONS.items() if near(f(probe(like, 2, 64) * 4), shape)), None)
+    # In fp32, where SiLU and GELU cannot be taken for one another, and as a column: each number by itself.
+    z = probe(like, 64, 1).float() * 4
+    shape = quietly(act, z)
+    name = next(
+        (name for name, (function, _) in ACTIVATIONS.items() if near(function(z), shape, units=64)), None
+    )
     if name is None:
         return Unproven(KIND, module, "its activation is none of " + ", ".join(ACTIVATIONS))
     forward, x = _lean(module, name), probe(like, 2, width)

@@ -181,3 +181,17 @@ def test_forwards_are_put_back_when_the_block_raises():
         assert "forward" in vars(module)
         raise ZeroDivisionError
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_is_off_by_one_hundredth_is_not_taken_for_an_rms_norm(dtype):
+    assert not find_fusions(frozen(WrongNorm(24), dtype))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_each_activation_is_told_from_the_others_in_any_dtype(activation, dtype):
+    module = mlp(activation, dtype)
+    ((fusion,), _) = find_fusions(module)
+    x = torch.randn(3, 24, dtype=dtype)
+    torch.testing.assert_close(fusion.forward(x), module(x))
