@@ -27,13 +27,14 @@ def rms_norm(module: nn.Module, _: Tensor) -> Fusion | Unproven | None:
     weight = module.get_parameter("weight")
     if weight.ndim != 1 or weight.is_meta:
         return None
-    # One ordinary row, and one small enough for eps to show.
-    x = probe(weight, 2, len(weight)) * torch.tensor(
-        [[1.0], [1e-3]], dtype=weight.dtype, device=weight.device
-    )
+    # One ordinary row, and one small enough for eps to show; in fp32 where the module takes it, which shows more.
+    x = (probe(weight, 2, len(weight)) * torch.tensor([[1.0], [1e-3]], device=weight.device)).float()
     expected = quietly(module, x)
+    if not isinstance(expected, Tensor) or expected.dtype != x.dtype:
+        x = x.to(weight.dtype)
+        expected = quietly(module, x)
     for plus_one in (False, True):
-        if near(_plain(x, weight, eps, plus_one=plus_one)[0], expected):
+        if near(_plain(x, weight.to(x.dtype), eps, plus_one=plus_one)[0], expected):
             return Fusion(KIND, module, type(module), _lean(module, eps, plus_one=plus_one))
     return None  # a layer norm without a bias holds the same
 
