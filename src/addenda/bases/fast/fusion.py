@@ -6,6 +6,7 @@ calls the layer as the module it is, or does all that the layer and its one low-
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def probe(like: Tensor, *shape: int) -> Tensor:
 def quietly(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """The answer of a module that may not be what it looks like; None where it cannot take these arguments."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return function(*arguments, **named)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, AssertionError):
         return None
