@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from addenda.bases.fast.attention import packed_attention_on
 from addenda.bases.fast.find import find_fusions
 from addenda.bases.fast.fusion import forward_replaced, fused_on
+from addenda.bases.fast.recompute import find_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.errors import BaseModelError
 
@@ -72,6 +73,7 @@ class PackedModel:
         with evaluating(model):
             self._decoder, self._output_class, problem = _headless(model)
             self._fusions, unproven = find_fusions(self._decoder) if self._decoder else ((), ())
+            self._blocks = find_blocks(self._decoder) if self._decoder else ()
             problem = problem or _probe_packing(self)
         self.path = "general" if problem else "packed"
         self.fused = (
@@ -98,12 +100,19 @@ class PackedModel:
         own = "".join(f"; {count} {kind} not: {reason}" for kind, reason, count in self.unfused)
         return f"fused parts: {fused}{own}"
 
-    def hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    @property
+    def blocks(self) -> int:
+        """Number of repeated blocks that can keep their input alone; 0 on the general path."""
+        return len(self._blocks) if self.path == "packed" else 0
+
+    def hidden(self, input_ids: Tensor, lengths: Sequence[int], *, recompute: int = 0) -> Tensor:
         """Return the states before the output head, for every token.
 
         Args:
             input_ids: ``(T,)`` long, the samples end to end.
             lengths: tokens of each sample; positive, adding up to T.
+            recompute: how many of the first `blocks` keep their input alone and run again in the backward; it
+                changes the memory and the time, not the result.
 
         Returns:
             ``(T, d)``.
@@ -119,7 +128,7 @@ class PackedModel:
             )
         if self.path == "general":
             return torch.cat([self.hidden_alone(sample) for sample in torch.split(input_ids, list(lengths))])
-        return self.hidden_packed(input_ids, Segments(tuple(lengths)))
+        return self.hidden_packed(input_ids, Segments(tuple(lengths)), recompute=recompute)
 
     def hidden_alone(self, input_ids: Tensor) -> Tensor:
         """Return the states ``(n, d)`` of one sample ``(n,)`` by the model's own forward."""
@@ -127,16 +136,21 @@ class PackedModel:
             return _logits_of(self.model, input_ids)
         return _states_of(self._decoder, input_ids)
 
-    def hidden_packed(self, input_ids: Tensor, segments: Segments) -> Tensor:
+    def hidden_packed(self, input_ids: Tensor, segments: Segments, *, recompute: int = 0) -> Tensor:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
         assert self._decoder is not None
         tokens = len(input_ids)
         fill = -tokens % TOKEN_MULTIPLE if input_ids.device.type == "cpu" else 0
         row = torch.cat([input_ids, input_ids[:1].expand(fill)])
         positions = torch.cat([torch.arange(n, device=row.device) for n in (*segments.lengths, fill)])
-        with packed_attention_on(self.model), fused_on(self._fusions):
+        with self._lean(), recomputed(self._blocks[:recompute], self._lean):
             states = _states_of(self._decoder, row, position_ids=positions[None], segments=segments)
         return states[:tokens]
+
+    @contextmanager
+    def _lean(self) -> Iterator[None]:
+        with packed_attention_on(self.model), fused_on(self._fusions):
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores over the vocabulary ``(n, vocab)`` of states ``(n, d)``, as the model computes them."""

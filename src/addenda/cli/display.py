@@ -55,6 +55,7 @@ class Display:
             f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.machine}, "
             f"{event.dtype}; {path}"
         )
+        self._bars.say(f"memory: {event.memory}")
 
     def _step(self, event: StepEvent) -> None:
         from addenda.core.progress import Progress

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from addenda.bases.packed import PackedModel
     from addenda.core import Plan
     from addenda.settings import Recipe
-    from addenda.train.memory import MemoryEstimate
+    from addenda.train.memory import Ledger
 
 __all__ = ["command"]
 
@@ -55,23 +55,23 @@ def command(console: Console, **flags: Any) -> None:
     )
 
 
-def _measure(recipe: Recipe, display: Display) -> tuple[Plan, MemoryEstimate, PackedModel]:
+def _measure(recipe: Recipe, display: Display) -> tuple[Plan, Ledger, PackedModel]:
     from addenda.bases.packed import PackedModel
     from addenda.core import attach, plan
     from addenda.recipe import prepare_base
     from addenda.train import choose_precision
-    from addenda.train.memory import estimate_memory
+    from addenda.train.memory import measure_memory
     from addenda.train.session import TOKENS_PER_MICRO_BATCH
 
     precision = choose_precision(recipe.base.dtype or "auto")
     base = prepare_base(recipe.base.source, recipe.base.template, precision.dtype, display)
     planned = plan(base.model, recipe.method, recipe.targets)
     handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
-    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
+    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[0]
     packed = PackedModel(base.model)
-    return planned, estimate_memory(handle, packed, tokens=tokens), packed
+    return planned, measure_memory(handle, packed).ledger(tokens, keeps_memory=True), packed
 
 
-def _memory(memory: MemoryEstimate) -> str:
+def _memory(memory: Ledger) -> str:
     parts = ", ".join(f"{name} {binary_size(size)}" for name, size in asdict(memory).items())
     return f"memory to train: about {binary_size(memory.total)} ({parts})"

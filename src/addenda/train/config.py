@@ -12,7 +12,8 @@ from addenda.errors import ConfigError
 __all__ = ["HARMLESS", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("cosine", "linear", "constant")
-HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "kernels")
+KERNELS = ("auto", "off")
+HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "kernels", "memory_gib")
 """Settings that change no number of the result, so a resumed run may change them."""
 
 
@@ -52,6 +53,9 @@ class TrainConfig:
     """Rows per optimiser step (the global batch), >= 1; it does not change the memory needed."""
     tokens_per_micro_batch: int | None = None
     """Tokens run at once, >= 1; more is faster up to a point and takes more memory; None derives it."""
+    memory_gib: float | None = None
+    """Memory the run may hold, in GiB, > 0; None takes what is free. Where it is scarce, fewer tokens run at once, and
+    blocks of the model keep their input alone and run again in the backward."""
     evals_per_epoch: int = 2
     """Evaluations on the held-out rows per epoch, evenly spread, >= 1."""
     eval_every_steps: int | None = None
@@ -94,7 +98,7 @@ class TrainConfig:
         )
         for name in optional:
             found += [] if getattr(self, name) is None else integer(name, getattr(self, name))
-        for name in ("learning_rate", "clip_norm", "save_every_minutes"):
+        for name in ("learning_rate", "clip_norm", "save_every_minutes", "memory_gib"):
             found += [] if getattr(self, name) is None else number(name, getattr(self, name), above=0.0)
         found += number("warmup_fraction", self.warmup_fraction, least=0.0, below=1.0)
         found += number("min_lr_fraction", self.min_lr_fraction, least=0.0)
@@ -105,6 +109,8 @@ class TrainConfig:
         found = []
         if self.schedule not in SCHEDULES:
             found.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.kernels not in KERNELS:
+            found.append(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
         if isinstance(self.min_lr_fraction, int | float) and self.min_lr_fraction > 1.0:
             found.append(f"min_lr_fraction must be at most 1, got {self.min_lr_fraction!r}")
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:

@@ -11,7 +11,7 @@ import torch
 
 from addenda import kernels
 
-__all__ = ["Machine", "use_machine"]
+__all__ = ["Machine", "set_allocator", "use_machine"]
 
 WORTH_COMPILING = 60.0
 """Seconds of a run, by a rough guess, from which on compiling (a few seconds) costs less than the kernels save."""
@@ -19,8 +19,10 @@ WORTH_COMPILING = 60.0
 FLOP_PER_SECOND = 1e11
 """Of one thread, for that guess."""
 
-_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD = -4, -1, -2
-"""Parameters of glibc's mallopt."""
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+KEEPING = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
+GIVING_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**18), (_TRIM_THRESHOLD, 2**20), (_TOP_PAD, 2**17))
+"""Parameters of glibc's mallopt, and their values."""
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Machine:
     """Whether the compiled kernels run."""
     why: str
     """Why not, or ""."""
-    keeps_memory: bool
+    keeps_memory: bool = False
     """Whether freed memory stays with the process, so that the next step need not fetch and clear its pages anew."""
 
     def __str__(self) -> str:
@@ -65,25 +67,26 @@ def use_machine(*, wanted: bool, flop: float, device: torch.device) -> Machine:
     """
     threads = torch.get_num_threads()
     if device.type != "cpu":
-        return Machine(threads, kernels=False, why="they are for the CPU", keeps_memory=False)
-    keeps = _keep_freed_memory()
+        return Machine(threads, kernels=False, why="they are for the CPU")
     if not wanted:
-        return Machine(threads, kernels=False, why="switched off", keeps_memory=keeps)
+        return Machine(threads, kernels=False, why="switched off")
     there = kernels.enable(compile_now=flop / FLOP_PER_SECOND / threads >= WORTH_COMPILING)
     reason = "the run is too short to be worth compiling" if kernels.pending() else kernels.state()
-    return Machine(threads, kernels=there, why="" if there else reason, keeps_memory=keeps)
+    return Machine(threads, kernels=there, why="" if there else reason)
 
 
-def _keep_freed_memory() -> bool:
-    """Tell glibc not to give freed blocks back to the system: a step asks for the same sizes again.
+def set_allocator(*, keep: bool) -> bool:
+    """Tell the allocator, for the whole process, what to do with freed blocks; return whether they are kept.
 
-    Fetching a page costs about as much as a pass over it, several times in a virtual machine.
+    Args:
+        keep: True keeps them: a step asks for the same sizes again, and fetching a page costs about as much as a pass
+            over it, more in a virtual machine. False gives large ones back at once, which holds no byte too many and
+            costs a fifth of the speed. Only glibc can be told.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, _ = libc.mallopt, libc.gnu_get_libc_version
     except (OSError, AttributeError, TypeError):
         return False
-    return all(
-        mallopt(what, value)
-        for what, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
-    )
+    chosen = KEEPING if keep else GIVING_BACK
+    return all(mallopt(what, value) for what, value in chosen) and keep

@@ -22,6 +22,7 @@ START = StartEvent(
     learning_rate=1e-3,
     tokens_per_micro_batch=1024,
     machine="2 CPU threads, compiled kernels",
+    memory="at most 900 MiB",
     dtype="bfloat16",
     path="packed",
     path_reason="proven",
