@@ -9,8 +9,9 @@ from typing import Literal
 from addenda.core.ranges import integer, number
 from addenda.errors import ConfigError
 
-__all__ = ["HARMLESS", "SCHEDULES", "TrainConfig"]
+__all__ = ["HARMLESS", "OPTIMIZERS", "SCHEDULES", "TrainConfig"]
 
+OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant")
 KERNELS = ("auto", "off")
 HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "kernels", "memory_gib")
@@ -35,6 +36,9 @@ class TrainConfig:
     """Stop after this many optimiser steps if the epochs are not over by then; None for no such limit."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW, > 0; None takes the method's own."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw``, or ``adamw8bit``: bitsandbytes' AdamW, whose averages of matrices of 4,096 numbers or more take 8 bits
+    each instead of 32."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes from its peak to the end: ``cosine``, ``linear`` or ``constant``."""
     warmup_fraction: float = 0.03
@@ -107,10 +111,9 @@ class TrainConfig:
 
     def _choices(self) -> list[str]:
         found = []
-        if self.schedule not in SCHEDULES:
-            found.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.kernels not in KERNELS:
-            found.append(f"kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}")
+        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("kernels", KERNELS)):
+            if getattr(self, name) not in known:
+                found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if isinstance(self.min_lr_fraction, int | float) and self.min_lr_fraction > 1.0:
             found.append(f"min_lr_fraction must be at most 1, got {self.min_lr_fraction!r}")
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:

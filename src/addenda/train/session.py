@@ -60,7 +60,7 @@ class Session:
     model: nn.Module
     handle: Handle
     packed: PackedModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     rows: UsableRows
     order: RowOrder
     config: TrainConfig
