@@ -134,3 +134,20 @@ def test_loss_and_gradients_equal_those_of_the_unpatched_model(family, mode):
     torch.testing.assert_close(loss.detach().double(), double.detach(), rtol=1e-5, atol=0)
     for got, wanted in zip(ours, exact, strict=True):
         assert (got - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_gradients_are_those_of_the_unpatched_model_within_rounding(family, mode):
+    model = causal_model(family, torch.bfloat16)
+    handle = with_adapter(model)
+    samples = list(torch.split(torch.randint(0, 96, (sum(LENGTHS),)), list(LENGTHS)))
+    packed = PackedModel(model)
+    assert packed.path == "packed", packed.reason
+
+    def whole(loss):
+        found = torch.autograd.grad(loss, [p for p in handle.parameters() if p.requires_grad])
+        return torch.cat([grad.double().flatten() for grad in found])
+
+    ours = whole(fused_loss(packed, samples))
+    truth = whole(own_loss(model.double(), samples))
+    assert (ours - truth).norm() <= 2e-2 * truth.norm()
