@@ -90,8 +90,7 @@ def by_torchao(name: str) -> Callable[[], nn.Module]:
 class Codes(nn.Module):
     """The shape of a GPTQ or AWQ module, as their libraries lay it out: codes, zeros and scales of groups of rows.
 
-    A stand-in: those libraries ask for a GPU or another PyTorch. ``differentiable`` is False where a kernel has no
-    backward, as most of theirs.
+    A stand-in: those libraries ask for another PyTorch. ``differentiable`` is False where a kernel has no backward.
     """
 
     def __init__(self, layer: nn.Linear, *, differentiable: bool) -> None:
