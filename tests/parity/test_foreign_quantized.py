@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import addenda
+from addenda.bases import load_base
 from addenda.core.fingerprints import fingerprint
 from addenda.core.layers import kind_of, view_of
 from addenda.errors import MethodError
@@ -89,8 +90,7 @@ def by_torchao(name: str) -> Callable[[], nn.Module]:
 class Codes(nn.Module):
     """The shape of a GPTQ or AWQ module, as their libraries lay it out: codes, zeros and scales of groups of rows.
 
-    A stand-in: those libraries ask for a GPU or another PyTorch. ``differentiable`` is False where a kernel has no
-    backward, as most of theirs.
+    A stand-in: those libraries ask for another PyTorch. ``differentiable`` is False where a kernel has no backward.
     """
 
     def __init__(self, layer: nn.Linear, *, differentiable: bool) -> None:
@@ -169,6 +169,15 @@ def test_every_method_trains_and_leaves_the_base_as_it_was(
     assert torch.equal(model(IDS).logits, before)
     addenda.load(model, tmp_path / "adapter")
     torch.testing.assert_close(model(IDS).logits, trained, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", WORKING)
+def test_the_plan_counts_weights_and_not_codes(form: str) -> None:
+    found = addenda.plan(WORKING[form](), addenda.LoRA(rank=2), "all-linear").base_parameters
+    buffers = sum(
+        m.bias.numel() for m in WORKING[form]().modules() if isinstance(m, Codes) and m.bias is not None
+    )
+    assert found + buffers == sum(p.numel() for p in tiny().parameters())
 
 
 @pytest.mark.parametrize("form", REFUSED)
@@ -250,3 +259,29 @@ def test_lora_equals_pefts_on_the_same_model(form: str) -> None:
     expected.loss.backward()
     for parameter, other in pairs:
         torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao and transformers deprecate names of their own while they load
+def test_a_folder_that_torchao_quantized_is_a_base(tiny_folder: Path) -> None:
+    base = load_base(tiny_folder)
+    assert kind_of(base.model.get_submodule("model.layers.0.self_attn.q_proj")).name == "quantized-linear"
+    handle = addenda.attach(base.model, addenda.LoRA(rank=2), "all-linear")
+    assert handle.probed.startswith("all ")
+    assert fingerprint(load_base(tiny_folder).model) == fingerprint(base.model)
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A Llama of random weights that transformers quantised by torchao, with a tokenizer of single letters."""
+    from tokenizers import Tokenizer, models
+
+    tiny().save_pretrained(tmp_path / "dense")
+    config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=torch.float32, quantization_config=config
+    )
+    folder = tmp_path / "quantized"
+    model.save_pretrained(folder)
+    letters = Tokenizer(models.BPE({chr(97 + at): at for at in range(26)}, []))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(folder)
+    return folder
