@@ -20,12 +20,23 @@ from addenda.evals.suite import Evaluation, evaluate
 from addenda.recipe.prepare import Note, OnRunEvent, Prepared, prepare
 from addenda.recipe.record import environment, make_record, versions
 from addenda.settings import Recipe
-from addenda.train import Event, MetricsLog, TrainResult, lock_run, peak_memory_bytes, train
+from addenda.train import (
+    Event,
+    MetricsLog,
+    OnEvent,
+    StepProfile,
+    StepTimes,
+    TrainResult,
+    lock_run,
+    peak_memory_bytes,
+    train,
+)
 
 __all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
 METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
+PROFILE = "profile.json"
 
 
 @dataclass(frozen=True)
@@ -36,10 +47,18 @@ class RunSummary:
     figures: dict[str, Any]
     """The content of ``summary.json``."""
     record: RunRecord
+    profile: StepTimes | None = None
+    """Where the time of a step went, if that was asked for and the run had steps enough."""
 
 
 def run(
-    recipe: Recipe, *, on_event: OnRunEvent, resume: bool = False, force: bool = False, command: str = ""
+    recipe: Recipe,
+    *,
+    on_event: OnRunEvent,
+    resume: bool = False,
+    force: bool = False,
+    command: str = "",
+    profile: bool = False,
 ) -> RunSummary:
     """Run a recipe: read, check, load, attach, train, measure, save, report.
 
@@ -49,6 +68,7 @@ def run(
         resume: go on with the run in ``recipe.out``.
         force: replace the run in ``recipe.out``.
         command: the command line, for the report.
+        profile: measure where the time of a few steps goes; they take somewhat longer.
 
     Raises:
         DataError: the data has errors; nothing was loaded or trained.
@@ -69,7 +89,9 @@ def run(
         if not resume:
             _write(folder / RECIPE, ready.recipe.to_toml())
             _write_json(folder / ENVIRONMENT, environment())
-        result = _train(ready, folder, on_event, resume=resume)
+        logged = _logged(folder, on_event)
+        profiled = StepProfile(ready.handle, logged)
+        result = _train(ready, folder, profiled if profile else logged, resume=resume)
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
         wall = time.monotonic() - started + result.seconds_before
@@ -83,7 +105,9 @@ def run(
         _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
         _write_json(folder / SUMMARY, figures)
-    return RunSummary(folder, figures, record)
+        if profiled.times is not None:
+            _write_json(folder / PROFILE, profiled.times.document())
+    return RunSummary(folder, figures, record, profiled.times)
 
 
 def with_folder(recipe: Recipe) -> Recipe:
@@ -128,13 +152,17 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _train(ready: Prepared, folder: Path, on_event: OnRunEvent, *, resume: bool) -> TrainResult:
+def _logged(folder: Path, on_event: OnRunEvent) -> OnEvent:
     log = MetricsLog(folder / METRICS)
 
     def both(event: Event) -> None:
         log(event)
         on_event(event)
 
+    return both
+
+
+def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) -> TrainResult:
     identity = {
         "data": ready.dataset.sha256,
         "chat template": str(ready.base.template_sha256),
@@ -148,7 +176,7 @@ def _train(ready: Prepared, folder: Path, on_event: OnRunEvent, *, resume: bool)
         ready.heldout.examples,
         ready.recipe.train,
         run_dir=folder,
-        on_event=both,
+        on_event=on_event,
         resume=resume,
         identity=identity,
     )
