@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from addenda.core.host import Host, count_call, sole_adapter
-from addenda.core.layers import LinearView
 from addenda.core.lowrank import FrozenLinear, add_scaled
+from addenda.core.packed_layers import PackedLinear, PackedView
+from addenda.core.views import LinearView
 
 __all__ = [
     "Remade",
@@ -63,7 +64,10 @@ def term_of(module: nn.Module, x: Tensor) -> Term | None:
 
 
 def _plain_view(module: nn.Module) -> LinearView | None:
-    return LinearView(module, "") if type(module) is nn.Linear else None
+    if type(module) is nn.Linear:
+        # A tensor subclass, as of torchao, is a weight format whose own products are to be used.
+        return LinearView(module, "") if type(module.weight) is nn.Parameter else None
+    return PackedView(module, "") if isinstance(module, PackedLinear) else None
 
 
 def _is_watched(module: nn.Module) -> bool:
