@@ -13,6 +13,7 @@ from torch import nn
 from addenda.core.contract import Base, Method
 from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
+from addenda.core.packed_layers import packed_numel
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
 from addenda.core.views import LayerView
 from addenda.errors import MethodError
@@ -169,7 +170,8 @@ def _planned(method: Method, view: Base) -> PlannedLayer:
 
 def _base_parameters(model: nn.Module) -> int:
     inside = adapter_prefixes(model)
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    dense = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    return dense + packed_numel(model)
 
 
 def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:
