@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from addenda.core.packed_layers import PackedLinear
+
 __all__ = ["Fusion", "find_fusions", "forward_replaced", "fused_on"]
 
 
@@ -164,20 +166,28 @@ def _gated_mlp(module: nn.Module) -> Fusion | None:
     parts = {"gate_proj", "up_proj", "down_proj"}
     if not parts <= names <= parts | {"act_fn"} or list(module.parameters(recurse=False)):
         return None
-    weight = getattr(module.get_submodule("gate_proj"), "weight", None)
+    width, like = _input_of(module.get_submodule("gate_proj"))
     act = getattr(module, "act_fn", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.is_meta or not callable(act):
+    if like is None or like.is_meta or not callable(act):
         return None
-    x = _probe(weight, 2, weight.shape[1])
-    expected, shape = _quietly(module, x), _quietly(act, _probe(weight, 2, 64) * 4)
+    x = _probe(like, 2, width)
+    expected, shape = _quietly(module, x), _quietly(act, _probe(like, 2, 64) * 4)
     for name, (activation, _) in ACTIVATIONS.items():
-        if shape is None or not _near(activation(_probe(weight, 2, 64) * 4), shape):
+        if shape is None or not _near(activation(_probe(like, 2, 64) * 4), shape):
             continue
         forward = _gated_forward(module, name)
         with torch.no_grad():
             if expected is not None and _near(forward(x), expected):
                 return Fusion("gated MLP", module, type(module), forward)
     return None
+
+
+def _input_of(layer: nn.Module) -> tuple[int, Tensor | None]:
+    """Features of a linear layer's input, and a tensor of its dtype and device; None where it is no such layer."""
+    if isinstance(layer, PackedLinear):
+        return layer.in_features, next(layer.buffers()).new_empty(0, dtype=layer.compute_dtype)
+    weight = getattr(layer, "weight", None)
+    return (weight.shape[1], weight) if isinstance(weight, Tensor) and weight.ndim == 2 else (0, None)
 
 
 def _gated_forward(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:

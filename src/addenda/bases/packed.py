@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from addenda.bases.attention import Segments, packed_attention_on
 from addenda.bases.fused import find_fusions, forward_replaced, fused_on
+from addenda.bases.loaded import vocabulary_of
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -222,11 +223,11 @@ def _text_config(model: nn.Module) -> Any:
 
 def _probe_samples(model: Any, lengths: list[int]) -> list[Tensor]:
     """Random token ids, the same on every call; never the padding id, about which transformers would warn."""
-    table = model.get_input_embeddings().weight
-    ids = torch.randint(0, table.shape[0], (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    rows, device = vocabulary_of(model), next(model.parameters()).device
+    ids = torch.randint(0, rows, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     padding = getattr(_text_config(model), "pad_token_id", None)
-    ids[ids == padding] = (padding or 0) + 1 if (padding or 0) + 1 < table.shape[0] else 0
-    return list(torch.split(ids.to(table.device), lengths))
+    ids[ids == padding] = (padding or 0) + 1 if (padding or 0) + 1 < rows else 0
+    return list(torch.split(ids.to(device), lengths))
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:
