@@ -106,7 +106,7 @@ def list_models(cache_dir: str | os.PathLike[str] | None = None) -> tuple[ModelC
 
     Example:
         >>> [card.name for card in list_models()]
-        ['smollm2-135m-instruct', 'gemma3-270m', 'minilm-l6-v2']
+        ['smollm2-135m-instruct', 'gemma3-270m', 'qwen2.5-coder-0.5b-instruct', 'minilm-l6-v2']
     """
     root = cache_root(cache_dir)
     return tuple(dataclasses.replace(card, cached=_is_cached(root, card)) for card in MODELS)
