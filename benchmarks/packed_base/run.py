@@ -30,11 +30,14 @@ SMALL = ("qwen2.5-coder-0.5b-instruct", 512)
 SPEED_TARGET, WEIGHTS_TARGET, PEAK_TARGET = 0.9, 1.1, 1.5e9
 
 
-def run_step(base: str, weights: str, options: argparse.Namespace, tokens: int) -> dict[str, Any]:
+def run_step(
+    base: str, weights: str, options: argparse.Namespace, tokens: int, *, recompute: bool = False
+) -> dict[str, Any]:
     """Measure one contestant in a new process."""
     command = [sys.executable, str(HERE / "step.py"), base, weights, "--dtype", options.dtype]
     for name, value in (("tokens", tokens), ("steps", options.steps), ("threads", options.threads)):
         command += [f"--{name}", str(value)]
+    command += ["--recompute"] * recompute
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -110,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.repeats):
         for base in options.bases:
             runs += [run_step(base, form, options, options.tokens) for form in ("dense", "packed")]
-    small = run_step(SMALL[0], "packed", options, SMALL[1])
+    small = run_step(SMALL[0], "packed", options, SMALL[1], recompute=True)
     versions = {name: importlib.metadata.version(name) for name in ("addenda", "torch", "transformers")}
     return {
         "benchmark": "packed_base",

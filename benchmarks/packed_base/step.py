@@ -17,6 +17,7 @@ import addenda
 from addenda.bases.packed import PackedModel
 from addenda.kernels.library import enable
 from addenda.train.loss import packed_loss
+from addenda.train.machine import set_allocator
 from addenda.train.memory import peak_memory_bytes
 
 ROW = 256
@@ -35,6 +36,7 @@ def weight_bytes(model: nn.Module) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Load, attach and step."""
     torch.set_num_threads(options.threads)
+    set_allocator(keep=not options.recompute)
     dtype = getattr(torch, options.dtype)
     base = addenda.load_base(options.base, weights=options.weights, dtype=dtype)
     enable()
@@ -46,7 +48,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seconds = []
     for step in range(options.warm_up + options.steps):
         started = time.perf_counter()
-        one_step(packed, optimizer, options.tokens, step)
+        one_step(packed, optimizer, options.tokens, step, recompute=packed.blocks if options.recompute else 0)
         seconds.append(time.perf_counter() - started)
     return {
         "weights": base.weights,
@@ -56,14 +58,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def one_step(packed: PackedModel, optimizer: torch.optim.Optimizer, tokens: int, step: int) -> None:
+def one_step(
+    packed: PackedModel, optimizer: torch.optim.Optimizer, tokens: int, step: int, *, recompute: int
+) -> None:
     """Train on one micro-batch of random tokens; their values change no product's cost."""
     ids = torch.randint(5, 30_000, (tokens,), generator=torch.Generator().manual_seed(step))
     lengths = [min(ROW, tokens - start) for start in range(0, tokens, ROW)]
     places = torch.arange(tokens - 1)
     places = places[places % ROW >= ROW // 2]
     places = places[places % ROW < ROW - 1]
-    hidden = packed.hidden(ids, lengths)
+    hidden = packed.hidden(ids, lengths, recompute=recompute)
     packed_loss(packed, hidden, places, ids[places + 1], denominator=len(places)).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--recompute", action="store_true", help="every block runs again in the backward")
     parser.add_argument("--threads", type=int, default=2)
     print(json.dumps(measure(parser.parse_args())))
 

@@ -200,7 +200,7 @@ class Handle:
                 f"'{packed[0]}' ({self._host(packed[0]).original_class.__name__}) keeps a quantized weight: "
                 "folding into it would round it anew",
                 where={"layers": len(packed)},
-                hint="keep the adapter beside its base, or merge it into the dequantized model",
+                hint="keep the adapter beside its base; '--to peft' writes it for other programs",
             )
         made = [path for path, module in self._hosts.items() if module._parameters.get("weight") is None]
         if made or any(p.is_meta for p in self.parameters()):

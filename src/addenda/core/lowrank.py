@@ -55,7 +55,7 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dA = (gB.t() @ rows).to(A.dtype)
         if ctx.needs_input_grad[2]:
-            dB = (g.t() @ h).to(B.dtype).mul_(ctx.scaling)
+            dB = (h.t() @ g).t().to(B.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
             dx = ctx.base.grad_input(g).addmm_(gB, A_).view(x.shape)
         return dx, dA, dB, None, None

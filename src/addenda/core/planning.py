@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -170,8 +171,17 @@ def _planned(method: Method, view: Base) -> PlannedLayer:
 
 def _base_parameters(model: nn.Module) -> int:
     inside = adapter_prefixes(model)
-    dense = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
-    return dense + packed_numel(model)
+    stored = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    others = [
+        m for m, kind in adaptable(model).values() if kind.stands_for and not hasattr(m, "packed_shape")
+    ]
+    return stored + packed_numel(model) + sum(_not_stored(m) for m in others)
+
+
+def _not_stored(layer: Any) -> int:
+    """How many more weights a layer stands for than its parameter has numbers: a code may hold several."""
+    weight = layer._parameters.get("weight")
+    return int(layer.in_features * layer.out_features) - (0 if weight is None else weight.numel())
 
 
 def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:

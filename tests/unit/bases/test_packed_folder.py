@@ -87,7 +87,7 @@ def test_every_stage_runs_on_it_and_its_adapter_comes_back(file: Path, tmp_path:
     base = loaded(file)
     packed = PackedModel(base.model)
     assert packed.path == "packed"
-    assert dict(packed.fused) == {"RMS norm": 5, "gated MLP": 2}
+    assert dict(packed.fused) == {"RMS norm": 5, "gated MLP": 2, "self-attention": 2}
     handle = addenda.attach(base.model, addenda.LoRA(rank=2), seed=1)
     with torch.no_grad():
         for parameter in handle.parameters():

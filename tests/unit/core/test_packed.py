@@ -119,6 +119,6 @@ def test_a_merge_into_a_packed_weight_is_refused_before_anything_changes() -> No
     weight = dense[0].weight.detach().clone()
     with pytest.raises(MethodError, match=r"'1' \(Halved\) keeps a quantized weight") as caught:
         handle.merge()
-    assert "dequantized" in caught.value.hint
+    assert "beside its base" in caught.value.hint
     assert torch.equal(dense[0].weight, weight)
     assert not handle.merged
