@@ -42,8 +42,9 @@ def export_merged(
 ) -> Parity:
     """Write base and adapter as one model folder: safetensors, tokenizer, chat template, card, ``export.json``.
 
-    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. The folder is loaded again and must answer like
-    the adapted model before it appears under its name. The model in memory stays as it was.
+    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. The folder is
+    loaded again and must answer like the adapted model before it appears under its name. The model in memory stays as
+    it was.
 
     Args:
         base: the loaded base, best in float32, carrying the adapter.
