@@ -124,7 +124,7 @@ class Handle:
         self._require_unmerged("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
-        folded = {path: self._folded(path) for path in self._hosts}
+        folded = {path: self.folded(path) for path in self._hosts}
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
             if state.kept is None:
@@ -178,7 +178,14 @@ class Handle:
         if not others:
             state.kept = None
 
-    def _folded(self, path: str) -> tuple[Tensor, Tensor | None]:
+    def folded(self, path: str) -> tuple[Tensor, Tensor | None]:
+        """Return a layer's weight, as the layer stores it, and bias with the adapter folded in; nothing is written.
+
+        A packed layer's is a dense (d_out, d_in) matrix in the dtype it computes in.
+
+        Raises:
+            MethodError: the method has no such weight, or a folded value is not finite.
+        """
         host = self._host(path)
         weight, bias = _fold(self.adapters[path], host._addenda)
         if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from addenda.bases import LoadedBase, load_base
 from addenda.bases.model_config import quiet_transformers
+from addenda.bases.packed_layers import PackedEmbedding, PackedLinear, packed_layers
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
@@ -41,8 +42,9 @@ def export_merged(
 ) -> Parity:
     """Write base and adapter as one model folder: safetensors, tokenizer, chat template, card, ``export.json``.
 
-    The weights are folded in float32 and rounded once to ``dtype``. The folder is loaded again and must answer like
-    the adapted model before it appears under its name. The model in memory stays as it was.
+    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. The folder is
+    loaded again and must answer like the adapted model before it appears under its name. The model in memory stays as
+    it was.
 
     Args:
         base: the loaded base, best in float32, carrying the adapter.
@@ -86,25 +88,69 @@ def _say(on_progress: OnProgress | None, done: int) -> None:
 
 
 def _write_weights(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype) -> None:
+    if base.weights == "packed":
+        state = _unpacked_state(base, handle)
+        with quiet_transformers():
+            base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
+    else:
+        _merge_and_write(base, handle, work, dtype)
+    config = work / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merge_and_write(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype) -> None:
     before = _own_keys(base.model.state_dict(), handle)
     handle.merge()
     try:
         state = base.model.state_dict()
         keys = _own_keys(state, handle)
         new = [key for key in keys if key not in set(before)]
-        if new:
-            raise ExportError(
-                f"merging gives {type(base.model).__name__} {len(new)} weights it has no place for, first '{new[0]}'",
-                hint="the architecture has no biases there; keep the adapter beside its base",
-            )
+        _require_place(base, new)
         with quiet_transformers():
             base.model.save_pretrained(work, state_dict=_rounded({key: state[key] for key in keys}, dtype))
     finally:
         handle.unmerge()
-    config = work / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _require_place(base: LoadedBase, new: list[str]) -> None:
+    if new:
+        raise ExportError(
+            f"merging gives {type(base.model).__name__} {len(new)} weights it has no place for, first '{new[0]}'",
+            hint="the architecture has no biases there; keep the adapter beside its base",
+        )
+
+
+def _unpacked_state(base: LoadedBase, handle: Handle) -> dict[str, Tensor]:
+    """The dense model's tensors: packed weights unpacked, the adapter folded into those that it stands on."""
+    layers, state = packed_layers(base.model), base.model.state_dict()
+    made = {key: state[key] for key in _own_keys(state, handle) if key.removesuffix(".raw") not in layers}
+    unpacked: dict[int, Tensor] = {}
+    for path, layer in layers.items():
+        place = layer.raw.data_ptr()
+        if place not in unpacked:
+            unpacked[place] = layer.dequantized()
+        made[f"{path}.weight"] = unpacked[place]
+    for path in handle.paths:
+        _require_own(path, layers)
+        weight, bias = handle.folded(path)
+        _require_place(base, [f"{path}.bias"] if bias is not None and f"{path}.bias" not in made else [])
+        made[f"{path}.weight"] = weight
+        if bias is not None:
+            made[f"{path}.bias"] = bias
+    return made
+
+
+def _require_own(path: str, layers: Mapping[str, PackedLinear | PackedEmbedding]) -> None:
+    """Refuse to fold into bytes that another layer shares."""
+    own = layers[path].raw.data_ptr() if path in layers else None
+    shared = [other for other, layer in layers.items() if other != path and layer.raw.data_ptr() == own]
+    if shared:
+        raise ExportError(
+            f"merging would also change a layer that shares its weight: '{path}' with '{shared[0]}'",
+            hint="keep the adapter beside its base: --to peft",
+        )
 
 
 def _own_keys(state: Mapping[str, Tensor], handle: Handle) -> list[str]:

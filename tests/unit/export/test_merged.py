@@ -1,0 +1,62 @@
+"""A merged export of a base whose weights are packed: a dense model folder that answers like base and adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import addenda
+from addenda.bases import load_base
+from addenda.errors import ExportError
+from addenda.export.merged import export_merged
+
+spec = importlib.util.spec_from_file_location(
+    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
+)
+assert spec is not None
+assert spec.loader is not None
+tiny_gguf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_gguf)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> addenda.LoadedBase:
+    root = tmp_path_factory.mktemp("packed")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny_gguf.LLAMA)).eval()
+    path = tiny_gguf.write_gguf(root / "tiny.gguf", model, quantize=["Q4_1", "Q8_0"])
+    return load_base(path, cache_dir=root / "cache", weights="packed")
+
+
+def attached(base: addenda.LoadedBase, targets: object) -> addenda.Handle:
+    handle = addenda.attach(base.model, addenda.LoRA(rank=2), targets, seed=1)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=0.2)
+    return handle
+
+
+def test_it_is_unpacked_and_answers_alike(base: addenda.LoadedBase, tmp_path: Path) -> None:
+    handle = attached(base, "all-linear")
+    ids = torch.randint(5, 90, (2, 11))
+    raw = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    parity = export_merged(base, handle, tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        wanted, found = base.model(ids).logits, again(ids).logits
+    assert (wanted - found).abs().max() < 1e-4 * wanted.abs().max()
+    assert parity.top1_agreement >= 0.99
+    assert type(again.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert all(torch.equal(tensor, raw[name]) for name, tensor in base.model.state_dict().items())
+    handle.detach()
+
+
+def test_a_head_that_shares_its_bytes_is_refused(base: addenda.LoadedBase, tmp_path: Path) -> None:
+    handle = attached(base, ["lm_head"])
+    with pytest.raises(ExportError, match=r"'lm_head' with 'model\.embed_tokens'"):
+        export_merged(base, handle, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    handle.detach()
