@@ -25,7 +25,7 @@ BUDGETS = {
     "methods": 800,
     "bases": 3550,  # four sources, each checked byte by byte before it is opened; packing; generation
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
-    "train": 2800,  # checkpoints, locks, interrupts and guards weigh more than the loop
+    "train": 3100,  # checkpoints, locks, interrupts, guards and several processes weigh more than the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 1200,
     "cli": 2000,

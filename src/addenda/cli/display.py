@@ -53,6 +53,7 @@ class Display:
         self._bars.say(
             f"training: {event.rows:,} rows, {event.epochs} epochs, {event.of_steps:,} steps, learning rate "
             f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.threads} threads, "
+            f"{_processes(event.processes)}"
             f"{event.dtype}; {path}"
         )
 
@@ -76,3 +77,7 @@ class Display:
         self._bars.say(f"resumed at step {event.step} from {event.folder}")
         for skipped in event.skipped:
             self._bars.say(f"  passed over: {skipped}")
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes, " if count > 1 else ""

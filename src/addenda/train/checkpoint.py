@@ -33,6 +33,7 @@ from torch import Tensor
 
 from addenda.errors import CheckpointError, DiskFullError
 from addenda.train.failpoints import failpoint
+from addenda.train.parallel import Parallel
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +42,7 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "set_aside",
+    "share_checkpoint",
     "sweep",
     "verify_checkpoint",
 ]
@@ -270,6 +272,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         best=load_safetensors(best.read_bytes()) if best.exists() else None,
         state=state,
     )
+
+
+def share_checkpoint(checkpoint: Checkpoint | None, parallel: Parallel) -> Checkpoint | None:
+    """Hand the first process's checkpoint to all; the others need not see its disk, and what they give is ignored."""
+    facts = parallel.agree(checkpoint and [checkpoint.step, checkpoint.state, checkpoint.best is not None])
+    if facts is None or parallel.alone:
+        return checkpoint
+    step, state, has_best = facts
+    given = checkpoint or Checkpoint(step, {}, {}, None, state)
+    best = parallel.share(given.best or {}) if has_best else None
+    return Checkpoint(step, parallel.share(given.adapter), parallel.share(given.optimizer), best, state)
 
 
 def sweep(parent: Path) -> None:

@@ -12,7 +12,8 @@ from addenda.errors import ConfigError
 __all__ = ["HARMLESS", "SCHEDULES", "TrainConfig"]
 
 SCHEDULES = ("cosine", "linear", "constant")
-HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads")
+SHARDINGS = ("none", "full")
+HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "sharding")
 """Settings that change no number of the result, so a resumed run may change them."""
 
 
@@ -68,6 +69,8 @@ class TrainConfig:
     """Seed of the row order and of dropout, >= 0."""
     threads: int | None = None
     """CPU threads; None leaves PyTorch's choice. Another number may change the last bits of the result."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes share the base: ``none``, each holds all of it; ``full``, a share of each block (FSDP2)."""
 
     def __post_init__(self) -> None:
         # TOML and JSON have no tuples.
@@ -102,6 +105,8 @@ class TrainConfig:
         found = []
         if self.schedule not in SCHEDULES:
             found.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.sharding not in SHARDINGS:
+            found.append(f"sharding must be one of {', '.join(SHARDINGS)}, got {self.sharding!r}")
         if isinstance(self.min_lr_fraction, int | float) and self.min_lr_fraction > 1.0:
             found.append(f"min_lr_fraction must be at most 1, got {self.min_lr_fraction!r}")
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:

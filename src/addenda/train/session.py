@@ -22,16 +22,19 @@ from addenda.errors import CheckpointError, ConfigError, DataError
 from addenda.train.batches import RowOrder, UsableRows
 from addenda.train.checkpoint import (
     Checkpoint,
+    Found,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     set_aside,
+    share_checkpoint,
     sweep,
 )
 from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
 from addenda.train.guards import require_trainable
 from addenda.train.optimizer import make_optimizer
+from addenda.train.parallel import Parallel
 from addenda.train.state import (
     RunState,
     adapter_tensors,
@@ -39,9 +42,7 @@ from addenda.train.state import (
     load_adapter,
     load_optimizer,
     optimizer_tensors,
-    random_state,
     require_same_run,
-    set_random_state,
 )
 
 __all__ = ["Session", "begin", "open_session"]
@@ -52,7 +53,7 @@ TOKENS_PER_MICRO_BATCH = 1024
 
 @dataclass
 class Session:
-    """What a run works with. ``state`` is all that changes beside the adapter, the optimiser and the generators."""
+    """What a run works with. ``state`` is all that changes beside the adapter and the optimiser."""
 
     model: nn.Module
     handle: Handle
@@ -69,6 +70,7 @@ class Session:
     identity: dict[str, str]
     emit: OnEvent
     state: RunState
+    parallel: Parallel
     best: dict[str, Tensor] | None = None
     saved_step: int | None = None
     saved_at: float = 0.0
@@ -98,17 +100,20 @@ class Session:
         return by_time or (every is not None and step % every == 0)
 
     def save(self) -> Path:
-        """Write a checkpoint of the state between two steps, and say so.
+        """Write a checkpoint of the state between two steps, and say so; the first process writes, all wait for it.
 
         Raises:
             DiskFullError: there is no room.
             CheckpointError: it cannot be written.
         """
         started = time.monotonic()
-        folder, size = save_checkpoint(self._checkpoint(), self.folder, keep=self.config.keep_checkpoints)
+        folder = self.folder
+        if self.parallel.first:
+            folder, size = save_checkpoint(self._checkpoint(), folder, keep=self.config.keep_checkpoints)
+            self.emit(CheckpointEvent(self.state.step, str(folder), size, time.monotonic() - started))
+        written = Path(self.parallel.agree(str(folder)))
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
-        self.emit(CheckpointEvent(self.state.step, str(folder), size, self.saved_at - started))
-        return folder
+        return written
 
     def _checkpoint(self) -> Checkpoint:
         epoch, within = divmod(self.state.step, self.order.steps_per_epoch)
@@ -116,7 +121,6 @@ class Session:
             "run": self.state.document(),
             "epoch": epoch,
             "position": within * self.config.batch_size,
-            "random": random_state(self.device),
             "identity": self.identity,
             "versions": _versions(),
         }
@@ -131,7 +135,7 @@ class Session:
         Raises:
             CheckpointError: it is of another run, or lacks a part.
         """
-        lacking = {"run", "random", "identity", "versions"} - set(checkpoint.state)
+        lacking = {"run", "identity", "versions"} - set(checkpoint.state)
         if lacking:
             raise CheckpointError(
                 f"the checkpoint's state lacks {', '.join(sorted(lacking))}", hint="train anew"
@@ -140,7 +144,6 @@ class Session:
         state = RunState.from_document(checkpoint.state["run"])
         load_adapter(self.handle, checkpoint.adapter)
         load_optimizer(self.handle, self.optimizer, checkpoint.optimizer)
-        set_random_state(checkpoint.state["random"], self.device)
         self.state, self.best, self.saved_step = state, checkpoint.best, state.step
         for name, now in _versions().items():
             before = checkpoint.state["versions"].get(name)
@@ -160,8 +163,9 @@ def open_session(
     folder: Path,
     emit: OnEvent,
     identity: Mapping[str, str],
+    parallel: Parallel,
 ) -> Session:
-    """Make the parts of a run; nothing is trained or written yet.
+    """Make the parts of a run; nothing is trained or written yet, but all processes begin with the first one's adapter.
 
     Raises:
         TrainingError: the adapter cannot be trained as it is.
@@ -177,6 +181,7 @@ def open_session(
         )
     if rows.left_out:
         emit(NoticeEvent(0, f"{rows.left_out} rows have no token to train on and are left out"))
+    load_adapter(handle, parallel.share(adapter_tensors(handle)))
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
         model=model,
@@ -193,6 +198,7 @@ def open_session(
         identity=dict(identity),
         emit=emit,
         state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
+        parallel=parallel,
         saved_at=time.monotonic(),
     )
     session.identity.update(_identity(session))
@@ -230,8 +236,23 @@ def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
     Raises:
         ConfigError: there are checkpoints, but the run is not to be resumed.
         CheckpointError: there are checkpoints, but none can be used.
+        TrainingError: another process trains something else.
     """
-    torch.manual_seed(session.config.seed)
+    session.parallel.require_same({**session.identity, "train.sharding": session.config.sharding})
+    found = _newest(session, resume=resume) if session.parallel.first else Found(None, {})
+    checkpoint = share_checkpoint(load_checkpoint(found.folder) if found.folder else None, session.parallel)
+    if checkpoint is not None:
+        session.restore(checkpoint)
+        skipped = tuple(f"{set_aside(folder)}: {reason}" for folder, reason in found.skipped.items())
+        session.emit(ResumeEvent(session.state.step, str(found.folder), skipped))
+    session.emit(_start_event(session, resumed=checkpoint is not None, heldout_rows=heldout_rows))
+    if resume and checkpoint is None:
+        session.emit(
+            NoticeEvent(0, f"there is no checkpoint in '{session.folder}' yet: starting from the beginning")
+        )
+
+
+def _newest(session: Session, *, resume: bool) -> Found:
     sweep(session.folder)
     found = find_checkpoint(session.folder)
     if (found.folder or found.skipped) and not resume:
@@ -246,15 +267,7 @@ def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
             where={str(folder): reason for folder, reason in found.skipped.items()},
             hint=f"remove '{session.folder}' to begin anew",
         )
-    if found.folder is not None:
-        session.restore(load_checkpoint(found.folder))
-        skipped = tuple(f"{set_aside(folder)}: {reason}" for folder, reason in found.skipped.items())
-        session.emit(ResumeEvent(session.state.step, str(found.folder), skipped))
-    session.emit(_start_event(session, resumed=found.folder is not None, heldout_rows=heldout_rows))
-    if resume and found.folder is None:
-        session.emit(
-            NoticeEvent(0, f"there is no checkpoint in '{session.folder}' yet: starting from the beginning")
-        )
+    return found
 
 
 def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> StartEvent:
@@ -272,4 +285,5 @@ def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> Start
         dtype=_dtype_name(session.model),
         path=session.packed.path,
         path_reason=session.packed.reason,
+        processes=session.parallel.size,
     )

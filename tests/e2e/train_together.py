@@ -1,0 +1,104 @@
+"""One of several processes that train the tiny model of ``train_tiny`` together; each writes down what it saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import train_tiny as tiny
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from addenda.errors import AddendaError
+from addenda.train import loop
+from addenda.train.config import TrainConfig
+from addenda.train.interrupt import Interrupted
+from addenda.train.metrics import MetricsLog
+from addenda.train.parallel import Parallel, processes
+from addenda.train.state import digest_of_tensors
+
+
+def join_group(rank, size, port):
+    """Set what torchrun would set."""
+    place = {
+        "RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": rank,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in place.items()})
+    torch.set_num_threads(1)
+
+
+def process(rank, size, port, folder, *, resume=False, seed=0, config=None, failpoints="", seconds_per_step=0.0,
+            other_rows=False, layers=2):  # fmt: skip
+    """Train, then write ``process-<rank>.json``; the exit code is the command line's."""
+    join_group(rank, size, port)
+    os.environ["ADDENDA_FAILPOINTS"] = failpoints
+    base = tiny.make_base(seed, num_hidden_layers=layers)
+    codes = nn.Parameter(torch.arange(5 * 7, dtype=torch.uint8).view(5, 7), requires_grad=False)
+    base.model.model.layers[0].mlp.register_parameter(
+        "codes", codes
+    )  # as a packed weight format would hold it
+    before = digest_of_tensors(base.model.state_dict())
+    handle = tiny.attach(base)
+    saw = {"micro_batches": [], "held": []}
+    watch(base.model, saw)
+    log = MetricsLog(Path(folder) / "metrics.jsonl")
+
+    def tell(event):
+        log(event)
+        time.sleep(seconds_per_step)
+
+    try:
+        result = loop.train(
+            base, handle, tiny.make_rows(22, seed + (7 if other_rows else 1)), tiny.make_rows(6, seed + 2),
+            TrainConfig(**{**tiny.CONFIG, **(config or {})}), run_dir=folder, on_event=tell, resume=resume,
+        )  # fmt: skip
+        saw |= {"steps": result.steps, "evaluations": [e["metrics"]["nll_per_token"] for e in result.history]}
+        saw |= {"adapter": tiny.digest(handle)}
+        handle.detach()
+        saw |= {"base_is_as_before": digest_of_tensors(base.model.state_dict()) == before}
+        saw |= {"codes_is_the_same_parameter": base.model.model.layers[0].mlp.codes is codes}
+    except (AddendaError, Interrupted) as error:
+        saw["error"] = f"{type(error).__name__}: {error}"
+        sys.exit(error.exit_code)
+    finally:
+        Path(folder, f"process-{rank}.json").write_text(json.dumps(saw))
+
+
+def watch(model, saw):
+    """Note the rows of every micro-batch that is trained on, and the numbers of the blocks that this process holds."""
+    packed_batch = loop.packed_batch
+
+    def noted(examples, device):
+        saw["micro_batches"].append([example.row.index for example in examples])
+        weights = [p for n, p in model.model.layers.named_parameters() if ".adapters." not in n]
+        saw["held"].append(sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in weights))
+        return packed_batch(examples, device)
+
+    loop.packed_batch = noted
+
+
+def exchange(rank, size, port, seed):
+    """Every message that processes send each other, against what it must give."""
+    join_group(rank, size, port)
+    draws = [torch.randn(3, 2, generator=torch.Generator().manual_seed(seed + r)) for r in range(size)]
+    with processes() as parallel, processes() as again:
+        assert again == parallel == Parallel(rank, size)
+        assert parallel.total(0.5, float(rank)) == [0.5 * size, sum(range(size))]
+        assert parallel.most(rank, -rank) == [size - 1, 0]
+        assert parallel.agree({"from": [rank, 0.1]}) == {"from": [0, 0.1]}
+        assert torch.equal(parallel.share({"x": draws[rank]})["x"], draws[0])
+        everywhere, lonely, nowhere = (nn.Parameter(torch.zeros(3, 2)) for _ in range(3))
+        everywhere.grad = draws[rank].clone()
+        lonely.grad = draws[1].clone() if rank == 1 else None
+        parallel.add_gradients([everywhere, lonely, nowhere])
+        torch.testing.assert_close(everywhere.grad, sum(draws))
+        assert torch.equal(lonely.grad, draws[1])
+        assert nowhere.grad is None
