@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from addenda.cli.app import run
+from addenda.core import registry
 from addenda.train.checkpoint import find_checkpoint
 from addenda.train.metrics import read_metrics
 
@@ -131,6 +132,17 @@ def test_sharded_blocks_give_the_losses_of_one_process_and_are_whole_afterwards(
     assert len(saw(tmp_path, 0)["held"]) == len(saw(tmp_path, 1)["held"])
 
 
+@pytest.mark.parametrize("method", sorted({*registry.names()} - {"lora"}))
+def test_sharded_blocks_suit_every_method(context, seed, tmp_path, method):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {"seed": seed, "method": method}
+    for folder, size in ((one, 1), (two, 2)):
+        folder.mkdir()
+        config = {"sharding": "full", "epochs": 1}
+        assert ended(start(context, size, folder, config=config, **settings)) == [0] * size
+    assert_same_run(two, one, ranks=2)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
 def test_a_run_resumes_on_another_number_of_processes(context, alone, seed, tmp_path, before, after):
     last = {before - 1: {"failpoints": "step.before_update=kill@8"}}
@@ -171,6 +183,14 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(context, alone, see
     assert done < len(losses(alone))
     assert ended(start(context, 2, tmp_path, seed=seed, resume=True)) == [0, 0]
     assert_same_run(tmp_path, alone, ranks=2)
+
+
+def test_processes_that_must_wait_are_spoken_of(context, seed, tmp_path):
+    config = {"batch_size": 1, "max_steps": 2}
+    assert ended(start(context, 2, tmp_path, seed=seed, config=config)) == [0, 0]
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if line["event"] == "notice"]
+    said = [line["message"] for line in lines if "2 processes share 1 micro-batch a step" in line["message"]]
+    assert len(said) == 1
 
 
 def test_messages_arrive_as_they_were_sent(context, seed):

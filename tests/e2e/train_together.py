@@ -13,6 +13,8 @@ import train_tiny as tiny
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+import addenda
+from addenda.core import registry
 from addenda.errors import AddendaError
 from addenda.train import loop
 from addenda.train.config import TrainConfig
@@ -36,17 +38,17 @@ def join_group(rank, size, port):
 
 
 def process(rank, size, port, folder, *, resume=False, seed=0, config=None, failpoints="", seconds_per_step=0.0,
-            other_rows=False, layers=2):  # fmt: skip
+            other_rows=False, method=None):  # fmt: skip
     """Train, then write ``process-<rank>.json``; the exit code is the command line's."""
     join_group(rank, size, port)
     os.environ["ADDENDA_FAILPOINTS"] = failpoints
-    base = tiny.make_base(seed, num_hidden_layers=layers)
+    base = tiny.make_base(seed)
     codes = nn.Parameter(torch.arange(5 * 7, dtype=torch.uint8).view(5, 7), requires_grad=False)
     base.model.model.layers[0].mlp.register_parameter(
         "codes", codes
     )  # as a packed weight format would hold it
     before = digest_of_tensors(base.model.state_dict())
-    handle = tiny.attach(base)
+    handle = addenda.attach(base.model, registry.get(method)(), seed=3) if method else tiny.attach(base)
     saw = {"micro_batches": [], "held": []}
     watch(base.model, saw)
     log = MetricsLog(Path(folder) / "metrics.jsonl")

@@ -102,7 +102,14 @@ def _run(
             ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
         )
         record = make_record(
-            ready, result, measured, samples, run_folder=folder, wall_seconds=wall, command=command
+            ready,
+            result,
+            measured,
+            samples,
+            run_folder=folder,
+            wall_seconds=wall,
+            command=command,
+            processes=parallel.size,
         )
         _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)

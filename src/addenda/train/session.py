@@ -250,6 +250,18 @@ def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
         session.emit(
             NoticeEvent(0, f"there is no checkpoint in '{session.folder}' yet: starting from the beginning")
         )
+    _say_if_some_idle(session)
+
+
+def _say_if_some_idle(session: Session) -> None:
+    step, processes = session.state.step, session.parallel.size
+    parts = len(session.micro_batches()) if step < session.order.steps else processes
+    if parts < processes:
+        text = (
+            f"{processes} processes share {parts} micro-batch{'es' * (parts > 1)} a step, so some wait: lower "
+            "train.tokens_per_micro_batch, or raise train.batch_size"
+        )
+        session.emit(NoticeEvent(step, text))
 
 
 def _newest(session: Session, *, resume: bool) -> Found:

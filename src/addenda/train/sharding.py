@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,6 +16,8 @@ from addenda.errors import ConfigError
 from addenda.train.parallel import Parallel
 
 __all__ = ["sharded"]
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @contextlib.contextmanager
@@ -39,6 +43,8 @@ def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> It
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if device.type == "cpu":
+        _return_freed_weights_to_the_system()
     blocks = _blocks(model)
     adapters = {p for m in model.modules() if (host := host_of(m)) for p in host.adapters.parameters()}
     before = [(module, type(module), _state_of(module)) for block in blocks for module in block.modules()]
@@ -57,6 +63,16 @@ def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> It
         module.__class__ = kind
         vars(module).clear()
         vars(module).update(state)
+
+
+def _return_freed_weights_to_the_system() -> None:
+    """Let glibc keep no freed block of a MiB or more: gathered weights would stay with the process, pass after pass.
+
+    By default it raises that size to 32 MiB by itself. It is a property of the process and stays as set here.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:  # musl has none
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
