@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import random
@@ -48,6 +49,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
     monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_are_compiled() -> None:
+    """Compile the kernels before any test asks for them: whether they run must not depend on the order of the tests."""
+    from addenda.errors import KernelError
+    from addenda.kernels.build import build
+
+    with contextlib.suppress(KernelError):
+        build()
 
 
 @pytest.fixture(scope="session")

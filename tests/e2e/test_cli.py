@@ -433,3 +433,37 @@ def test_ctrl_c_saves_and_resume_ends_with_the_same_bits(
     assert (resumed.returncode, whole.returncode) == (0, 0)
     files = [tmp_path / name / "adapter" / "adapter.safetensors" for name in ("whole", "broken")]
     assert sha256(files[0]) == sha256(files[1])
+
+
+def test_a_model_stored_in_four_bits_is_trained_as_it_is(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    import transformers
+
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=torch.float32, quantization_config=settings
+    )
+    base, folder = tmp_path / "base", tmp_path / "run"
+    model.save_pretrained(base)
+    transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    stored = {path.name: sha256(path) for path in base.iterdir()}
+
+    options = ("--base", str(base), "--out", str(folder), *QUICK, "--set", "train.optimizer=adamw8bit")
+    assert run(["train", str(chat_rows), "-q", *options]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["heldout_nll_change"] < 0
+    assert {path.name: sha256(path) for path in base.iterdir()} == stored
+    ask = ("--prompt", "Is the pen yours?", "--max-new-tokens", "4")
+    assert document(capsys, "chat", "--adapter", str(folder), *ask)["answers"]
+    merged = document(
+        capsys, "export", str(folder), "--to", "merged", "--out", str(tmp_path / "merged"), code=2
+    )
+    assert "keeps a quantized weight" in merged["error"]["message"]
+    parity = document(capsys, "export", str(folder), "--to", "peft", "--out", str(tmp_path / "peft"))
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    assert parity

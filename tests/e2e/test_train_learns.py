@@ -16,6 +16,7 @@ from addenda.train.config import TrainConfig
 from addenda.train.evaluation import heldout_nll
 from addenda.train.events import EvalEvent, NoticeEvent, StartEvent, StepEvent
 from addenda.train.loop import train
+from addenda.train.session import Session
 from addenda.train.state import adapter_tensors, digest_of_tensors
 
 spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).with_name("train_tiny.py"))
@@ -439,3 +440,51 @@ def test_heldout_nll_does_not_depend_on_how_rows_are_packed():
     rows = tiny.make_rows(9)
     values = [heldout_nll(packed, rows, tokens=tokens)["nll_per_token"] for tokens in (1, 30, 10**6)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-12)
+
+
+def test_a_run_that_cannot_fit_ends_before_its_first_step_with_the_ledger_and_what_to_set(tmp_path):
+    base = tiny.make_base()
+    handle = tiny.attach(base)
+    events = []
+    with pytest.raises(OutOfMemory) as caught:
+        go(tmp_path, base, handle, tiny.make_rows(4), epochs=1, memory_gib=0.05, events=events)
+    assert caught.value.exit_code == 5
+    for item in ("present", "trained", "activations", "scores", "overhead"):
+        assert item in caught.value.where["needed"]
+    assert "train.memory_gib=" in caught.value.hint
+    assert not [event for event in events if isinstance(event, StepEvent)]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_blocks_that_run_again_change_no_bit_of_the_adapter(tmp_path, monkeypatch, blocks):
+    def trained(name):
+        base = tiny.make_base()
+        handle = tiny.attach(base)
+        go(tmp_path / name, base, handle, tiny.make_rows(6), epochs=2, batch_size=3, seed=3)
+        return digest_of_tensors(adapter_tensors(handle))
+
+    plain = trained("plain")
+    monkeypatch.setattr(Session, "recompute", lambda self, tokens: min(blocks, self.memory.blocks))
+    assert trained("again") == plain
+
+
+def test_kernels_off_learns_the_same_within_rounding(tmp_path):
+    def losses(kernels):
+        base = tiny.make_base()
+        handle, events = tiny.attach(base, dropout=0.0), []
+        go(
+            tmp_path / kernels,
+            base,
+            handle,
+            tiny.make_rows(6),
+            epochs=3,
+            batch_size=3,
+            kernels=kernels,
+            events=events,
+        )
+        (started,) = [event for event in events if isinstance(event, StartEvent)]
+        return started.machine, [event.loss for event in events if isinstance(event, StepEvent)]
+
+    (said, plain), (_, fast) = losses("off"), losses("auto")
+    assert "no compiled kernels (switched off)" in said
+    assert fast == pytest.approx(plain, rel=1e-4)

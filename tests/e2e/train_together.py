@@ -30,6 +30,7 @@ def join_group(rank, size, port):
         "RANK": rank,
         "WORLD_SIZE": size,
         "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
@@ -92,9 +93,10 @@ def exchange(rank, size, port, seed):
     join_group(rank, size, port)
     draws = [torch.randn(3, 2, generator=torch.Generator().manual_seed(seed + r)) for r in range(size)]
     with processes() as parallel, processes() as again:
-        assert again == parallel == Parallel(rank, size)
+        assert again == parallel == Parallel(rank, size, size)
         assert parallel.total(0.5, float(rank)) == [0.5 * size, sum(range(size))]
         assert parallel.most(rank, -rank) == [size - 1, 0]
+        assert parallel.least(rank, -rank) == [0, 1 - size]
         assert parallel.agree({"from": [rank, 0.1]}) == {"from": [0, 0.1]}
         assert torch.equal(parallel.share({"x": draws[rank]})["x"], draws[0])
         everywhere, lonely, nowhere = (nn.Parameter(torch.zeros(3, 2)) for _ in range(3))

@@ -24,6 +24,8 @@ __all__ = ["open_directory"]
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
 _LARGER = 2
 """A config may describe so many times what the files hold; what then does not fit is named tensor by tensor."""
+_CODES = {"U8": 2, "I8": 2, "I32": 8}
+"""How many values an integer of quantized weights may hold, at four bits each."""
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -56,7 +58,7 @@ def open_directory(
     stored, values = _stored(weights)
     config, kind = load_config(folder, tensors=stored.total())
     tokenizer = _load_tokenizer(folder, config)
-    dtype = dtype or _compute_dtype(stored, folder)
+    dtype = dtype or _compute_dtype(stored, folder, quantized=hasattr(config, "quantization_config"))
     model = _load_model(folder, config, kind, dtype, values=values)
     context, context_notes = _context_length(config, tokenizer)
     template = _template(tokenizer) if kind == "causal-lm" else None
@@ -181,7 +183,7 @@ def _stored(weights: list[Path]) -> tuple[Counter[str], int]:
                 for name in file.keys():  # noqa: SIM118 - no mapping
                     tensor = file.get_slice(name)
                     found[tensor.get_dtype()] += 1
-                    values += math.prod(tensor.get_shape())
+                    values += math.prod(tensor.get_shape()) * _CODES.get(tensor.get_dtype(), 1)
         except (SafetensorError, OSError) as error:
             raise BaseModelError(
                 f"'{path.name}' is not a whole safetensors file: {error}",
@@ -195,10 +197,12 @@ def _stored(weights: list[Path]) -> tuple[Counter[str], int]:
     return found, values
 
 
-def _compute_dtype(stored: Counter[str], folder: Path) -> torch.dtype:
-    """The dtype most tensors are stored in, with float16 widened to float32."""
+def _compute_dtype(stored: Counter[str], folder: Path, *, quantized: bool) -> torch.dtype:
+    """The dtype most tensors are stored in, with float16 widened to float32; codes and their scales aside."""
     import torch
 
+    if quantized:
+        stored = Counter({name: count for name, count in stored.items() if name not in _CODES}) or stored
     most = stored.most_common(1)[0][0]
     if most not in _STORED:
         raise BaseModelError(

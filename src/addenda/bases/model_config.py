@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from addenda.bases.guard import check_settings
-from addenda.errors import BaseModelError, nearest
+from addenda.errors import BaseModelError, MissingDependencyError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["load_config", "quiet_transformers"]
 
 _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_QUANTIZERS = ("bitsandbytes", "torchao")
 _SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -31,6 +33,7 @@ def load_config(folder: Path, *, tensors: int) -> tuple[PreTrainedConfig, Litera
     Raises:
         UnsafeError: a settings file could bring code along.
         BaseModelError: the config is damaged, unknown, or of a kind that is not loaded here.
+        MissingDependencyError: the weights are quantized by a library that is not installed.
         NotFoundError: there is no config.
     """
     path, adapter = folder / "config.json", folder / "adapter_config.json"
@@ -44,7 +47,7 @@ def load_config(folder: Path, *, tensors: int) -> tuple[PreTrainedConfig, Litera
     for other in _SETTINGS:
         if (folder / other).is_file():
             check_settings(folder / other)
-    _refuse_packed(settings, path)
+    _require_readable(settings, path)
     for key in _DEPTH_KEYS:
         depth = settings.get(key)
         if isinstance(depth, int) and depth > tensors:
@@ -56,14 +59,23 @@ def load_config(folder: Path, *, tensors: int) -> tuple[PreTrainedConfig, Litera
     return _config_object(settings, path), _kind(settings, path)
 
 
-def _refuse_packed(settings: dict[str, Any], path: Path) -> None:
+def _require_readable(settings: dict[str, Any], path: Path) -> None:
+    """Refuse quantized weights unless they are of a library whose layers can be adapted, and it is installed."""
     packing = settings.get("quantization_config")
-    if packing is not None:
-        packing = packing.get("quant_method") if isinstance(packing, dict) else packing
+    if packing is None:
+        return
+    library = packing.get("quant_method") if isinstance(packing, dict) else packing
+    if library not in _QUANTIZERS:
         raise BaseModelError(
-            f"these weights are packed by '{packing}', which is not read here",
-            where={"file": path},
+            f"these weights are packed by '{library}', which is not read here",
+            where={"file": path, "read": ", ".join(_QUANTIZERS)},
             hint="take the model's unpacked weights, or a GGUF file of it",
+        )
+    missing = [name for name in (library, "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"weights quantized by {library} need '{missing[0]}', which is not installed",
+            hint="pip install 'addenda[quantized]'",
         )
 
 

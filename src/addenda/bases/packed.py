@@ -1,9 +1,9 @@
 """Run a causal language model over a packed row: samples end to end, no padding, no attention across samples.
 
-`PackedModel` uses the model's own forward. Within a call two things differ: attention is per sample
-(`addenda.bases.attention`) and position ids restart with each sample. That this gives what the model gives sample by
-sample is proven on a probe when the object is made. A model for which it does not hold is run one sample at a time,
-which is slower and always right.
+`PackedModel` uses the model's own forward. Within a call three things differ: attention is per sample, position ids
+restart with each sample, and known parts run in a leaner form (`addenda.bases.fast`). That this gives what the model
+gives sample by sample is proven on a probe when the object is made. A model for which it does not hold is run one
+sample at a time, which is slower and always right.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from addenda.bases.attention import Segments, packed_attention_on
-from addenda.bases.fused import find_fusions, forward_replaced, fused_on
+from addenda.bases.fast.attention import packed_attention_on
+from addenda.bases.fast.find import find_fusions
+from addenda.bases.fast.fusion import forward_replaced, fused_on
+from addenda.bases.fast.recompute import find_blocks, recomputed
+from addenda.bases.fast.segments import Segments
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -62,25 +65,54 @@ class PackedModel:
     """Why this path was taken."""
     fused: tuple[tuple[str, int], ...]
     """Kinds of parts that run in a leaner form on the packed path, and how many of each."""
+    unfused: tuple[tuple[str, str, int], ...]
+    """Kinds of parts that run as they are though they look like known ones, why, and how many of each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         with evaluating(model):
             self._decoder, self._output_class, problem = _headless(model)
-            self._fusions = find_fusions(self._decoder) if self._decoder else ()
+            self._fusions, unproven = find_fusions(self._decoder) if self._decoder else ((), ())
+            self._blocks = find_blocks(self._decoder) if self._decoder else ()
             problem = problem or _probe_packing(self)
         self.path = "general" if problem else "packed"
         self.fused = (
             () if problem else tuple(sorted(Counter(fusion.kind for fusion in self._fusions).items()))
         )
+        self.unfused = (
+            ()
+            if problem
+            else tuple(
+                (kind, reason, count)
+                for (kind, reason), count in sorted(
+                    Counter((part.kind, part.reason) for part in unproven).items()
+                )
+            )
+        )
         self.reason = problem or "packed rows give what single samples give, proven on a probe"
 
-    def hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    @property
+    def parts(self) -> str:
+        """Which parts run fused, and why others that look alike do not, in words."""
+        if self.path == "general":
+            return "no part runs fused on the general path"
+        fused = ", ".join(f"{count} {kind}" for kind, count in self.fused) or "none"
+        own = "".join(f"; {count} {kind} not: {reason}" for kind, reason, count in self.unfused)
+        return f"fused parts: {fused}{own}"
+
+    @property
+    def blocks(self) -> int:
+        """Number of repeated blocks that can keep their input alone; 0 on the general path."""
+        return len(self._blocks) if self.path == "packed" else 0
+
+    def hidden(self, input_ids: Tensor, lengths: Sequence[int], *, recompute: int = 0) -> Tensor:
         """Return the states before the output head, for every token.
 
         Args:
             input_ids: ``(T,)`` long, the samples end to end.
             lengths: tokens of each sample; positive, adding up to T.
+            recompute: how many of the first `blocks` keep their input alone and run again in the backward; it
+                changes the memory and the time, not the result.
 
         Returns:
             ``(T, d)``.
@@ -96,7 +128,7 @@ class PackedModel:
             )
         if self.path == "general":
             return torch.cat([self.hidden_alone(sample) for sample in torch.split(input_ids, list(lengths))])
-        return self.hidden_packed(input_ids, Segments(tuple(lengths)))
+        return self.hidden_packed(input_ids, Segments(tuple(lengths)), recompute=recompute)
 
     def hidden_alone(self, input_ids: Tensor) -> Tensor:
         """Return the states ``(n, d)`` of one sample ``(n,)`` by the model's own forward."""
@@ -104,16 +136,21 @@ class PackedModel:
             return _logits_of(self.model, input_ids)
         return _states_of(self._decoder, input_ids)
 
-    def hidden_packed(self, input_ids: Tensor, segments: Segments) -> Tensor:
+    def hidden_packed(self, input_ids: Tensor, segments: Segments, *, recompute: int = 0) -> Tensor:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
         assert self._decoder is not None
         tokens = len(input_ids)
         fill = -tokens % TOKEN_MULTIPLE if input_ids.device.type == "cpu" else 0
         row = torch.cat([input_ids, input_ids[:1].expand(fill)])
         positions = torch.cat([torch.arange(n, device=row.device) for n in (*segments.lengths, fill)])
-        with packed_attention_on(self.model), fused_on(self._fusions):
+        with self._lean(), recomputed(self._blocks[:recompute], self._lean):
             states = _states_of(self._decoder, row, position_ids=positions[None], segments=segments)
         return states[:tokens]
+
+    @contextmanager
+    def _lean(self) -> Iterator[None]:
+        with packed_attention_on(self.model), fused_on(self._fusions):
+            yield
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the scores over the vocabulary ``(n, vocab)`` of states ``(n, d)``, as the model computes them."""

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["CHUNK_BYTES", "Head", "PositionScores", "chunks", "evaluate_positions", "nll_and_probabilities"]
+from addenda.kernels import calls
+
+__all__ = ["CHUNK_BYTES", "Head", "PositionScores", "chunks", "evaluate_positions", "nll_and_gradient"]
 
 CHUNK_BYTES = 64 * 2**20
 """Scores held at once. Each chunk reads the whole output head, so small chunks are slow."""
@@ -80,8 +82,7 @@ def evaluate_positions(
     correct = torch.empty_like(targets, dtype=torch.bool)
     for rows, filled in chunks(head, states, chunk):
         logits = head.logits(filled)[: rows.stop - rows.start]
-        nll[rows], probabilities = nll_and_probabilities(logits.to(_wide(logits)), targets[rows])
-        correct[rows] = probabilities.gather(1, targets[rows, None])[:, 0] >= probabilities.amax(1)
+        nll[rows], correct[rows] = _nll_and_first(logits, targets[rows])
     return PositionScores(nll, correct)
 
 
@@ -105,11 +106,32 @@ def chunks(head: Head, states: Tensor, chunk: int | None) -> Iterator[tuple[slic
         yield rows, functional.pad(states[rows], (0, 0, 0, first + size - rows.stop))
 
 
-def nll_and_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropies ``(n,)``, fp32 or wider, and the softmax ``(n, vocab)`` in the scores' dtype.
+def nll_and_gradient(logits: Tensor, targets: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropies ``(n,)``, fp32 or wider, and their sum's gradient ``(n, vocab)`` in the scores' dtype.
 
-    Scores in bf16 give each cross-entropy to about 0.002 nats, without bias: less than their own rounding makes.
+    Args:
+        logits: ``(n, vocab)`` scores, free of autograd.
+        targets: ``(n,)`` long.
+        owned: nobody else needs the scores again: the gradient may be written over them.
     """
+    if calls.usable(logits):
+        gradient = logits if owned else logits.clone()
+        return calls.cross_entropy(gradient, targets, gradient=True)[0], gradient
+    nll, gradient = _nll_and_probabilities(logits, targets)
+    minus_one = gradient.new_full((len(targets), 1), -1.0)
+    return nll, gradient.scatter_add_(1, targets[:, None], minus_one)
+
+
+def _nll_and_first(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropies, and whether no other score is higher than the target's."""
+    if calls.usable(logits):
+        return calls.cross_entropy(logits, targets, gradient=False)
+    nll, probabilities = _nll_and_probabilities(logits.to(_wide(logits)), targets)
+    return nll, probabilities.gather(1, targets[:, None])[:, 0] >= probabilities.amax(1)
+
+
+def _nll_and_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    # Scores in bf16 give each cross-entropy to about 0.002 nats, without bias: less than their own rounding makes.
     probabilities = torch.softmax(logits, dim=-1)
     chosen = probabilities.gather(1, targets[:, None])[:, 0].to(_wide(logits))
     nll = -chosen.log()

@@ -52,10 +52,11 @@ class Display:
         path = f"{event.path}: {event.path_reason}"
         self._bars.say(
             f"training: {event.rows:,} rows, {event.epochs} epochs, {event.of_steps:,} steps, learning rate "
-            f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.threads} threads, "
+            f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.machine}, "
             f"{_processes(event.processes)}"
             f"{event.dtype}; {path}"
         )
+        self._bars.say(f"memory: {event.memory}")
 
     def _step(self, event: StepEvent) -> None:
         from addenda.core.progress import Progress

@@ -23,6 +23,7 @@ _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _EXTRAS = {
     "parquet": ("pyarrow", "reading parquet files"),
     "peft": ("peft", "proving exports with PEFT itself"),
+    "quantized": ("bitsandbytes", "training on quantized models, and optimizer states in 8 bits"),
 }
 
 

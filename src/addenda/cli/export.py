@@ -63,8 +63,9 @@ def _export(
 
     loaded, handle, provenance = load_adapted(adapter, source=base, on_event=display)
     stored = loaded.model.dtype
-    # In float32 the proof sees the export's own error, not that of the arithmetic.
-    loaded.model.float()
+    # In float32 the proof sees the export's own error, not that of the arithmetic; codes cannot be widened.
+    if not getattr(loaded.model, "is_quantized", False):
+        loaded.model.float()
     if form == "peft":
         return export_peft(loaded, handle, out, provenance=provenance, on_progress=display)
     kind = stored if dtype is None else getattr(torch, dtype)

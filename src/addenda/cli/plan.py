@@ -11,9 +11,10 @@ from addenda.cli.recipe_flags import read_recipe, recipe_flags
 from addenda.cli.verb import verb
 
 if TYPE_CHECKING:
+    from addenda.bases.packed import PackedModel
     from addenda.core import Plan
     from addenda.settings import Recipe
-    from addenda.train.memory import MemoryEstimate
+    from addenda.train.memory import Ledger
 
 __all__ = ["command"]
 
@@ -34,7 +35,7 @@ def command(console: Console, **flags: Any) -> None:
     """
     recipe = read_recipe(**flags)
     with Display(console) as display:
-        planned, memory = _measure(recipe, display)
+        planned, memory, packed = _measure(recipe, display)
     document = {
         "base": recipe.base.source,
         "method": recipe.method.name,
@@ -43,28 +44,34 @@ def command(console: Console, **flags: Any) -> None:
         "bytes": planned.bytes,
         "base_parameters": planned.base_parameters,
         "notes": list(planned.notes),
+        "path": {"name": packed.path, "reason": packed.reason},
+        "fused": dict(packed.fused),
+        "not_fused": [{"kind": kind, "reason": why, "count": count} for kind, why, count in packed.unfused],
         "memory_bytes": {**asdict(memory), "total": memory.total},
         "layers": [asdict(row) for row in planned.rows],
     }
-    console.result(document, lambda: f"{planned}\n{_memory(memory)}")
+    console.result(
+        document, lambda: f"{planned}\n{packed.path} path: {packed.reason}\n{packed.parts}\n{_memory(memory)}"
+    )
 
 
-def _measure(recipe: Recipe, display: Display) -> tuple[Plan, MemoryEstimate]:
+def _measure(recipe: Recipe, display: Display) -> tuple[Plan, Ledger, PackedModel]:
     from addenda.bases.packed import PackedModel
     from addenda.core import attach, plan
     from addenda.recipe import prepare_base
     from addenda.train import choose_precision
-    from addenda.train.memory import estimate_memory
+    from addenda.train.memory import measure_memory
     from addenda.train.session import TOKENS_PER_MICRO_BATCH
 
     precision = choose_precision(recipe.base.dtype or "auto")
     base = prepare_base(recipe.base.source, recipe.base.template, precision.dtype, display)
     planned = plan(base.model, recipe.method, recipe.targets)
     handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
-    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH
-    return planned, estimate_memory(handle, PackedModel(base.model), tokens=tokens)
+    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[0]
+    packed = PackedModel(base.model)
+    return planned, measure_memory(handle, packed).ledger(tokens, keeps_memory=True), packed
 
 
-def _memory(memory: MemoryEstimate) -> str:
+def _memory(memory: Ledger) -> str:
     parts = ", ".join(f"{name} {binary_size(size)}" for name, size in asdict(memory).items())
     return f"memory to train: about {binary_size(memory.total)} ({parts})"

@@ -7,12 +7,14 @@ import re
 from torch import nn
 
 from addenda.core.contract import Adapter, Method
+from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.host import host_of, install
-from addenda.core.layers import LayerView, view_of
+from addenda.core.layers import view_of
 from addenda.core.planning import plan
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.targets import Targets
+from addenda.core.views import LayerView
 from addenda.errors import NotFoundError, TargetError
 
 __all__ = ["attach", "detach"]
@@ -122,6 +124,7 @@ def _install(
     views: dict[str, LayerView],
     adapters: dict[str, Adapter],
 ) -> Handle:
+    keep_layout(model)
     registry = _registry(model)
     for path, view in views.items():
         install(view.module, view, name, adapters[path])

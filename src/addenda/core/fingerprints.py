@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from addenda.core.host import adapter_prefixes, host_of
+from addenda.core.packed_layers import PackedLinear
 
 __all__ = ["fingerprint"]
 
@@ -40,14 +42,26 @@ def fingerprint(model: nn.Module) -> str:
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the base's tensors in the order of their names; where weights are merged, the kept originals."""
     kept: dict[str, Tensor | None] = {}
+    packed: dict[str, PackedLinear] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedLinear):
+            packed[f"{path}." if path else ""] = module
         host = host_of(module)
         if host is not None and host._addenda.kept is not None:
             weight, bias = host._addenda.kept
             prefix = f"{path}." if path else ""
             kept.update({f"{prefix}weight": weight, f"{prefix}bias": bias})
     skip = adapter_prefixes(model)
-    for name, tensor in sorted(model.state_dict().items()):
+    state = dict(model.state_dict())
+    for prefix in packed:
+        own = [name for name in state if name.startswith(prefix) and "." not in name[len(prefix) :]]
+        for name in own:
+            if name != f"{prefix}bias":
+                del state[name]
+        state[f"{prefix}weight"] = None
+    for name, tensor in sorted(state.items()):
+        if tensor is None:  # unpacked one at a time
+            tensor = packed[name.removesuffix("weight")].dequantized()
         original = kept.get(name, tensor)
         # None is a bias that merging made; what is no tensor is a module's extra state.
         if isinstance(original, Tensor) and not name.startswith(skip):
@@ -55,8 +69,12 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _sampled(tensor: Tensor) -> bytes:
+    if is_traceable_wrapper_subclass(tensor):  # torchao: the codes and the scales are what there is
+        names, _ = tensor.__tensor_flatten__()
+        inner = [getattr(tensor, name) for name in names]
+        return b"".join(_sampled(part) for part in inner if isinstance(part, Tensor))
     flat = tensor.detach().flatten()
     picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
     if picked.dtype.is_floating_point:
         picked = picked.to(torch.bfloat16).view(torch.int16)
-    return picked.cpu().contiguous().numpy().tobytes()
+    return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes()

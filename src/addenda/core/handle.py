@@ -194,6 +194,14 @@ class Handle:
                 f"method '{self.method.name}' cannot be merged",
                 hint="keep the adapter beside its base, or use 'lora'",
             )
+        packed = [path for path in self._hosts if not self._host(path)._addenda.view.writable]
+        if packed:
+            raise MethodError(
+                f"'{packed[0]}' ({self._host(packed[0]).original_class.__name__}) keeps a quantized weight: "
+                "folding into it would round it anew",
+                where={"layers": len(packed)},
+                hint="keep the adapter beside its base; '--to peft' writes it for other programs",
+            )
         made = [path for path, module in self._hosts.items() if module._parameters.get("weight") is None]
         if made or any(p.is_meta for p in self.parameters()):
             raise MethodError(

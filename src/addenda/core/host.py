@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base
-from addenda.core.layers import LayerView
+from addenda.core.views import LayerView
 from addenda.errors import TargetError
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The table of layer kinds: how each kind of layer is shown to a method.
+"""The table of layer kinds: which modules are of which kind, and how each kind is shown to a method.
 
 A new kind is one class and one row of ``KINDS``; no method, and nothing of the life cycle, knows of it.
 """
@@ -6,7 +6,7 @@ A new kind is one class and one row of ``KINDS``; no method, and nothing of the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,154 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addenda.core.contract import Base
-from addenda.core.lowrank import low_rank_linear
+from addenda.core.foreign import QuantizedView, is_quantized
+from addenda.core.packed_layers import PackedLinear, PackedView
+from addenda.core.views import LayerView, LinearView
 from addenda.errors import MethodError
 
 __all__ = ["KINDS", "LayerKind", "LayerView", "kind_of", "view_of"]
-
-
-class LayerView(Base):
-    """A layer, read through the eyes of a method; the only code that knows where the layer keeps what."""
-
-    input_name: str = "input"
-    """What the layer's forward calls its first argument."""
-
-    def __init__(
-        self, module: nn.Module, path: str, *, seed: int = 0, parameter_device: torch.device | None = None
-    ):
-        super().__init__(seed=seed, parameter_device=parameter_device)
-        self.module: Any = module
-        self.path = path
-        self.original: Any = getattr(type(module), "original_class", type(module))
-        self.args: tuple[object, ...] = ()
-        self.kwargs: dict[str, object] = {}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)
-        return y
-
-    @property
-    def d_in(self) -> int:
-        return int(self.to_matrix(self.stored()).shape[1])
-
-    @property
-    def d_out(self) -> int:
-        return int(self.to_matrix(self.stored()).shape[0])
-
-    @property
-    def channels_in(self) -> int | None:
-        return self.d_in
-
-    @property
-    def channels_out(self) -> int:
-        return self.d_out
-
-    @property
-    def device(self) -> torch.device:
-        return self.stored().device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored().dtype
-
-    @property
-    def has_bias(self) -> bool:
-        return getattr(self.module, "bias", None) is not None
-
-    def weight(self) -> Tensor:
-        return self.to_matrix(self.stored().detach())
-
-    def bias(self) -> Tensor | None:
-        return self.module.bias.detach() if self.has_bias else None
-
-    def is_plain(self) -> bool:
-        """Whether the layer computes its kind's operation with its weight, and nothing more.
-
-        A subclass may do more: an embedding that scales what it looks up, a linear layer with a norm. One that
-        defines a forward of its own is tried on a small input.
-        """
-        if self.original.forward in _PLAIN_FORWARDS:
-            return True
-        with torch.no_grad():
-            x = self.sample()
-            try:
-                y = self.original.forward(self.module, x)
-            except TypeError:  # it asks for more than an input
-                return False
-            plain = self.apply(x, self.weight(), self.bias())
-            same_form = isinstance(y, Tensor) and y.shape == plain.shape
-            return same_form and not bool((y - plain).abs().max() > 0.01 * plain.abs().max())
-
-    def sample(self) -> Tensor:
-        """A small input."""
-        return self._random(2, self.d_in)
-
-    def _random(self, *shape: int) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(*shape, generator=generator).to(device=self.device, dtype=self.dtype)
-
-    def stored(self) -> Tensor:
-        """The weight as the layer keeps it."""
-        weight: Tensor = self.module.weight
-        return weight
-
-    def to_matrix(self, stored: Tensor) -> Tensor:
-        """A stored weight as (d_out, d_in)."""
-        return stored
-
-    def from_matrix(self, matrix: Tensor) -> Tensor:
-        """A (d_out, d_in) matrix in the layout in which the layer stores its weight."""
-        return matrix
-
-
-_PLAIN_FORWARDS = (
-    nn.Linear.forward,
-    nn.Embedding.forward,
-    nn.Conv1d.forward,
-    nn.Conv2d.forward,
-    nn.Conv3d.forward,
-)
-
-
-class LinearView(LayerView):
-    """``nn.Linear``: weight (d_out, d_in)."""
-
-    kind = "linear"
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.linear(x, A), B)
-
-    def linear(self, x: Tensor) -> Tensor:
-        """x: (n, d_in) -> (n, d_out), bias added."""
-        return F.linear(x, self.stored(), self.module.bias)
-
-    def grad_input(self, g: Tensor) -> Tensor:
-        """g: (n, d_out) -> (n, d_in)."""
-        return g @ self.stored()
-
-    def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
-        """Add the gradient of the input to ``total``: (n, d_in), in place."""
-        return total.addmm_(g, self.stored())
-
-    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        if self.fusible(x):
-            return low_rank_linear(x, A, B, scaling=scaling, base=self)
-        return super().add_low_rank(x, A, B, scaling)
-
-    def fusible(self, x: Tensor) -> bool:
-        """Whether the layer does for ``x`` the plain frozen product and nothing more."""
-        # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
-        plain = x.dtype == self.dtype and not x.is_nested and not torch.is_autocast_enabled(x.device.type)
-        frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
-        return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
-
-    def _runs_the_plain_product(self) -> bool:
-        # A subclass of nn.Linear may do more than the product; then it is called as it is.
-        return bool(self.original.forward is nn.Linear.forward)
 
 
 class TransposedView(LinearView):
@@ -308,8 +166,13 @@ class BlockView(LayerView):
     def has_bias(self) -> bool:
         return False
 
-    def stored(self) -> Tensor:
-        return self._first.stored()
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
 
     def weight(self) -> Tensor:
         raise self._no_weight()
@@ -339,10 +202,16 @@ class LayerKind:
     view: type[LayerView]
     linear: bool = False
     """Whether 'all-linear' takes it."""
+    stands_for: str = ""
+    """The kind whose operation it does with a weight in another format: what adapts that kind adapts this one."""
+
+    def among(self, kinds: Sequence[str]) -> bool:
+        """Whether what can adapt these kinds can adapt this one."""
+        return self.name in kinds or self.stands_for in kinds
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # A packed weight (integer codes) under a Linear subclass is a weight format, not a plain layer.
+    # Integer codes under a Linear subclass are somebody's weight format, not a plain layer.
     return isinstance(module, nn.Linear) and module.weight.is_floating_point()
 
 
@@ -370,6 +239,14 @@ def _linear_children(module: nn.Module) -> list[nn.Module]:
 
 
 KINDS: tuple[LayerKind, ...] = (
+    LayerKind(
+        "packed-linear",
+        lambda m: isinstance(m, PackedLinear),
+        PackedView,
+        linear=True,
+        stands_for="linear",
+    ),
+    LayerKind("quantized-linear", is_quantized, QuantizedView, linear=True, stands_for="linear"),
     LayerKind("linear", _is_linear, LinearView, linear=True),
     LayerKind("conv1d-transposed", _is_transposed, TransposedView, linear=True),
     LayerKind("conv", lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d), ConvView),

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["FrozenLinear", "add_scaled", "low_rank_linear"]
+__all__ = ["FrozenLinear", "add_scaled", "frozen_linear", "low_rank_linear"]
 
 
 class FrozenLinear(Protocol):
@@ -54,7 +55,7 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dA = (gB.t() @ rows).to(A.dtype)
         if ctx.needs_input_grad[2]:
-            dB = (g.t() @ h).to(B.dtype).mul_(ctx.scaling)
+            dB = (h.t() @ g).t().to(B.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
             dx = ctx.base.grad_input(g).addmm_(gB, A_).view(x.shape)
         return dx, dA, dB, None, None
@@ -85,4 +86,32 @@ def low_rank_linear(x: Tensor, A: Tensor, B: Tensor, *, scaling: float, base: Fr
         (..., d_out) in x's dtype.
     """
     y: Tensor = _LowRankLinear.apply(x, A, B, scaling, base)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: FrozenLinear) -> Tensor:
+        ctx.base = base
+        y = base.linear(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        dx = ctx.base.grad_input(g.reshape(-1, g.shape[-1]))
+        return dx.view(*g.shape[:-1], dx.shape[-1]), None
+
+
+def frozen_linear(x: Tensor, base: FrozenLinear) -> Tensor:
+    """Return W x + b, differentiable once in ``x`` and in nothing else; the forward of a packed layer.
+
+    Args:
+        x: (..., d_in), in the frozen weight's dtype.
+        base: the frozen weight.
+
+    Returns:
+        (..., d_out) in x's dtype.
+    """
+    y: Tensor = _FrozenLinear.apply(x, base)  # type: ignore[no-untyped-call]
     return y

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from addenda.core.contract import Base, Method
 from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
+from addenda.core.views import LayerView
 from addenda.errors import MethodError
 
 __all__ = ["Plan", "PlannedLayer", "plan"]
@@ -125,14 +127,18 @@ def planned_rows(method: Method, layers: Mapping[str, nn.Module]) -> tuple[Plann
 
 def default_targets(model: nn.Module, method: Method) -> Targets:
     """Return the method's own choice of targets for this model."""
-    paths = [path for path, (_, kind) in adaptable(model).items() if kind.name in method.layer_kinds()]
+    paths = [path for path, (_, kind) in adaptable(model).items() if kind.among(method.layer_kinds())]
     return method.default_targets(paths)
 
 
-def _require_possible(method: Method, views: Sequence[Base]) -> None:
+def _require_possible(method: Method, views: Sequence[LayerView]) -> None:
     by_problem: dict[str, list[str]] = {}
+    tried: dict[object, list[str]] = {}
     for view in views:
-        for problem in method.problems_at(view):
+        form = (view.original, type(getattr(view.module, "weight", None)))
+        if form not in tried:  # one of each class stands for all of it: a trial runs the layer
+            tried[form] = view.problems()
+        for problem in tried[form] + method.problems_at(view):
             by_problem.setdefault(problem, []).append(view.path)
     paths = [view.path for view in views]
     lines = [f"{problem} at {_some(places)}" for problem, places in by_problem.items()]
@@ -164,7 +170,14 @@ def _planned(method: Method, view: Base) -> PlannedLayer:
 
 def _base_parameters(model: nn.Module) -> int:
     inside = adapter_prefixes(model)
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    stored = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
+    return stored + sum(_not_stored(m) for m, kind in adaptable(model).values() if kind.stands_for)
+
+
+def _not_stored(layer: Any) -> int:
+    """How many more weights a layer stands for than its parameter has numbers: a code may hold several."""
+    weight = layer._parameters.get("weight")
+    return int(layer.in_features * layer.out_features) - (0 if weight is None else weight.numel())
 
 
 def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:

@@ -135,7 +135,7 @@ def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict
     Raises:
         TargetError: a target matches nothing, or only layers that cannot be adapted; all are reported at once.
     """
-    layers = {path: pair for path, pair in adaptable(model).items() if pair[1].name in kinds}
+    layers = {path: pair for path, pair in adaptable(model).items() if pair[1].among(kinds)}
     wanted = listed(targets)
     also_called = _other_names(model)
     chosen: set[str] = set()
@@ -198,7 +198,7 @@ def exact(model: nn.Module, paths: Sequence[str], *, kinds: Sequence[str]) -> di
         TargetError: a path is not a layer of one of the kinds; all are reported at once.
     """
     layers = adaptable(model)
-    wrong = [path for path in paths if path not in layers or layers[path][1].name not in kinds]
+    wrong = [path for path in paths if path not in layers or not layers[path][1].among(kinds)]
     if wrong:
         raise _error(
             model,

@@ -44,6 +44,8 @@ from addenda.methods.lora import LoRA
 
 __all__ = ["CONFIG", "TENSORS", "export_peft", "import_peft", "read_config", "write_peft"]
 
+_LINEAR = ("linear", "conv1d-transposed")
+
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -206,7 +208,8 @@ def _require_expressible(handle: Handle) -> None:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    other = [path for path in handle.paths if _kind(handle, path) not in ("linear", "conv1d-transposed")]
+    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.paths}
+    other = [path for path, kind in kinds.items() if not (kind and kind.among(_LINEAR))]
     if other:
         raise ExportError(
             f"{len(other)} adapted layers are not linear, first '{other[0]}'",
@@ -304,7 +307,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     paths = _paths(tensors, source)
     method = _method(config, paths, source)
     _require_same_targets(model, config, paths, source)
-    rows = planned_rows(method, exact(model, paths, kinds=("linear", "conv1d-transposed")))
+    rows = planned_rows(method, exact(model, paths, kinds=_LINEAR))
     handle = attach_paths(model, method, [row.path for row in rows], name=name)
     try:
         _fill(handle, tensors, source)

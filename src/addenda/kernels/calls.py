@@ -131,7 +131,7 @@ class AttentionCall:
         key: (key_heads, T, d) and
         value: (key_heads, T, d_v).
         rotary: cos and sin, (T, width) each, by which queries and keys are still to be turned; or None.
-        bounds: start and end of each segment.
+        bounds: start and end of each segment; together they cover the row's tokens from the first on.
         scaling: factor on the scores.
         window: a token sees itself and the ``window - 1`` before it; 0 for no limit.
         softcap: scores become ``softcap * tanh(scores / softcap)``; 0 leaves them.
@@ -175,8 +175,9 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Return the output (T, heads, d_v), zeros outside all segments, and the log-sum-exps (heads, T) fp32."""
     query = call.tensors[0]
     assert query is not None
-    out = query.new_zeros(call.out_shape)
-    log_sums = query.new_zeros(query.shape[:2], dtype=torch.float32)
+    end = max(call.bounds, default=0)
+    out, log_sums = query.new_empty(call.out_shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    out[end:], log_sums[:, end:] = 0, 0
     _call(
         "attention_forward", query.dtype, ctypes.byref(call.layer), call.bounds, query.shape[1], *call.tensors,
         out, log_sums,
@@ -192,7 +193,9 @@ def attention_backward(
     assert query is not None
     assert key is not None
     assert value is not None
-    grads = [x.new_zeros(x.shape[1], x.shape[0], x.shape[2]) for x in (query, key, value)]
+    grads = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in (query, key, value)]
+    for made in grads:
+        made[max(call.bounds, default=0) :] = 0
     _call(
         "attention_backward", query.dtype, ctypes.byref(call.layer), call.bounds, query.shape[1], *call.tensors,
         out, log_sums, grad, *grads,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from addenda.errors import KernelError
 from addenda.kernels.build import build, built
 
-__all__ = ["enable", "kernels", "kernels_off", "state"]
+__all__ = ["enable", "kernels", "kernels_off", "pending", "state"]
 
 
 class _State:
@@ -49,6 +49,11 @@ def state() -> str:
     if _State.library is None:
         return _State.reason
     return "switched off" if _State.off else ""
+
+
+def pending() -> bool:
+    """Whether compiling was put off, and may still give kernels."""
+    return _State.library is None and not _State.tried
 
 
 def kernels() -> ctypes.CDLL | None:

@@ -33,18 +33,21 @@ class UsableRows(Sequence[Example]):
     """Hash of token ids and loss masks, in order."""
     longest: int
     """Tokens of the longest row; 0 where there is none."""
+    tokens: int
+    """Tokens of all rows together."""
     left_out: int
     """Rows without a token to train on."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
         self._usable: list[int] = []
-        self.longest = 0
+        self.longest = self.tokens = 0
         digest = hashlib.sha256()
         for index, example in enumerate(examples):
             if any(example.trained):
                 self._usable.append(index)
                 self.longest = max(self.longest, len(example))
+                self.tokens += len(example)
                 digest.update(array("q", example.input_ids).tobytes())
                 digest.update(bytes(example.trained) + b"/")
         self.sha256 = digest.hexdigest()

@@ -9,11 +9,21 @@ from typing import Literal
 from addenda.core.ranges import integer, number
 from addenda.errors import ConfigError
 
-__all__ = ["HARMLESS", "SCHEDULES", "TrainConfig"]
+__all__ = ["HARMLESS", "OPTIMIZERS", "SCHEDULES", "TrainConfig"]
 
+OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant")
 SHARDINGS = ("none", "full")
-HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "sharding")
+KERNELS = ("auto", "off")
+HARMLESS = (
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "threads",
+    "sharding",
+    "kernels",
+    "memory_gib",
+)
 """Settings that change no number of the result, so a resumed run may change them."""
 
 
@@ -35,6 +45,9 @@ class TrainConfig:
     """Stop after this many optimiser steps if the epochs are not over by then; None for no such limit."""
     learning_rate: float | None = None
     """Peak learning rate of AdamW, > 0; None takes the method's own."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw``, or ``adamw8bit``: bitsandbytes' AdamW, whose averages of matrices of 4,096 numbers or more take 8 bits
+    each instead of 32."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate goes from its peak to the end: ``cosine``, ``linear`` or ``constant``."""
     warmup_fraction: float = 0.03
@@ -53,6 +66,9 @@ class TrainConfig:
     """Rows per optimiser step (the global batch), >= 1; it does not change the memory needed."""
     tokens_per_micro_batch: int | None = None
     """Tokens run at once, >= 1; more is faster up to a point and takes more memory; None derives it."""
+    memory_gib: float | None = None
+    """Memory the run may hold, in GiB, > 0; None takes what is free. Where it is scarce, fewer tokens run at once, and
+    blocks of the model keep their input alone and run again in the backward."""
     evals_per_epoch: int = 2
     """Evaluations on the held-out rows per epoch, evenly spread, >= 1."""
     eval_every_steps: int | None = None
@@ -71,6 +87,9 @@ class TrainConfig:
     """CPU threads; None leaves PyTorch's choice. Another number may change the last bits of the result."""
     sharding: Literal["none", "full"] = "none"
     """How several processes share the base: ``none``, each holds all of it; ``full``, a share of each block (FSDP2)."""
+    kernels: Literal["auto", "off"] = "auto"
+    """``auto`` compiles the package's C++ where the run is long enough to gain by it, once for each machine; ``off``
+    runs plain PyTorch. They differ in the last bits of the result."""
 
     def __post_init__(self) -> None:
         # TOML and JSON have no tuples.
@@ -94,7 +113,7 @@ class TrainConfig:
         )
         for name in optional:
             found += [] if getattr(self, name) is None else integer(name, getattr(self, name))
-        for name in ("learning_rate", "clip_norm", "save_every_minutes"):
+        for name in ("learning_rate", "clip_norm", "save_every_minutes", "memory_gib"):
             found += [] if getattr(self, name) is None else number(name, getattr(self, name), above=0.0)
         found += number("warmup_fraction", self.warmup_fraction, least=0.0, below=1.0)
         found += number("min_lr_fraction", self.min_lr_fraction, least=0.0)
@@ -103,10 +122,10 @@ class TrainConfig:
 
     def _choices(self) -> list[str]:
         found = []
-        if self.schedule not in SCHEDULES:
-            found.append(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.sharding not in SHARDINGS:
-            found.append(f"sharding must be one of {', '.join(SHARDINGS)}, got {self.sharding!r}")
+        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "sharding": SHARDINGS, "kernels": KERNELS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if isinstance(self.min_lr_fraction, int | float) and self.min_lr_fraction > 1.0:
             found.append(f"min_lr_fraction must be at most 1, got {self.min_lr_fraction!r}")
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:

@@ -33,7 +33,10 @@ class StartEvent:
     trainable_parameters: int
     learning_rate: float
     tokens_per_micro_batch: int
-    threads: int
+    machine: str
+    """Threads, compiled kernels and allocator, as chosen for this run."""
+    memory: str
+    """What the largest micro-batch takes, of what there is, and what was chosen so that it fits."""
     dtype: str
     """Number format of the base."""
     path: str

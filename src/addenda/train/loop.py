@@ -131,7 +131,11 @@ def train(
         if evaluate is None:
             text = "no held-out rows: the last adapter is kept, whatever it is worth"
             session.emit(NoticeEvent(session.state.step, text))
-        with training_mode(base.model, handle), out_of_memory_named(_smaller(session)):
+        with (
+            training_mode(base.model, handle),
+            out_of_memory_named(_smaller(session)),
+            session.machine.running(),
+        ):
             if not session.state.finished:
                 with _sharded_as_asked(session):
                     _run(session, evaluate, interrupts)
@@ -190,7 +194,8 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
                 break
             seed_generators(config.seed, step, index)
             batch = packed_batch(groups[index], session.device)
-            hidden = session.packed.hidden(batch.input_ids, batch.lengths)
+            recompute = session.recompute(len(batch.input_ids))
+            hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
             # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
             part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
             guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)

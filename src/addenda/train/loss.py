@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from addenda.bases.scores import Head, PositionScores, chunks, evaluate_positions, nll_and_probabilities
+from addenda.bases.scores import Head, PositionScores, chunks, evaluate_positions, nll_and_gradient
 
 __all__ = ["Head", "PositionScores", "evaluate_positions", "packed_loss"]
 
@@ -81,16 +81,13 @@ class _ChunkedNll(torch.autograd.Function):
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for rows, filled in chunks(head, states, chunk):
             x = filled.detach().requires_grad_(gradient is not None)
-            with torch.set_grad_enabled(gradient is not None):
-                logits = head.logits(x)
+            logits, owned = _scored(head, x)
             real = rows.stop - rows.start
             at_target = functional.pad(targets[rows], (0, len(filled) - real))
-            nll, probabilities = nll_and_probabilities(logits.detach(), at_target)
+            nll, slope = nll_and_gradient(logits.detach(), at_target, owned=owned)
             total += nll[:real].sum()
             if gradient is not None:
-                ones = torch.ones_like(at_target, dtype=probabilities.dtype)
-                probabilities.scatter_add_(1, at_target[:, None], -ones[:, None])
-                gradient[rows] = torch.autograd.grad(logits, x, probabilities)[0][:real]
+                gradient[rows] = torch.autograd.grad(logits, x, slope)[0][:real]
         ctx.save_for_backward(gradient)
         return total
 
@@ -98,3 +95,19 @@ class _ChunkedNll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].to(gradient.dtype), None, None, None
+
+
+def _scored(head: Head, x: Tensor) -> tuple[Tensor, bool]:
+    """The scores of states ``x``, and whether they may be written over: not the states themselves, not kept."""
+    used = {x.untyped_storage().data_ptr()}
+
+    def note(kept: Tensor) -> Tensor:
+        used.add(kept.untyped_storage().data_ptr())
+        return kept
+
+    with (
+        torch.set_grad_enabled(x.requires_grad),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept),
+    ):
+        logits = head.logits(x)
+    return logits, logits.untyped_storage().data_ptr() not in used

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -16,13 +17,25 @@ from addenda.bases.packed import PackedModel
 from addenda.bases.scores import CHUNK_BYTES
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
+from addenda.kernels import calls
 
 __all__ = [
-    "MemoryEstimate",
-    "estimate_memory",
+    "Ledger",
+    "MemoryModel",
+    "measure_memory",
+    "memory_limit",
     "out_of_memory_named",
     "peak_memory_bytes",
 ]
+
+SHARE_OF_FREE = 0.9
+"""Of the memory that is free now: other programs go on growing."""
+
+FRAGMENTED = 0.5
+"""What glibc's heap holds unused when nothing is given back, as a share of the activations; measured on SmolLM2."""
+
+SMALL_THINGS = 32 * 2**20
+"""Tables of kernels, threads' own buffers, Python's objects of a step."""
 
 _BYTES_ASKED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -57,52 +70,136 @@ def _peak_rss() -> int:
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """What a run will hold at its fullest, in bytes.
-
-    total = present + trained + activations + scores, where
-
-    - ``present`` is what the process holds already: Python, PyTorch, the base, the adapter;
-    - ``trained`` is 16 bytes for each trained number (its gradient, AdamW's two averages, the copy of the best
-      adapter), all float32;
-    - ``activations`` is what the backward pass needs of each token, measured on a short row, times the tokens of a
-      micro-batch, and as much again of the largest layer for the gradients passing through;
-    - ``scores`` is one chunk of scores over the vocabulary with its gradient.
-    """
+class Ledger:
+    """What a run will hold at its fullest, in bytes, item by item."""
 
     present: int
+    """What the process holds already: Python, PyTorch, the base, the adapter. On a GPU what lies there."""
     trained: int
+    """16 bytes for each trained number: its gradient, AdamW's two averages, the copy of the best adapter; float32."""
     activations: int
+    """What the forward pass of the largest micro-batch keeps for the backward."""
     scores: int
+    """Chunks of scores over the vocabulary, and their gradient."""
+    overhead: int
+    """What passes through the largest block, and what the allocator holds without using it."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.present + self.trained + self.activations + self.scores
+        return self.present + self.trained + self.activations + self.scores + self.overhead
+
+    def __str__(self) -> str:
+        items = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in vars(self).items())
+        return f"{self.total / 2**20:,.0f} MiB ({items})"
 
 
-def estimate_memory(handle: Handle, packed: PackedModel, *, tokens: int) -> MemoryEstimate:
-    """Estimate the memory of training an attached adapter, from one short forward pass.
+@dataclass(frozen=True)
+class MemoryModel:
+    """From a number of tokens to the memory they take, measured on short rows."""
+
+    present: int
+    trained: int
+    kept_per_token: float
+    """Bytes that the forward pass keeps for the backward, of each token of a micro-batch."""
+    least_per_token: float
+    """The same where every block keeps its input alone."""
+    vocabulary: int
+    blocks: int
+    """Blocks that can keep their input alone; 0 where none can."""
+
+    def ledger(self, tokens: int, recompute: int = 0, *, keeps_memory: bool = False) -> Ledger:
+        """Return the ledger of a micro-batch.
+
+        Args:
+            tokens: its tokens.
+            recompute: blocks that keep their input alone, 0 to ``blocks``.
+            keeps_memory: whether the allocator keeps what is freed.
+        """
+        block = (self.kept_per_token - self.least_per_token) / max(self.blocks, 1)
+        activations = int(tokens * (self.kept_per_token - recompute * block))
+        chunk = min(CHUNK_BYTES, 4 * tokens * self.vocabulary)
+        unused = FRAGMENTED * activations if keeps_memory else 0
+        return Ledger(
+            self.present,
+            self.trained,
+            activations,
+            chunk if calls.usable(torch.empty(0)) else 3 * chunk,
+            int(block * tokens * (1.5 if recompute else 0.5) + unused) + SMALL_THINGS,
+        )
+
+    def recompute_for(self, tokens: int, limit: int) -> int | None:
+        """Return the fewest blocks to run again so that a micro-batch fits into `limit` bytes; None: it never does."""
+        fits = (k for k in range(self.blocks + 1) if self.ledger(tokens, k).total <= limit)
+        return next(fits, None)
+
+    def most_tokens(self, limit: int) -> int:
+        """Return how many tokens fit into `limit` bytes where every block runs again; 0 for none."""
+        low, high = 0, 2**24
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.ledger(middle, self.blocks).total <= limit
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+
+def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
+    """Measure what a token takes, by two short forward passes.
 
     Args:
         handle: the adapter; its model must be on the CPU or a GPU, not on the meta device.
         packed: the model as it will be run.
-        tokens: tokens of the largest micro-batch (a single longer row counts as one).
     """
-    short, long = (_saved_bytes(handle, packed, count) for count in (32, 96))
-    per_token = max(0, long - short) / 64
+    device = _device(handle)
+    kept, least = (
+        (_saved_bytes(handle, packed, 192, k) - _saved_bytes(handle, packed, 64, k)) / 128
+        for k in (0, packed.blocks)
+    )
     with torch.no_grad():
-        token = torch.zeros(1, dtype=torch.long, device=_device(handle))
-        vocabulary = packed.logits(packed.hidden(token, [1])).shape[-1]
-    return MemoryEstimate(
-        present=psutil.Process().memory_info().rss,
+        hidden = packed.hidden(torch.zeros(1, dtype=torch.long, device=device), [1])
+        vocabulary = packed.logits(hidden).shape[-1]
+    on_gpu = device.type == "cuda"
+    return MemoryModel(
+        present=torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss,
         trained=16 * handle.trainable_parameters,
-        activations=int(per_token * tokens),
-        scores=5 * min(CHUNK_BYTES, 4 * tokens * vocabulary),
+        kept_per_token=max(0.0, kept),
+        least_per_token=max(0.0, least),
+        vocabulary=vocabulary,
+        blocks=packed.blocks,
     )
 
 
-def _saved_bytes(handle: Handle, packed: PackedModel, tokens: int) -> int:
+def memory_limit(device: torch.device, gib: float | None = None, *, shared_by: int = 1) -> int:
+    """Return the bytes that a run may hold on `device`, what it holds already included.
+
+    Args:
+        device: where it runs.
+        gib: a limit in GiB; None takes what is free now, in this container where it has a limit of its own.
+        shared_by: processes of the run that share what is free on the CPU.
+
+    Example:
+        >>> memory_limit(torch.device("cpu"), 2.0)
+        2147483648
+    """
+    if gib is not None:
+        return int(gib * 2**30)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    free = min(psutil.virtual_memory().available, _container_free())
+    return int(free * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
+
+
+def _container_free() -> int:
+    """What the control group of this process leaves, by the files of cgroup 2; endless where there is no limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return sys.maxsize
+    return max(0, limit - used)
+
+
+def _saved_bytes(handle: Handle, packed: PackedModel, tokens: int, recompute: int) -> int:
     """Return the bytes that a forward pass keeps for its backward pass, weights left out."""
     weights = {t.untyped_storage().data_ptr() for t in [*handle.model.parameters(), *handle.model.buffers()]}
     kept: dict[int, int] = {}
@@ -115,7 +212,7 @@ def _saved_bytes(handle: Handle, packed: PackedModel, tokens: int) -> int:
 
     ids = torch.zeros(tokens, dtype=torch.long, device=_device(handle))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = packed.hidden(ids, [tokens])
+        hidden = packed.hidden(ids, [tokens], recompute=recompute)
     return sum(kept.values()) + hidden.untyped_storage().nbytes()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from addenda.errors import MissingDependencyError
 from addenda.train.config import TrainConfig
 
 __all__ = ["clip", "learning_rate_factor", "make_optimizer", "set_learning_rate", "warmup_steps"]
@@ -17,22 +19,36 @@ FEWEST_WARMUP_STEPS = 3
 
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float
-) -> torch.optim.AdamW:
-    """Make AdamW over the adapter's parameters; vectors (biases, scales) are in a group without weight decay."""
+) -> torch.optim.Optimizer:
+    """Make AdamW over the adapter's parameters; vectors (biases, scales) are in a group without weight decay.
+
+    Raises:
+        MissingDependencyError: 8 bits were asked for, and bitsandbytes is not installed.
+    """
     every = list(parameters)
     groups = [
         {"params": [p for p in every if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": learning_rate, "betas": config.betas, "eps": config.eps}
+    if config.optimizer == "adamw8bit":
+        made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(groups, **options)
+        return made
     # The fused update reads and writes each number once, where the plain one makes five passes over memory.
     fused = all(p.device.type in ("cpu", "cuda") for p in every)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=fused or None,
-    )
+    return torch.optim.AdamW(groups, **options, fused=fused or None)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the optimizer 'adamw8bit' needs 'bitsandbytes', which is not installed",
+            hint="pip install 'addenda[quantized]', or set train.optimizer to 'adamw'",
+        ) from error
+    return bitsandbytes
 
 
 def warmup_steps(total: int, fraction: float) -> int:

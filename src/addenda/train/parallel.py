@@ -45,6 +45,8 @@ class Parallel:
     """Number of this process, 0 <= rank < size."""
     size: int = 1
     """How many processes there are."""
+    on_this_machine: int = 1
+    """How many of them share this machine's memory."""
     lockstep: bool = False
     """Whether all must run equally many micro-batches, because each pass gathers weights from all."""
 
@@ -87,6 +89,10 @@ class Parallel:
     def most(self, *values: int) -> list[int]:
         """Return the largest of each number over all processes."""
         return self._reduced(torch.tensor(values, dtype=torch.int64), distributed.ReduceOp.MAX)
+
+    def least(self, *values: int) -> list[int]:
+        """Return the smallest of each number over all processes."""
+        return self._reduced(torch.tensor(values, dtype=torch.int64), distributed.ReduceOp.MIN)
 
     def _reduced(self, numbers: Tensor, operation: distributed.ReduceOp.RedOpType) -> list[Any]:
         if not self.alone:
@@ -165,7 +171,7 @@ def processes() -> Iterator[Parallel]:
         TrainingError: another process ended or cannot be reached.
     """
     if distributed.is_available() and distributed.is_initialized():
-        yield Parallel(distributed.get_rank(), distributed.get_world_size())
+        yield Parallel(distributed.get_rank(), distributed.get_world_size(), _on_this_machine())
         return
     rank, size = _place()
     if size == 1:
@@ -174,7 +180,7 @@ def processes() -> Iterator[Parallel]:
     with _losses_named():
         distributed.init_process_group(_backend(), rank=rank, world_size=size)
         try:
-            yield Parallel(rank, size)
+            yield Parallel(rank, size, _on_this_machine())
         finally:
             distributed.destroy_process_group()
 
@@ -193,6 +199,11 @@ def _place() -> tuple[int, int]:
             hint="start it with torchrun, which sets all four, or unset WORLD_SIZE",
         )
     return int(found["RANK"]), int(found["WORLD_SIZE"])
+
+
+def _on_this_machine() -> int:
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdecimal() else 1
 
 
 def _backend() -> str:

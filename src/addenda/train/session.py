@@ -18,7 +18,7 @@ from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle
 from addenda.data.pack import plan_batches
 from addenda.data.rows import Example
-from addenda.errors import CheckpointError, ConfigError, DataError
+from addenda.errors import CheckpointError, ConfigError, DataError, OutOfMemory
 from addenda.train.batches import RowOrder, UsableRows
 from addenda.train.checkpoint import (
     Checkpoint,
@@ -33,6 +33,8 @@ from addenda.train.checkpoint import (
 from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
 from addenda.train.guards import require_trainable
+from addenda.train.machine import Machine, set_allocator, use_machine
+from addenda.train.memory import MemoryModel, measure_memory, memory_limit
 from addenda.train.optimizer import make_optimizer
 from addenda.train.parallel import Parallel
 from addenda.train.state import (
@@ -47,8 +49,9 @@ from addenda.train.state import (
 
 __all__ = ["Session", "begin", "open_session"]
 
-TOKENS_PER_MICRO_BATCH = 1024
-"""Where the speed of a processor levels off; more costs memory in proportion."""
+TOKENS_PER_MICRO_BATCH = (1024, 512, 256)
+"""The first is where the speed of a processor levels off; more costs memory in proportion. The others are for machines
+with little of it."""
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Session:
     model: nn.Module
     handle: Handle
     packed: PackedModel
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     rows: UsableRows
     order: RowOrder
     config: TrainConfig
@@ -71,6 +74,9 @@ class Session:
     emit: OnEvent
     state: RunState
     parallel: Parallel
+    machine: Machine
+    memory: MemoryModel
+    memory_limit: int
     best: dict[str, Tensor] | None = None
     saved_step: int | None = None
     saved_at: float = 0.0
@@ -86,6 +92,11 @@ class Session:
         lengths = [len(example) for example in examples]
         plan = plan_batches(lengths, tokens_per_batch=self.tokens_per_micro_batch)
         return [[examples[i] for i in group] for group in plan]
+
+    def recompute(self, tokens: int) -> int:
+        """Return how many blocks keep their input alone in a micro-batch of this many tokens."""
+        found = self.memory.recompute_for(tokens, self.memory_limit)
+        return self.memory.blocks if found is None else found
 
     def keep_best(self) -> None:
         """Keep a copy of the adapter as it is now."""
@@ -121,8 +132,9 @@ class Session:
             "run": self.state.document(),
             "epoch": epoch,
             "position": within * self.config.batch_size,
+            "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "identity": self.identity,
-            "versions": _versions(),
+            "versions": self._versions(),
         }
         adapter = adapter_tensors(self.handle)
         return Checkpoint(
@@ -135,7 +147,7 @@ class Session:
         Raises:
             CheckpointError: it is of another run, or lacks a part.
         """
-        lacking = {"run", "identity", "versions"} - set(checkpoint.state)
+        lacking = {"run", "identity", "versions", "tokens_per_micro_batch"} - set(checkpoint.state)
         if lacking:
             raise CheckpointError(
                 f"the checkpoint's state lacks {', '.join(sorted(lacking))}", hint="train anew"
@@ -145,13 +157,25 @@ class Session:
         load_adapter(self.handle, checkpoint.adapter)
         load_optimizer(self.handle, self.optimizer, checkpoint.optimizer)
         self.state, self.best, self.saved_step = state, checkpoint.best, state.step
-        for name, now in _versions().items():
+        # Derived from the memory that was free then; another size would round otherwise.
+        self.tokens_per_micro_batch = int(checkpoint.state["tokens_per_micro_batch"])
+        if checkpoint.state["versions"].get("kernels") is False:
+            self.machine.kernels, self.machine.why = False, "the run began without them"
+        for name, now in self._versions().items():
             before = checkpoint.state["versions"].get(name)
             if before != now:
                 text = (
                     f"{name} was {before} when the run was saved and is {now} now: the last bits may differ"
                 )
                 self.emit(NoticeEvent(state.step, text))
+
+    def _versions(self) -> dict[str, Any]:
+        """What may change the last bits of the result from one part of a run to the next."""
+        return {
+            "torch": torch.__version__,
+            "CPU threads": torch.get_num_threads(),
+            "kernels": self.machine.kernels,
+        }
 
 
 def open_session(
@@ -182,27 +206,70 @@ def open_session(
     if rows.left_out:
         emit(NoticeEvent(0, f"{rows.left_out} rows have no token to train on and are left out"))
     load_adapter(handle, parallel.share(adapter_tensors(handle)))
+    order, device = RowOrder(len(rows), config), next(handle.parameters()).device
+    machine = use_machine(wanted=config.kernels == "auto", flop=_flop(model, rows, order), device=device)
+    packed = PackedModel(model)
+    memory = measure_memory(handle, packed)
+    limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
+    [tokens] = parallel.least(_micro_batch(memory, limit, rows.longest, config))
+    largest = max(tokens, rows.longest)
+    machine.keeps_memory = device.type == "cpu" and set_allocator(
+        keep=config.sharding == "none" and memory.ledger(largest, keeps_memory=True).total <= limit
+    )
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
         model=model,
         handle=handle,
-        packed=PackedModel(model),
+        packed=packed,
         optimizer=make_optimizer((p for p in handle.parameters() if p.requires_grad), config, learning_rate),
         rows=rows,
-        order=RowOrder(len(rows), config),
+        order=order,
         config=config,
         learning_rate=learning_rate,
-        tokens_per_micro_batch=config.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH,
-        device=next(handle.parameters()).device,
+        tokens_per_micro_batch=tokens,
+        device=device,
         folder=folder,
         identity=dict(identity),
         emit=emit,
         state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
         parallel=parallel,
         saved_at=time.monotonic(),
+        machine=machine,
+        memory=memory,
+        memory_limit=limit,
     )
     session.identity.update(_identity(session))
     return session
+
+
+def _micro_batch(memory: MemoryModel, limit: int, longest: int, config: TrainConfig) -> int:
+    """Tokens to run at once: as asked, or the most of which every block can keep everything.
+
+    Raises:
+        OutOfMemory: the longest row does not fit, whatever is run again.
+    """
+    wished = config.tokens_per_micro_batch
+    choices = (wished,) if wished else TOKENS_PER_MICRO_BATCH
+    tokens = next((n for n in choices if memory.ledger(n).total <= limit), choices[-1])
+    largest = max(tokens, longest)
+    if memory.recompute_for(largest, limit) is not None:
+        return tokens
+    ledger, most = memory.ledger(largest, memory.blocks), memory.most_tokens(limit)
+    smaller = [f"data.max_tokens={most} (longest row now {longest})"] if longest > most >= 2 else []
+    smaller += [f"train.tokens_per_micro_batch={most} (now {tokens})"] if tokens > most >= 1 else []
+    raise OutOfMemory(
+        f"a micro-batch of {largest:,} tokens does not fit into {limit / 2**20:,.0f} MiB",
+        where={"needed": str(ledger), "kept by each token": f"{memory.kept_per_token / 2**10:,.0f} KiB"},
+        hint="set "
+        + "; or ".join([*smaller, f"train.memory_gib={ledger.total / 2**30:.1f}", "base.dtype=bfloat16"])
+        + "; or take a smaller base: 'addenda models'",
+    )
+
+
+def _flop(model: nn.Module, rows: UsableRows, order: RowOrder) -> float:
+    """Roughly what the run takes: a product forward and one backward with every weight, for every token."""
+    epochs = order.steps / max(order.steps_per_epoch, 1)
+    return 4.0 * sum(p.numel() for p in model.parameters()) * rows.tokens * epochs
 
 
 def _identity(session: Session) -> dict[str, str]:
@@ -216,7 +283,6 @@ def _identity(session: Session) -> dict[str, str]:
         "layers": hashlib.sha256("\n".join(session.handle.paths).encode()).hexdigest(),
         "adapter before training": session.state.initial_sha256,
         "training rows": session.rows.sha256,
-        "tokens per micro-batch": str(session.tokens_per_micro_batch),
         "packing": session.packed.path,
     }
 
@@ -224,10 +290,6 @@ def _identity(session: Session) -> dict[str, str]:
 def _dtype_name(model: nn.Module) -> str:
     frozen = [p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     return str(max(frozen, key=frozen.count, default=torch.float32)).removeprefix("torch.")
-
-
-def _versions() -> dict[str, Any]:
-    return {"torch": torch.__version__, "CPU threads": torch.get_num_threads()}
 
 
 def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
@@ -293,9 +355,18 @@ def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> Start
         trainable_parameters=session.handle.trainable_parameters,
         learning_rate=session.learning_rate,
         tokens_per_micro_batch=session.tokens_per_micro_batch,
-        threads=torch.get_num_threads(),
+        machine=str(session.machine),
+        memory=_memory_in_words(session),
         dtype=_dtype_name(session.model),
         path=session.packed.path,
-        path_reason=session.packed.reason,
+        path_reason=f"{session.packed.reason}; {session.packed.parts}",
         processes=session.parallel.size,
     )
+
+
+def _memory_in_words(session: Session) -> str:
+    tokens = max(session.tokens_per_micro_batch, session.rows.longest)
+    recompute = session.recompute(tokens)
+    ledger = session.memory.ledger(tokens, recompute, keeps_memory=session.machine.keeps_memory)
+    again = f", {recompute} of {session.memory.blocks} blocks run again in the backward" if recompute else ""
+    return f"at most {ledger} of {session.memory_limit / 2**20:,.0f} MiB{again}"

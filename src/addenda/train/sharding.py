@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from addenda.bases.fast.recompute import find_blocks
 from addenda.core.host import host_of
 from addenda.errors import ConfigError
 from addenda.train.parallel import Parallel
 
 __all__ = ["sharded"]
-
-_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 @contextlib.contextmanager
@@ -43,8 +40,6 @@ def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> It
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if device.type == "cpu":
-        _return_freed_weights_to_the_system()
     blocks = _blocks(model)
     adapters = {p for m in model.modules() if (host := host_of(m)) for p in host.adapters.parameters()}
     before = [(module, type(module), _state_of(module)) for block in blocks for module in block.modules()]
@@ -65,16 +60,6 @@ def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> It
         vars(module).update(state)
 
 
-def _return_freed_weights_to_the_system() -> None:
-    """Let glibc keep no freed block of a MiB or more: gathered weights would stay with the process, pass after pass.
-
-    By default it raises that size to 32 MiB by itself. It is a property of the process and stays as set here.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is not None:  # musl has none
-        mallopt(_M_MMAP_THRESHOLD, 2**20)
-
-
 def _state_of(module: nn.Module) -> dict[str, Any]:
     """What a module is, with its tables of parameters and hooks as they are now."""
     return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
@@ -87,15 +72,12 @@ def _gathered(shares: Tensor) -> Tensor:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the members of the list of modules that holds the most numbers."""
-    lists: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    if not lists:
+    """The repeated blocks of a model, none of which shares a weight with anything outside it."""
+    blocks = list(find_blocks(model))
+    if not blocks:
         raise ConfigError(
             f"'{type(model).__name__}' has no list of blocks to deal out", hint="set train.sharding=none"
         )
-    blocks = list(max(lists, key=_numbers).children())
     owners: dict[nn.Parameter, int] = {}
     outside = _outside(model, blocks)
     for index, block in enumerate(blocks):
@@ -106,10 +88,6 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
                 hint="set train.sharding=none",
             )
     return blocks
-
-
-def _numbers(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _outside(model: nn.Module, blocks: list[nn.Module]) -> set[nn.Parameter]:

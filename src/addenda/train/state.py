@@ -117,6 +117,10 @@ def _live(handle: Handle) -> dict[str, Tensor]:
     return {f"{path}.{name}": value for path, a in adapters for name, value in a.state_dict().items()}
 
 
+_SHAPED = ("exp_avg", "exp_avg_sq", "state1", "state2")
+"""The optimiser's averages, in PyTorch's words and in bitsandbytes'; they have the parameter's shape."""
+
+
 def optimizer_tensors(handle: Handle, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's tensors, as ``<layer path>.<parameter>.<slot>``; not copied."""
     return {
@@ -137,16 +141,22 @@ def load_optimizer(handle: Handle, optimizer: torch.optim.Optimizer, tensors: Ma
     for key, value in tensors.items():
         name, _, slot = key.rpartition(".")
         _require_names({name} & set(parameters), {name}, "optimizer")
-        if value.ndim:
+        if value.ndim and slot in _SHAPED:
             _require_shape(parameters[name], value, key)
         by_parameter.setdefault(name, {})[slot] = value
     for name, slots in by_parameter.items():
         parameter = parameters[name]
-        # The step count is where PyTorch makes it: beside the parameter for the fused update, else on the CPU.
-        place = {"step": parameter.device if optimizer.defaults["fused"] else torch.device("cpu")}
         optimizer.state[parameter] = {
-            k: v.clone().to(place.get(k, parameter.device)) for k, v in slots.items()
+            k: _step_count(v, parameter, optimizer) if k == "step" else v.clone().to(parameter.device)
+            for k, v in slots.items()
         }
+
+
+def _step_count(value: Tensor, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor | int:
+    """Return the count as the optimiser keeps it: beside the parameter for a fused update, else on the CPU."""
+    if not isinstance(optimizer, torch.optim.AdamW):  # bitsandbytes counts in Python
+        return int(value)
+    return value.clone().to(parameter.device if optimizer.defaults["fused"] else torch.device("cpu"))
 
 
 def _require_names(expected: set[str], found: set[str], what: str) -> None:

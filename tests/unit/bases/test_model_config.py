@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from addenda.bases.model_config import load_config
-from addenda.errors import BaseModelError, NotFoundError, UnsafeError
+from addenda.errors import BaseModelError, MissingDependencyError, NotFoundError, UnsafeError
 
 
 def test_the_config_object_and_the_kind_are_those_of_the_folder(
@@ -40,7 +40,7 @@ def test_an_unknown_model_type_names_the_nearest(llama_folder: Path, change_json
         {"architectures": ["LlamaForSequenceClassification"]},
         {"architectures": ["NoSuchModel"]},
         {"architectures": [3]},
-        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"quantization_config": {"quant_method": "gptq"}},
         {"quantization_config": "evil"},
         {"num_hidden_layers": 10**9},
     ],
@@ -51,6 +51,16 @@ def test_a_config_that_cannot_be_used_is_a_typed_error(llama_folder: Path, chang
     with pytest.raises(BaseModelError) as caught:
         load_config(llama_folder, tensors=100)
     assert caught.value.hint
+
+
+def test_quantized_weights_without_their_library_name_the_extra(
+    llama_folder: Path, change_json, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_json(llama_folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="bitsandbytes") as caught:
+        load_config(llama_folder, tensors=100)
+    assert "addenda[quantized]" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])

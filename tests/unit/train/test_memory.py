@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import addenda
+from addenda.bases.packed import PackedModel
 from addenda.errors import OutOfMemory
-from addenda.train.memory import out_of_memory_named, peak_memory_bytes
+from addenda.train.memory import measure_memory, out_of_memory_named, peak_memory_bytes
 
 SETTINGS = {"train.tokens_per_micro_batch": (1024, 512), "method.rank": (16, 8)}
 
@@ -63,3 +66,80 @@ def test_other_errors_pass_through():
         raise RuntimeError("shape mismatch")
     with pytest.raises(OutOfMemory, match="already named"), out_of_memory_named(SETTINGS):
         raise OutOfMemory("already named")
+
+
+@pytest.fixture
+def small():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    handle = addenda.attach(model, addenda.LoRA(rank=4), "all-linear")
+    for parameter in handle.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return model, handle, PackedModel(model)
+
+
+def gradients(handle, packed, ids, lengths, recompute):
+    hidden = packed.hidden(ids, lengths, recompute=recompute)
+    parameters = [p for p in handle.parameters() if p.requires_grad]
+    return hidden, torch.autograd.grad(hidden.square().mean(), parameters)
+
+
+@pytest.mark.parametrize("recompute", [1, 3, 4])
+def test_blocks_that_run_again_give_the_same_bits(small, recompute):
+    _, handle, packed = small
+    ids, lengths = torch.randint(0, 64, (40,)), [25, 15]
+    plain, expected = gradients(handle, packed, ids, lengths, 0)
+    again, ours = gradients(handle, packed, ids, lengths, recompute)
+    assert torch.equal(plain, again)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def kept(packed, tokens, recompute):
+    sizes = {}
+
+    def note(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in packed.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = packed.hidden(torch.randint(0, 64, (tokens,)), [tokens], recompute=recompute)
+    assert hidden.requires_grad
+    note(hidden)  # whoever asked holds it
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+@pytest.mark.parametrize("tokens", [256, 512])
+def test_the_model_predicts_what_the_forward_keeps(small, tokens):
+    _, handle, packed = small
+    model = measure_memory(handle, packed)
+    assert model.blocks == 4
+    for recompute in (0, 1, 4):
+        predicted = model.ledger(tokens, recompute).activations
+        assert predicted == pytest.approx(kept(packed, tokens, recompute), rel=0.1)
+
+
+def test_the_fewest_blocks_that_fit_are_run_again(small):
+    _, handle, packed = small
+    model = measure_memory(handle, packed)
+    totals = [model.ledger(100_000, k).total for k in range(5)]
+    assert totals[4] < totals[3] < totals[2] < totals[0]
+    for k in (2, 3, 4):
+        assert model.recompute_for(100_000, totals[k]) == k
+        assert model.recompute_for(100_000, totals[k] - 1) != k
+    assert model.recompute_for(100_000, totals[0]) == 0
+    assert model.recompute_for(100_000, model.present) is None
+    most = model.most_tokens(totals[4])
+    assert most == pytest.approx(100_000, rel=1e-3)
+
+
+def test_memory_is_linear_in_the_length(small):
+    _, handle, packed = small
+    model = measure_memory(handle, packed)
+    fixed = model.ledger(0).total
+    assert (model.ledger(32_000, 4).activations) == pytest.approx(
+        2 * model.ledger(16_000, 4).activations, rel=1e-6
+    )
+    assert fixed >= model.present + model.trained

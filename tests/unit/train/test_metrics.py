@@ -9,7 +9,7 @@ from addenda.train.metrics import MetricsLog, read_metrics
 
 
 def start(step=0, *, resumed=False):
-    return StartEvent(step, resumed, 9, 1, 3, 0, 5, 1e-3, 8, 1, "float32", "packed", "")
+    return StartEvent(step, resumed, 9, 1, 3, 0, 5, 1e-3, 8, "1 thread", "100 MiB", "float32", "packed", "")
 
 
 def stepped(step):

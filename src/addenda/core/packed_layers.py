@@ -1,0 +1,64 @@
+"""Linear layers that keep their weight packed, and do the products of the frozen weight themselves."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from addenda.core.lowrank import FrozenLinear
+from addenda.core.views import CompressedView
+
+__all__ = ["PackedLinear", "PackedView"]
+
+
+@runtime_checkable
+class PackedLinear(FrozenLinear, Protocol):
+    """What a module has to offer to be adapted, fused with its adapter, as a packed linear layer.
+
+    The products of :class:`FrozenLinear` take rows in ``compute_dtype`` and return them in it. ``linear`` adds the
+    module's ``bias``, where it has one, of shape (out_features,). ``forward`` gives for ``(..., in_features)`` what
+    ``linear`` gives for the rows and is differentiable in its input: :func:`~addenda.core.lowrank.frozen_linear`
+    makes it so from the two products. All that the weight consists of are the module's own parameters and buffers.
+    """
+
+    in_features: int
+    out_features: int
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of inputs and outputs."""
+
+    def dequantized(self) -> Tensor:
+        """Return the weight as a dense (out_features, in_features) matrix, made anew."""
+
+
+class PackedView(CompressedView):
+    """A packed linear layer: everything is asked of the module itself."""
+
+    kind = "packed-linear"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.module.compute_dtype
+        return dtype
+
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.dequantized()
+        return weight.detach()
+
+    def linear(self, x: Tensor) -> Tensor:
+        y: Tensor = self.module.linear(x)
+        return y
+
+    def grad_input(self, g: Tensor) -> Tensor:
+        dx: Tensor = self.module.grad_input(g)
+        return dx
+
+    def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
+        summed: Tensor = self.module.add_grad_input(total, g)
+        return summed
+
+    def _runs_the_plain_product(self) -> bool:
+        return True

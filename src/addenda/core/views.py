@@ -1,0 +1,184 @@
+"""How a layer is shown to a method: what all views share, and the view of a linear layer."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from addenda.core.contract import Base
+from addenda.core.lowrank import low_rank_linear
+
+__all__ = ["CompressedView", "LayerView", "LinearView"]
+
+
+class LayerView(Base):
+    """A layer, read through the eyes of a method; the only code that knows where the layer keeps what."""
+
+    input_name: str = "input"
+    """What the layer's forward calls its first argument."""
+    writable: ClassVar[bool] = True
+    """Whether a merge may write the layer's weight."""
+
+    def __init__(
+        self, module: nn.Module, path: str, *, seed: int = 0, parameter_device: torch.device | None = None
+    ):
+        super().__init__(seed=seed, parameter_device=parameter_device)
+        self.module: Any = module
+        self.path = path
+        self.original: Any = getattr(type(module), "original_class", type(module))
+        self.args: tuple[object, ...] = ()
+        self.kwargs: dict[str, object] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)
+        return y
+
+    @property
+    def d_in(self) -> int:
+        return int(self.to_matrix(self.stored()).shape[1])
+
+    @property
+    def d_out(self) -> int:
+        return int(self.to_matrix(self.stored()).shape[0])
+
+    @property
+    def channels_in(self) -> int | None:
+        return self.d_in
+
+    @property
+    def channels_out(self) -> int:
+        return self.d_out
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored().dtype
+
+    @property
+    def has_bias(self) -> bool:
+        return getattr(self.module, "bias", None) is not None
+
+    def weight(self) -> Tensor:
+        return self.to_matrix(self.stored().detach())
+
+    def bias(self) -> Tensor | None:
+        return self.module.bias.detach() if self.has_bias else None
+
+    def problems(self) -> list[str]:
+        """Return why no adapter can be trained on the layer, one short sentence each."""
+        return []
+
+    def is_plain(self) -> bool:
+        """Whether the layer computes its kind's operation with its weight, and nothing more.
+
+        A subclass may do more: an embedding that scales what it looks up, a linear layer with a norm. One that
+        defines a forward of its own is tried on a small input.
+        """
+        if self.original.forward in _PLAIN_FORWARDS:
+            return True
+        with torch.no_grad():
+            x = self.sample()
+            try:
+                y = self.original.forward(self.module, x)
+            except TypeError:  # it asks for more than an input
+                return False
+            plain = self.apply(x, self.weight(), self.bias())
+            same_form = isinstance(y, Tensor) and y.shape == plain.shape
+            return same_form and not bool((y - plain).abs().max() > 0.01 * plain.abs().max())
+
+    def sample(self) -> Tensor:
+        """A small input."""
+        return self._random(2, self.d_in)
+
+    def _random(self, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(*shape, generator=generator).to(device=self.device, dtype=self.dtype)
+
+    def stored(self) -> Tensor:
+        """The weight as the layer keeps it."""
+        weight: Tensor = self.module.weight
+        return weight
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        """A stored weight as (d_out, d_in)."""
+        return stored
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A (d_out, d_in) matrix in the layout in which the layer stores its weight."""
+        return matrix
+
+
+_PLAIN_FORWARDS = (
+    nn.Linear.forward,
+    nn.Embedding.forward,
+    nn.Conv1d.forward,
+    nn.Conv2d.forward,
+    nn.Conv3d.forward,
+)
+
+
+class LinearView(LayerView):
+    """``nn.Linear``: weight (d_out, d_in)."""
+
+    kind = "linear"
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A), B)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x: (n, d_in) -> (n, d_out), bias added."""
+        return F.linear(x, self.stored(), self.module.bias)
+
+    def grad_input(self, g: Tensor) -> Tensor:
+        """g: (n, d_out) -> (n, d_in)."""
+        return g @ self.stored()
+
+    def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
+        """Add the gradient of the input to ``total``: (n, d_in), in place."""
+        return total.addmm_(g, self.stored())
+
+    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        if self.fusible(x):
+            return low_rank_linear(x, A, B, scaling=scaling, base=self)
+        return super().add_low_rank(x, A, B, scaling)
+
+    def fusible(self, x: Tensor) -> bool:
+        """Whether the layer does for ``x`` the plain frozen product and nothing more."""
+        # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
+        plain = x.dtype == self.dtype and not x.is_nested and not torch.is_autocast_enabled(x.device.type)
+        frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
+        return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
+
+    def _runs_the_plain_product(self) -> bool:
+        # A subclass of nn.Linear may do more than the product; then it is called as it is.
+        return bool(self.original.forward is nn.Linear.forward)
+
+
+class CompressedView(LinearView):
+    """A linear layer that keeps its weight otherwise than as one matrix of numbers, so that none can be folded in."""
+
+    writable = False
+
+    @property
+    def d_in(self) -> int:
+        return int(self.module.in_features)
+
+    @property
+    def d_out(self) -> int:
+        return int(self.module.out_features)
+
+    @property
+    def device(self) -> torch.device:
+        own = itertools.chain(self.module.parameters(recurse=False), self.module.buffers(recurse=False))
+        first: Tensor = next(own)
+        return first.device

@@ -1,0 +1,92 @@
+"""What a run takes from the machine, chosen for the run at hand and said: threads, compiled kernels, the allocator."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from addenda import kernels
+
+__all__ = ["Machine", "set_allocator", "use_machine"]
+
+WORTH_COMPILING = 60.0
+"""Seconds of a run, by a rough guess, from which on compiling (a few seconds) costs less than the kernels save."""
+
+FLOP_PER_SECOND = 1e11
+"""Of one thread, for that guess."""
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
+KEEPING = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
+GIVING_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**18), (_TRIM_THRESHOLD, 2**20), (_TOP_PAD, 2**17))
+"""Parameters of glibc's mallopt, and their values."""
+
+
+@dataclass
+class Machine:
+    """The choices for one run."""
+
+    threads: int
+    """CPU threads of PyTorch and of the kernels."""
+    kernels: bool
+    """Whether the compiled kernels run."""
+    why: str
+    """Why not, or ""."""
+    keeps_memory: bool = False
+    """Whether freed memory stays with the process, so that the next step need not fetch and clear its pages anew."""
+
+    def __str__(self) -> str:
+        loops = "compiled kernels" if self.kernels else f"no compiled kernels ({self.why})"
+        memory = ", freed memory kept for the next step" if self.keeps_memory else ""
+        return f"{self.threads} CPU threads, {loops}{memory}"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the kernels within the block, or not, as chosen."""
+        if self.kernels:
+            yield
+            return
+        with kernels.kernels_off():
+            yield
+
+
+def use_machine(*, wanted: bool, flop: float, device: torch.device) -> Machine:
+    """Choose for a run, and set what is set for the whole process.
+
+    Args:
+        wanted: False leaves the compiled kernels out.
+        flop: the run's floating-point operations, roughly.
+        device: where it runs; kernels and allocator are for the CPU.
+
+    Example:
+        >>> use_machine(wanted=False, flop=1e12, device=torch.device("cpu")).why
+        'switched off'
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu":
+        return Machine(threads, kernels=False, why="they are for the CPU")
+    if not wanted:
+        return Machine(threads, kernels=False, why="switched off")
+    there = kernels.enable(compile_now=flop / FLOP_PER_SECOND / threads >= WORTH_COMPILING)
+    reason = "the run is too short to be worth compiling" if kernels.pending() else kernels.state()
+    return Machine(threads, kernels=there, why="" if there else reason)
+
+
+def set_allocator(*, keep: bool) -> bool:
+    """Tell the allocator, for the whole process, what to do with freed blocks; return whether they are kept.
+
+    Args:
+        keep: True keeps them: a step asks for the same sizes again, and fetching a page costs about as much as a pass
+            over it, more in a virtual machine. False gives large ones back at once, which holds no byte too many and
+            costs a fifth of the speed. Only glibc can be told.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt, _ = libc.mallopt, libc.gnu_get_libc_version
+    except (OSError, AttributeError, TypeError):
+        return False
+    chosen = KEEPING if keep else GIVING_BACK
+    return all(mallopt(what, value) for what, value in chosen) and keep
