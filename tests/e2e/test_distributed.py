@@ -33,7 +33,7 @@ def context():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.syspath_prepend(str(HERE))
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train_together"])
+        context.set_forkserver_preload(["train_together", "bitsandbytes"])  # the latter if it is there
         yield context
 
 
@@ -117,10 +117,12 @@ def test_several_processes_give_the_losses_of_one_on_the_same_rows(context, alon
     assert sorted(batch for part in parts for batch in part) == sorted(whole)
 
 
+@pytest.mark.parametrize("blocks_run_again", [(0, 0), (2, 1)])
 def test_sharded_blocks_give_the_losses_of_one_process_and_are_whole_afterwards(
-    context, alone, seed, tmp_path
+    context, alone, seed, tmp_path, blocks_run_again
 ):
-    assert ended(start(context, 2, tmp_path, seed=seed, config={"sharding": "full"})) == [0, 0]
+    again = {rank: {"blocks_run_again": count} for rank, count in enumerate(blocks_run_again)}
+    assert ended(start(context, 2, tmp_path, seed=seed, config={"sharding": "full"}, of_rank=again)) == [0, 0]
     assert_same_run(tmp_path, alone, ranks=2)
     whole = saw(alone)["held"][0]
     for rank in range(2):
@@ -130,6 +132,19 @@ def test_sharded_blocks_give_the_losses_of_one_process_and_are_whole_afterwards(
         # Rows are dealt out: where their number is odd, one process holds one row more.
         assert max(seen["held"]) <= whole / 2 + 8
     assert len(saw(tmp_path, 0)["held"]) == len(saw(tmp_path, 1)["held"])
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_base_in_four_bits_gives_the_losses_of_one_process(context, seed, tmp_path, sharding):
+    pytest.importorskip("bitsandbytes")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, size in ((one, 1), (two, 2)):
+        folder.mkdir()
+        config = {"sharding": sharding, "epochs": 1}
+        running = start(context, size, folder, seed=seed, config=config, four_bits=True)
+        assert ended(running) == [0] * size
+    assert_same_run(two, one, ranks=2)
+    assert all(saw(two, rank)["base_is_as_before"] for rank in range(2))
 
 
 @pytest.mark.parametrize("method", sorted({*registry.names()} - {"lora"}))

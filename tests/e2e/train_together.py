@@ -21,6 +21,7 @@ from addenda.train.config import TrainConfig
 from addenda.train.interrupt import Interrupted
 from addenda.train.metrics import MetricsLog
 from addenda.train.parallel import Parallel, processes
+from addenda.train.session import Session
 from addenda.train.state import digest_of_tensors
 
 
@@ -39,11 +40,11 @@ def join_group(rank, size, port):
 
 
 def process(rank, size, port, folder, *, resume=False, seed=0, config=None, failpoints="", seconds_per_step=0.0,
-            other_rows=False, method=None):  # fmt: skip
+            other_rows=False, method=None, four_bits=False, blocks_run_again=None):  # fmt: skip
     """Train, then write ``process-<rank>.json``; the exit code is the command line's."""
     join_group(rank, size, port)
     os.environ["ADDENDA_FAILPOINTS"] = failpoints
-    base = tiny.make_base(seed)
+    base = in_four_bits(tiny.make_base(seed)) if four_bits else tiny.make_base(seed)
     codes = nn.Parameter(torch.arange(5 * 7, dtype=torch.uint8).view(5, 7), requires_grad=False)
     base.model.model.layers[0].mlp.register_parameter(
         "codes", codes
@@ -52,6 +53,8 @@ def process(rank, size, port, folder, *, resume=False, seed=0, config=None, fail
     handle = addenda.attach(base.model, registry.get(method)(), seed=3) if method else tiny.attach(base)
     saw = {"micro_batches": [], "held": []}
     watch(base.model, saw)
+    if blocks_run_again is not None:
+        Session.recompute = lambda self, tokens: blocks_run_again
     log = MetricsLog(Path(folder) / "metrics.jsonl")
 
     def tell(event):
@@ -73,6 +76,21 @@ def process(rank, size, port, folder, *, resume=False, seed=0, config=None, fail
         sys.exit(error.exit_code)
     finally:
         Path(folder, f"process-{rank}.json").write_text(json.dumps(saw))
+
+
+def in_four_bits(base):
+    """Quantise the linear layers of the blocks as bitsandbytes does."""
+    import bitsandbytes
+
+    blocks = base.model.model.layers
+    for path, layer in [(p, m) for p, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
+        packed = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+        )
+        packed.load_state_dict(layer.state_dict())
+        blocks.set_submodule(path, packed)
+    base.model.to("cpu")  # quantises
+    return base
 
 
 def watch(model, saw):

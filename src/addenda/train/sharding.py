@@ -21,8 +21,9 @@ __all__ = ["sharded"]
 def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> Iterator[None]:
     """Within the block each process keeps its share of every transformer block, and gathers one block at a time.
 
-    Adapters stay whole in every process; so do buffers, and what lies outside the blocks: embeddings, last norm, output
-    head. Weights may be of any dtype, integer codes too. At the end every weight is whole again, with the same bits, in
+    Adapters stay whole in every process; so do buffers, parameters of another library's class, which carry more than
+    their numbers, and what lies outside the blocks: embeddings, last norm, output head. Weights may be of any dtype,
+    integer codes too. At the end every weight is whole again, with the same bits, in
     the same ``Parameter``. Where the block is left by an error, the model stays in shares and can only be dropped: the
     other processes may be gone.
 
@@ -42,12 +43,13 @@ def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> It
 
     blocks = _blocks(model)
     adapters = {p for m in model.modules() if (host := host_of(m)) for p in host.adapters.parameters()}
+    weights = {p for block in blocks for p in block.parameters()}
+    whole = adapters | {p for p in weights if type(p) is not nn.Parameter}
     before = [(module, type(module), _state_of(module)) for block in blocks for module in block.modules()]
     mesh = init_device_mesh(device.type, (parallel.size,))
-    whole = {p for block in blocks for p in block.parameters()} - adapters
     for block in blocks:
-        fully_shard(block, mesh=mesh, ignored_params=adapters, reshard_after_forward=True)
-    for weight in whole:
+        fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    for weight in weights - whole:
         weight.data = weight.data.new_empty(0)  # its bits are in the shares now
     yield
     for module, kind, state in before:
