@@ -5,7 +5,7 @@ A checkpoint is a folder ``step-000123`` with
 - ``adapter.safetensors``    the adapter as it is at that step
 - ``optimizer.safetensors``  AdamW's averages and step counts, ``<parameter>.<slot>``
 - ``best.safetensors``       the best adapter so far, if there was an evaluation
-- ``state.json``             step, random generators, early stopping, and the identity of the run
+- ``state.json``             step, early stopping, and the identity of the run
 - ``MANIFEST.json``          format version, step, size and SHA-256 of each of the others
 
 A folder without a manifest that verifies is not a checkpoint, whatever it is called. Order is by step number, never by

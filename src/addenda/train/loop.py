@@ -99,7 +99,9 @@ def train(
         run_dir: the run's folder; checkpoints go into ``checkpoints/`` there. Held by one process at a time.
         on_event: told of every step, evaluation and checkpoint.
         evaluate: measures the model as it is, before, during and after training; returns ``nll_per_token`` at least.
-        resume: go on from the newest whole checkpoint; the result has the same bits as that of an unbroken run.
+            Every process calls it, and what the first one's returns counts.
+        resume: go on from the newest whole checkpoint; the result has the same bits as that of an unbroken run, or on
+            another number of processes the same but for the order of additions.
         identity: further facts that a resumed run must share, such as hashes of the data and the chat template.
 
     Raises:
