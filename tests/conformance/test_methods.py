@@ -48,8 +48,9 @@ class Int8Linear(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.scale.dtype
 
-    def dequantized(self) -> Tensor:
-        return self.codes * self.scale
+    def dequantized(self, rows: Tensor | None = None) -> Tensor:
+        weight = self.codes * self.scale
+        return weight if rows is None else weight[rows]
 
     def linear(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dequantized(), self.bias)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addenda.bases.guard import weight_files
-from addenda.bases.loaded import LoadedBase
+from addenda.bases.loaded import LoadedBase, vocabulary_of
 from addenda.bases.model_config import load_config, quiet_transformers
 from addenda.bases.template import NO_TEMPLATE, check_template, template_sha256, tokenizer_sha256
 from addenda.errors import BaseModelError, NotFoundError, OutOfMemory
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["open_directory"]
+__all__ = ["PACKED", "open_directory"]
 
+PACKED = "packed.safetensors"
+"""The weight file of a folder whose weights stay packed, in place of model.safetensors."""
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
 _LARGER = 2
 """A config may describe so many times what the files hold; what then does not fit is named tensor by tensor."""
@@ -42,7 +44,7 @@ def open_directory(
     """Load the model, tokenizer and template in ``folder``.
 
     Args:
-        folder: holds config.json, safetensors weights and tokenizer.json.
+        folder: holds config.json, safetensors weights (dense, or packed rows) and tokenizer.json.
         name: for `LoadedBase.name`.
         source: for `LoadedBase.source`.
         dtype: of the parameters; None keeps the stored one, but widens float16 to float32, which CPUs compute well.
@@ -54,12 +56,16 @@ def open_directory(
         BaseModelError: a file is damaged, or weights and config do not fit each other exactly.
         NotFoundError: a needed file is missing.
     """
-    weights = weight_files(folder)
+    packed = (folder / PACKED).is_file()
+    weights = [folder / PACKED] if packed else weight_files(folder)
     stored, values = _stored(weights)
     config, kind = load_config(folder, tensors=stored.total())
     tokenizer = _load_tokenizer(folder, config)
-    dtype = dtype or _compute_dtype(stored, folder, quantized=hasattr(config, "quantization_config"))
-    model = _load_model(folder, config, kind, dtype, values=values)
+    if packed:
+        model = _load_packed(folder, config, dtype)
+    else:
+        dtype = dtype or _compute_dtype(stored, folder, quantized=hasattr(config, "quantization_config"))
+        model = _load_model(folder, config, kind, dtype, values=values)
     context, context_notes = _context_length(config, tokenizer)
     template = _template(tokenizer) if kind == "causal-lm" else None
     return LoadedBase(
@@ -74,8 +80,18 @@ def open_directory(
         tokenizer_sha256=tokenizer_sha256(folder),
         context_length=context,
         license=license_name or _license(folder),
+        weights="packed" if packed else "dense",
         notes=(*notes, *context_notes, *_shortcomings(model, tokenizer, kind)),
     )
+
+
+def _load_packed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    import torch
+
+    from addenda.bases.packed_folder import load_packed
+
+    with quiet_transformers():
+        return load_packed(folder, config, dtype or torch.float32).eval()
 
 
 def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerFast:
@@ -247,7 +263,7 @@ def _template(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def _shortcomings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, kind: str) -> Iterator[str]:
     if kind == "causal-lm" and tokenizer.chat_template is None:
         yield f"{NO_TEMPLATE}: conversations need one to be chosen, e.g. 'plain'"
-    known, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    known, rows = len(tokenizer), vocabulary_of(model)
     if known > rows:
         yield f"the tokenizer has {known:,} ids but the model {rows:,}: text with the {known - rows:,} last ones fails"
 

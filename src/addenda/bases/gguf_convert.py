@@ -1,4 +1,4 @@
-"""The conversion itself: ``python -m addenda.bases.gguf_convert FILE FOLDER``, run as a child by `gguf_file`.
+"""The conversion itself: ``python -m addenda.bases.gguf_convert FILE FOLDER FORM``, run as a child by `gguf_file`.
 
 Speaks one JSON object a line on standard output: ``{"task", "done", "total"}`` or ``{"facts": {...}}``.
 """
@@ -28,21 +28,24 @@ _DIGITS_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 
 
 def main(arguments: list[str]) -> None:
-    """Convert ``arguments[0]`` into the existing folder ``arguments[1]``."""
+    """Convert file ``arguments[0]`` into the existing folder ``arguments[1]``, ``dense`` or ``packed``."""
     import gguf
 
-    path, folder = Path(arguments[0]), Path(arguments[1])
+    path, folder, packed = Path(arguments[0]), Path(arguments[1]), arguments[2] == "packed"
     header = read_header(path)
     # transformers reads the file anew for the config, the tokenizer and the weights, several seconds each time.
     gguf.GGUFReader = functools.lru_cache(maxsize=1)(gguf.GGUFReader)
     _say(task="tokenizer", done=0, total=_STEPS)
     note = _write_tokenizer(path, folder, header)
     _say(task="weights", done=1, total=_STEPS)
-    model, weights = _read_model(path, header)
-    _say(task="write", done=2, total=_STEPS)
-    stored = _write_model(model, weights, folder)
+    model = _empty_model(path)
+    stored = (
+        _convert_packed(path, folder, header, model)
+        if packed
+        else _convert_dense(path, folder, header, model)
+    )
     _say(task="done", done=_STEPS, total=_STEPS)
-    _say(facts={"stored": str(stored).removeprefix("torch."), "tokenizer_note": note})
+    _say(facts={"stored": stored, "tokenizer_note": note})
 
 
 def _say(**event: Any) -> None:
@@ -83,11 +86,10 @@ def _fix_splitting(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> st
     return f"text is split the GPT-2 way, not as the file's '{name}' splitting: some token ids may differ"
 
 
-def _read_model(path: Path, header: GGUFHeader) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """Return the model without weights, and every weight by name, dequantised to float32."""
+def _empty_model(path: Path) -> PreTrainedModel:
+    """Return the model without weights, its config without a word of GGUF."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
     for foreign in ("quantization_config", "_model_name_or_path"):
@@ -95,23 +97,51 @@ def _read_model(path: Path, header: GGUFHeader) -> tuple[PreTrainedModel, dict[s
             delattr(config, foreign)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    model.config.name_or_path = ""
+    model.config.architectures = [type(model).__name__]
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+def _convert_dense(path: Path, folder: Path, header: GGUFHeader, model: PreTrainedModel) -> str:
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
     # from_pretrained(gguf_file=...) does the same and then marks the model as quantised, and looks for downloadable
     # kernels on the way.
     weights = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    values = sum(tensor.numel() for tensor in weights.values())
+    _require_all(header, sum(tensor.numel() for tensor in weights.values()))
+    _say(task="write", done=2, total=_STEPS)
+    return str(_write_model(model, weights, folder)).removeprefix("torch.")
+
+
+def _convert_packed(path: Path, folder: Path, header: GGUFHeader, model: PreTrainedModel) -> str:
+    import torch
+
+    from addenda.bases.gguf_pack import read_packed
+    from addenda.bases.packed_folder import write_packed
+
+    tensors, packed = read_packed(path, header, model)
+    width = {name: model.get_parameter(name).shape[1] for name in packed}
+    _require_all(
+        header, sum(len(t) * width[name] if name in packed else t.numel() for name, t in tensors.items())
+    )
+    _say(task="write", done=2, total=_STEPS)
+    model.config.dtype = torch.float32  # to compute in; the weights have none
+    model.config.save_pretrained(str(folder))
+    model.generation_config.save_pretrained(str(folder))
+    write_packed(folder, tensors, packed)
+    return "they are packed"
+
+
+def _require_all(header: GGUFHeader, values: int) -> None:
     if values != header.elements:
         raise ValueError(f"the file holds {header.elements:,} values but the model takes {values:,}")
-    return model, weights
 
 
 def _write_model(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path) -> torch.dtype:
-    """Write the weights in their storage dtype beside a config that does not know of GGUF."""
-    from transformers import GenerationConfig
-
+    """Write the weights in their storage dtype beside the config."""
     stored = storage_dtype(list(weights.values()))
-    model.config.dtype, model.config.name_or_path = stored, ""
-    model.config.architectures = [type(model).__name__]
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.config.dtype = stored
     found = model.load_state_dict(
         {name: weights[name].to(stored) for name in weights}, strict=False, assign=True
     )

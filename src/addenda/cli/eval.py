@@ -68,7 +68,7 @@ def _base_alone(recipe: Recipe, display: Display) -> dict[str, Any]:
 
     dataset = prepare_data(recipe.data, display)
     dtype = choose_precision(recipe.base.dtype or "auto").dtype
-    base = prepare_base(recipe.base.source, recipe.base.template, dtype, display)
+    base = prepare_base(recipe.base, dtype, display)
     rows = encode_all(dataset, base, recipe.data, display)
     measured = heldout(base, rows.examples, task="rows", on_progress=display)
     return {

@@ -11,6 +11,7 @@ from addenda.cli.recipe_flags import read_recipe, recipe_flags
 from addenda.cli.verb import verb
 
 if TYPE_CHECKING:
+    from addenda.bases import LoadedBase
     from addenda.bases.packed import PackedModel
     from addenda.core import Plan
     from addenda.settings import Recipe
@@ -35,9 +36,11 @@ def command(console: Console, **flags: Any) -> None:
     """
     recipe = read_recipe(**flags)
     with Display(console) as display:
-        planned, memory, packed = _measure(recipe, display)
+        base, planned, memory, packed = _measure(recipe, display)
     document = {
         "base": recipe.base.source,
+        "weights": base.weights,
+        "weights_reason": base.weights_reason,
         "method": recipe.method.name,
         "settings": recipe.method.settings(),
         "parameters": planned.parameters,
@@ -51,11 +54,14 @@ def command(console: Console, **flags: Any) -> None:
         "layers": [asdict(row) for row in planned.rows],
     }
     console.result(
-        document, lambda: f"{planned}\n{packed.path} path: {packed.reason}\n{packed.parts}\n{_memory(memory)}"
+        document,
+        lambda: (
+            f"{_weights(base)}{planned}\n{packed.path} path: {packed.reason}\n{packed.parts}\n{_memory(memory)}"
+        ),
     )
 
 
-def _measure(recipe: Recipe, display: Display) -> tuple[Plan, Ledger, PackedModel]:
+def _measure(recipe: Recipe, display: Display) -> tuple[LoadedBase, Plan, Ledger, PackedModel]:
     from addenda.bases.packed import PackedModel
     from addenda.core import attach, plan
     from addenda.recipe import prepare_base
@@ -64,12 +70,16 @@ def _measure(recipe: Recipe, display: Display) -> tuple[Plan, Ledger, PackedMode
     from addenda.train.session import TOKENS_PER_MICRO_BATCH
 
     precision = choose_precision(recipe.base.dtype or "auto")
-    base = prepare_base(recipe.base.source, recipe.base.template, precision.dtype, display)
+    base = prepare_base(recipe.base, precision.dtype, display)
     planned = plan(base.model, recipe.method, recipe.targets)
     handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
     tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[0]
     packed = PackedModel(base.model)
-    return planned, measure_memory(handle, packed).ledger(tokens, keeps_memory=True), packed
+    return base, planned, measure_memory(handle, packed).ledger(tokens, keeps_memory=True), packed
+
+
+def _weights(base: LoadedBase) -> str:
+    return f"base weights: {base.weights}, {base.weights_reason}\n" if base.weights_reason else ""
 
 
 def _memory(memory: Ledger) -> str:

@@ -41,9 +41,17 @@ __all__ = ["command"]
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe with each value's origin, and stop.")
+@click.option("--profile", is_flag=True, help="Show where the time of a step goes, measured on three steps.")
 @recipe_flags
 def command(
-    console: Console, *, data: str | None, resume: bool, force: bool, dry_run: bool, **flags: Any
+    console: Console,
+    *,
+    data: str | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    profile: bool,
+    **flags: Any,
 ) -> None:
     """Adapt a model to DATA: a file, a folder with train and valid files, or - for standard input.
 
@@ -59,20 +67,24 @@ def command(
     with processes() as parallel:
         recipe = with_folder(recipe)
         if not dry_run:
-            summary = _run(recipe, console, resume=resume, force=force)
+            summary = _run(recipe, console, resume=resume, force=force, profile=profile)
             if summary is not None:
+                if profile and summary.profile is None:
+                    console.note("no profile: the run had fewer than five steps")
                 console.result(_document(summary), lambda: _text(console, summary))
         elif parallel.first:
             console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
 
 
-def _run(recipe: Recipe, console: Console, *, resume: bool, force: bool) -> RunSummary | None:
+def _run(recipe: Recipe, console: Console, *, resume: bool, force: bool, profile: bool) -> RunSummary | None:
     from addenda.recipe import run
 
     command_line = shlex.join(["addenda", *sys.argv[1:]])
     with Display(console) as display:
         try:
-            return run(recipe, on_event=display, resume=resume, force=force, command=command_line)
+            return run(
+                recipe, on_event=display, resume=resume, force=force, command=command_line, profile=profile
+            )
         except KeyboardInterrupt as stopped:
             if (Path(recipe.out or "") / "recipe.resolved.toml").is_file():
                 stopped.add_note(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
@@ -101,12 +113,15 @@ def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any
 
 
 def _document(summary: RunSummary) -> dict[str, object]:
-    return {"folder": str(summary.folder), "report": str(summary.folder / "report.html"), **summary.figures}
+    profile = {} if summary.profile is None else {"profile": summary.profile.document()}
+    report = str(summary.folder / "report.html")
+    return {"folder": str(summary.folder), "report": report, **summary.figures, **profile}
 
 
 def _text(console: Console, summary: RunSummary) -> str:
     parts = [before_and_after(console, pair) for pair in summary.record.samples[:3]]
-    return "\n\n".join([*parts, _figures(summary)])
+    profile = [] if summary.profile is None else [str(summary.profile)]
+    return "\n\n".join([*parts, *profile, _figures(summary)])
 
 
 def _figures(summary: RunSummary) -> str:

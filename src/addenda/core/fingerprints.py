@@ -31,6 +31,10 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     prefix = "sha256-"
     for name, tensor in _base_tensors(model):
+        if isinstance(tensor, PackedLinear):
+            digest.update(f"{name}{(tensor.out_features, tensor.in_features)}".encode())
+            digest.update(_sampled_packed(tensor))
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         if tensor.is_meta:
             prefix = "meta-"
@@ -39,7 +43,7 @@ def fingerprint(model: nn.Module) -> str:
     return prefix + digest.hexdigest()[:40]
 
 
-def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedLinear]]:
     """Yield the base's tensors in the order of their names; where weights are merged, the kept originals."""
     kept: dict[str, Tensor | None] = {}
     packed: dict[str, PackedLinear] = {}
@@ -60,11 +64,9 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 del state[name]
         state[f"{prefix}weight"] = None
     for name, tensor in sorted(state.items()):
-        if tensor is None:  # unpacked one at a time
-            tensor = packed[name.removesuffix("weight")].dequantized()
-        original = kept.get(name, tensor)
+        original = kept.get(name, packed[name.removesuffix("weight")] if tensor is None else tensor)
         # None is a bias that merging made; what is no tensor is a module's extra state.
-        if isinstance(original, Tensor) and not name.startswith(skip):
+        if isinstance(original, Tensor | PackedLinear) and not name.startswith(skip):
             yield name, original
 
 
@@ -74,7 +76,18 @@ def _sampled(tensor: Tensor) -> bytes:
         inner = [getattr(tensor, name) for name in names]
         return b"".join(_sampled(part) for part in inner if isinstance(part, Tensor))
     flat = tensor.detach().flatten()
-    picked = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES]
+    return _bytes(flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES])
+
+
+def _sampled_packed(layer: PackedLinear) -> bytes:
+    """Sample the weight as if it were dense, unpacking only the rows that samples lie in."""
+    numel = layer.out_features * layer.in_features
+    picked = torch.arange(0, numel, max(1, numel // _SAMPLES))[:_SAMPLES]
+    rows, place = torch.unique(picked // layer.in_features, return_inverse=True)
+    return _bytes(layer.dequantized(rows)[place, picked % layer.in_features])
+
+
+def _bytes(picked: Tensor) -> bytes:
     if picked.dtype.is_floating_point:
         picked = picked.to(torch.bfloat16).view(torch.int16)
     return picked.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from addenda.core.lowrank import FrozenLinear
 from addenda.core.views import CompressedView
 
-__all__ = ["PackedLinear", "PackedView"]
+__all__ = ["PackedLinear", "PackedView", "packed_numel"]
 
 
 @runtime_checkable
@@ -30,8 +31,21 @@ class PackedLinear(FrozenLinear, Protocol):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of inputs and outputs."""
 
-    def dequantized(self) -> Tensor:
-        """Return the weight as a dense (out_features, in_features) matrix, made anew."""
+    def dequantized(self, rows: Tensor | None = None) -> Tensor:
+        """Return the weight as a dense (out_features, in_features) matrix, made anew; or the rows of an index alone."""
+
+
+def packed_numel(model: nn.Module) -> int:
+    """Return how many numbers a model keeps packed: those of modules that state a ``packed_shape``.
+
+    Layers that share their bytes count once.
+    """
+    held: dict[int, int] = {}
+    for module in model.modules():
+        shape = getattr(module, "packed_shape", None)
+        if shape is not None:
+            held[next(module.buffers(recurse=False)).data_ptr()] = math.prod(shape)
+    return sum(held.values())
 
 
 class PackedView(CompressedView):

@@ -14,6 +14,7 @@ from torch import nn
 from addenda.core.contract import Base, Method
 from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
+from addenda.core.packed_layers import packed_numel
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
 from addenda.core.views import LayerView
 from addenda.errors import MethodError
@@ -171,7 +172,10 @@ def _planned(method: Method, view: Base) -> PlannedLayer:
 def _base_parameters(model: nn.Module) -> int:
     inside = adapter_prefixes(model)
     stored = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
-    return stored + sum(_not_stored(m) for m, kind in adaptable(model).values() if kind.stands_for)
+    others = [
+        m for m, kind in adaptable(model).values() if kind.stands_for and not hasattr(m, "packed_shape")
+    ]
+    return stored + packed_numel(model) + sum(_not_stored(m) for m in others)
 
 
 def _not_stored(layer: Any) -> int:

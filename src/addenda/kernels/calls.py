@@ -1,6 +1,7 @@
 """Call a kernel with tensors; each function here says what its kernel takes and gives.
 
-A kernel takes tensors of one dtype, float32 or bfloat16, on the CPU; `usable` asks before anything is made for it.
+A kernel takes tensors of one dtype, float32 or bfloat16, on the CPU; `usable` and `dequantizes` ask before anything is
+made for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "cross_entropy",
+    "dequantize",
+    "dequantizes",
     "gated_backward",
     "gated_forward",
     "rms_norm_backward",
@@ -106,6 +109,19 @@ def cross_entropy(scores: Tensor, targets: Tensor, *, gradient: bool) -> tuple[T
     first = torch.empty(len(scores), dtype=torch.bool)
     _call("cross_entropy", scores.dtype, scores, targets, nll, first, *scores.shape, int(gradient))
     return nll, first
+
+
+def dequantizes(weight_format: str, raw: Tensor, out: Tensor) -> bool:
+    """Whether there is a kernel for the format that decodes ``raw`` into ``out``."""
+    if out.dtype not in _NAMES or not hasattr(kernels(), f"dequantize_{weight_format}_{_NAMES[out.dtype]}"):
+        return False
+    return all(x.device.type == "cpu" and x.is_contiguous() for x in (raw, out))
+
+
+def dequantize(weight_format: str, raw: Tensor, out: Tensor) -> Tensor:
+    """raw: (rows, bytes of a row) uint8 of whole blocks -> out: (rows, d_in), written and returned."""
+    _call(f"dequantize_{weight_format}", out.dtype, raw, out, *raw.shape, out.shape[1])
+    return out
 
 
 class _Layer(ctypes.Structure):

@@ -15,6 +15,7 @@ from addenda.export.peft import CONFIG as PEFT_CONFIG
 from addenda.export.peft import import_peft, read_config
 from addenda.recipe.prepare import Note, OnRunEvent, prepare_base
 from addenda.recipe.runner import ADAPTER
+from addenda.settings import BaseSettings
 
 __all__ = ["load_adapted"]
 
@@ -44,11 +45,13 @@ def load_adapted(
     place = place / ADAPTER if (place / ADAPTER / "adapter.json").is_file() else place
     if (place / PEFT_CONFIG).is_file() and not (place / "adapter.json").is_file():
         named = read_config(place).get("base_model_name_or_path")
-        base = prepare_base(_require_source(source or named, place), None, dtype, on_event)
+        base = prepare_base(BaseSettings(_require_source(source or named, place)), dtype, on_event)
         return base, import_peft(base.model, place), {}
     provenance = dict(read_manifest(place).get("provenance") or {})
     known = provenance.get("base") or {}
-    base = prepare_base(_require_source(source or known.get("load"), place), None, dtype, on_event)
+    # The same weights, to the bit: unpacked and rounded ones have another fingerprint than packed ones.
+    chosen = _require_source(source or known.get("load"), place)
+    base = prepare_base(BaseSettings(chosen, weights=known.get("weights", "dense")), dtype, on_event)
     template = provenance.get("chat_template")
     if template is not None and provenance.get("template_sha256") != base.template_sha256:
         base = with_chat_template(base, template)

@@ -13,7 +13,7 @@ from addenda.bases.packed import PackedModel
 from addenda.core import Handle, Plan, Progress, attach, plan
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, collate, encode_rows, read_dataset, split
 from addenda.errors import BaseModelError, ConfigError, DataError
-from addenda.settings import DataSettings, Recipe
+from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.train import Event, Precision, choose_precision
 from addenda.train.parallel import Parallel
 
@@ -80,7 +80,9 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
     on_event(Note(f"precision: {precision.name}, {precision.reason}"))
     if recipe.base.dtype is None:
         recipe = recipe.derive("base.dtype", precision.name, precision.reason)
-    base = prepare_base(recipe.base.source, recipe.base.template, precision.dtype, on_event)
+    base = prepare_base(recipe.base, precision.dtype, on_event)
+    if recipe.base.weights == "auto":
+        recipe = recipe.derive("base.weights", base.weights, base.weights_reason)
     encoder = encoder_for(base, recipe.data)
     if recipe.data.max_tokens is None:
         reason = f"the base's context is {base.context_length:,} tokens, and {LONGEST_ROW:,} are enough"
@@ -120,25 +122,31 @@ def prepare_data(settings: DataSettings, on_event: OnRunEvent) -> Dataset:
     return dataset
 
 
-def prepare_base(
-    source: str, template: str | None, dtype: torch.dtype | None, on_event: OnRunEvent
-) -> LoadedBase:
+def prepare_base(settings: BaseSettings, dtype: torch.dtype | None, on_event: OnRunEvent) -> LoadedBase:
     """Load a causal language model, with another chat template where one is named.
+
+    Args:
+        settings: which one, and how; its dtype is not looked at.
+        dtype: of the weights, or to compute in; None keeps the stored one.
+        on_event: told of progress and notes.
 
     Raises:
         BaseModelError: it is an encoder, or the template is none.
     """
-    base = load_base(source, dtype=dtype, on_progress=on_event)
+    base = load_base(settings.source, dtype=dtype, weights=settings.weights, on_progress=on_event)
     if base.kind != "causal-lm":
         raise BaseModelError(
             f"'{base.name}' is an encoder, which answers nothing",
             hint="choose a causal language model: 'addenda models'",
         )
-    if template is not None:
-        path = Path(template)
-        base = with_chat_template(base, path.read_text(encoding="utf-8") if path.is_file() else template)
+    if settings.template is not None:
+        path = Path(settings.template)
+        text = path.read_text(encoding="utf-8") if path.is_file() else settings.template
+        base = with_chat_template(base, text)
     for note in base.notes:
         on_event(Note(f"base: {note}"))
+    if settings.weights == "auto":
+        on_event(Note(f"base: weights {base.weights}: {base.weights_reason}"))
     return base
 
 

@@ -20,13 +20,24 @@ from addenda.evals.suite import Evaluation, evaluate
 from addenda.recipe.prepare import Note, OnRunEvent, Prepared, prepare
 from addenda.recipe.record import environment, make_record, versions
 from addenda.settings import Recipe
-from addenda.train import Event, MetricsLog, OnEvent, TrainResult, lock_run, peak_memory_bytes, train
+from addenda.train import (
+    Event,
+    MetricsLog,
+    OnEvent,
+    StepProfile,
+    StepTimes,
+    TrainResult,
+    lock_run,
+    peak_memory_bytes,
+    train,
+)
 from addenda.train.parallel import Parallel, processes
 
 __all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
 METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
+PROFILE = "profile.json"
 
 
 @dataclass(frozen=True)
@@ -37,10 +48,18 @@ class RunSummary:
     figures: dict[str, Any]
     """The content of ``summary.json``."""
     record: RunRecord
+    profile: StepTimes | None = None
+    """Where the time of a step went, if that was asked for and the run had steps enough."""
 
 
 def run(
-    recipe: Recipe, *, on_event: OnRunEvent, resume: bool = False, force: bool = False, command: str = ""
+    recipe: Recipe,
+    *,
+    on_event: OnRunEvent,
+    resume: bool = False,
+    force: bool = False,
+    command: str = "",
+    profile: bool = False,
 ) -> RunSummary | None:
     """Run a recipe: read, check, load, attach, train, measure, save, report.
 
@@ -52,6 +71,7 @@ def run(
         resume: go on with the run in ``recipe.out``.
         force: replace the run in ``recipe.out``.
         command: the command line, for the report.
+        profile: measure where the time of a few steps goes; they take somewhat longer.
 
     Returns:
         What the run left behind; None in the processes beside the first.
@@ -66,14 +86,23 @@ def run(
         recipe = with_folder(recipe)
         _require_readable_by_all(recipe, parallel)
         if parallel.first:
-            return _run(recipe, parallel, on_event, resume=resume, force=force, command=command)
+            return _run(
+                recipe, parallel, on_event, resume=resume, force=force, command=command, profile=profile
+            )
         ready = prepare(recipe, _silent, parallel)
         _train(ready, Path(recipe.out or ""), _silent, resume=resume)
         return None
 
 
 def _run(
-    recipe: Recipe, parallel: Parallel, on_event: OnRunEvent, *, resume: bool, force: bool, command: str
+    recipe: Recipe,
+    parallel: Parallel,
+    on_event: OnRunEvent,
+    *,
+    resume: bool,
+    force: bool,
+    command: str,
+    profile: bool,
 ) -> RunSummary:
     started = time.monotonic()
     folder = Path(recipe.out or "")
@@ -87,13 +116,9 @@ def _run(
         if not resume:
             _write(folder / RECIPE, ready.recipe.to_toml())
             _write_json(folder / ENVIRONMENT, environment())
-        log = MetricsLog(folder / METRICS)
-
-        def both(event: Event) -> None:
-            log(event)
-            on_event(event)
-
-        result = _train(ready, folder, both, resume=resume)
+        logged = _logged(folder, on_event)
+        profiled = StepProfile(ready.handle, logged)
+        result = _train(ready, folder, profiled if profile else logged, resume=resume)
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
         wall = time.monotonic() - started + result.seconds_before
@@ -114,7 +139,9 @@ def _run(
         _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
         _write_json(folder / SUMMARY, figures)
-    return RunSummary(folder, figures, record)
+        if profiled.times is not None:
+            _write_json(folder / PROFILE, profiled.times.document())
+    return RunSummary(folder, figures, record, profiled.times)
 
 
 def with_folder(recipe: Recipe) -> Recipe:
@@ -172,6 +199,16 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+
+
+def _logged(folder: Path, on_event: OnRunEvent) -> OnEvent:
+    log = MetricsLog(folder / METRICS)
+
+    def both(event: Event) -> None:
+        log(event)
+        on_event(event)
+
+    return both
 
 
 def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) -> TrainResult:

@@ -1,102 +1,31 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
-import gguf as gguf_library
 import numpy
 import pytest
 import torch
 import transformers
 
 from addenda.bases import gguf_file, load_base
-from addenda.bases.gguf_convert import _read_model
+from addenda.bases.gguf_convert import _convert_dense, _empty_model
 from addenda.bases.gguf_header import read_header
 from addenda.core.progress import Progress
 from addenda.errors import BaseModelError, UnsafeError
 
-LETTERS = [chr(number) for number in range(33, 127)]
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "Ġ", "Ċ", *LETTERS, "th", "the"]
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-LLAMA = {
-    "vocab_size": len(TOKENS),
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10_000.0,
-    "tie_word_embeddings": True,
-}
-NAMES = {
-    "model.embed_tokens.": "token_embd.",
-    "model.norm.": "output_norm.",
-    "model.layers.": "blk.",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "post_attention_layernorm": "ffn_norm",
-    "input_layernorm": "attn_norm",
-}
-
-
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key weight in the order llama.cpp keeps them for its rotary embedding."""
-    return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def tensors_of(model: transformers.PreTrainedModel) -> dict[str, numpy.ndarray]:
-    tensors = {}
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        if "q_proj" in name or "k_proj" in name:
-            weight = interleaved(weight, 4 if "q_proj" in name else 2)
-        for ours, theirs in NAMES.items():
-            name = name.replace(ours, theirs)
-        tensors[name] = weight.numpy()
-    return tensors
-
-
-def write_gguf(path: Path, model: transformers.PreTrainedModel, **extra: object) -> Path:
-    architecture = str(extra.pop("architecture", "llama"))
-    writer = gguf_library.GGUFWriter(path, architecture)
-    writer.add_license("mit")
-    writer.add_block_count(2)
-    writer.add_context_length(128)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10_000.0)
-    writer.add_rope_dimension_count(16)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["t h", "th e"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(TEMPLATE)
-    for key, value in extra.items():
-        if isinstance(value, str):
-            writer.add_string(key, value)
-    for name, tensor in {**tensors_of(model), **dict(extra.get("tensors", {}))}.items():  # type: ignore[call-overload]
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+spec = importlib.util.spec_from_file_location("tiny_gguf", Path(__file__).with_name("tiny_gguf.py"))
+assert spec is not None
+assert spec.loader is not None
+tiny_gguf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_gguf)
+LLAMA, TEMPLATE, TOKENS, write_gguf = (
+    tiny_gguf.LLAMA,
+    tiny_gguf.TEMPLATE,
+    tiny_gguf.TOKENS,
+    tiny_gguf.write_gguf,
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +130,7 @@ def test_a_tensor_the_model_would_not_take_is_an_error(model, tmp_path: Path) ->
     path = write_gguf(tmp_path / "more.gguf", model, tensors=extra)
     held = model.num_parameters() + 96
     with pytest.raises(ValueError, match=f"holds {held:,} values but the model takes {held - 96:,}"):
-        _read_model(path, read_header(path))
+        _convert_dense(path, tmp_path, read_header(path), _empty_model(path))
 
 
 def test_stretched_positions_are_refused_rather_than_dropped(model, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_two_at_once_fetch_once(registered, tmp_path: Path) -> None:
     loaded: list[Path] = []
 
     def prepare() -> None:
-        loaded.append(load._registered_folder(card, tmp_path, offline=False, on_progress=None))
+        loaded.append(load._registered_folder(card, tmp_path, "dense", offline=False, on_progress=None))
 
     threads = [threading.Thread(target=prepare) for _ in range(3)]
     for thread in threads:

@@ -29,8 +29,9 @@ class Halved(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.first.dtype
 
-    def dequantized(self) -> Tensor:
-        return self.first + self.second
+    def dequantized(self, rows: Tensor | None = None) -> Tensor:
+        weight = self.first + self.second
+        return weight if rows is None else weight[rows]
 
     def linear(self, x: Tensor) -> Tensor:
         self.products += 1

@@ -8,7 +8,7 @@ import pytest
 
 from addenda.errors import BaseModelError, BusyError, ConfigError, DataError, NotFoundError
 from addenda.recipe import Note, encoder_for, prepare_base, prepare_data, run, with_folder
-from addenda.settings import DataSettings, Recipe, resolve
+from addenda.settings import BaseSettings, DataSettings, Recipe, resolve
 
 
 def recipe(data: Path, out: Path | None = None, **flags: object) -> Recipe:
@@ -92,7 +92,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def test_an_encoder_is_refused(tiny: Path) -> None:
     with pytest.raises(BaseModelError, match="is an encoder"):
-        prepare_base(str(tiny), None, None, lambda event: None)
+        prepare_base(BaseSettings(str(tiny)), None, lambda event: None)
 
 
 def test_rows_longer_than_the_base_can_read_are_refused_up_front() -> None:

@@ -48,7 +48,8 @@ static inline void put(bf16* p, float x) {
     p->bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static inline v16 all(float x) { return v16{} + x; }
+// Less zero, not plus zero: that would make +0 of -0, and cost an addition.
+static inline v16 all(float x) { return x - v16{}; }
 static inline v16 largest(v16 a, v16 b) { return a > b ? a : b; }
 static inline v16 smallest(v16 a, v16 b) { return a < b ? a : b; }
 typedef float v8 __attribute__((vector_size(32), aligned(4)));

@@ -1,0 +1,34 @@
+"""Reading numbers out of bytes, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["halves", "nibbles", "shifted", "signed", "singles"]
+
+
+def halves(raw: Tensor) -> Tensor:
+    """``(n, 2 k)`` bytes as ``(n, k)`` half-precision numbers, widened to float32."""
+    return raw.contiguous().view(torch.float16).float()
+
+
+def singles(raw: Tensor) -> Tensor:
+    """``(n, 4 k)`` bytes as ``(n, k)`` float32."""
+    return raw.contiguous().view(torch.float32)
+
+
+def signed(raw: Tensor) -> Tensor:
+    """Bytes as two's-complement numbers, in float32."""
+    return raw.view(torch.int8).float()
+
+
+def shifted(raw: Tensor, shifts: range, mask: int) -> Tensor:
+    """``(n, k)`` bytes -> ``(n, len(shifts), k)``: the bits above each shift, masked."""
+    by = torch.arange(shifts.start, shifts.stop, shifts.step, dtype=torch.uint8, device=raw.device)
+    return (raw[:, None] >> by[None, :, None]) & mask
+
+
+def nibbles(raw: Tensor, run: int) -> Tensor:
+    """``(n, k)`` bytes -> ``(n, 2 k)``: of each ``run`` bytes the lower halves, then the upper ones."""
+    return shifted(raw.reshape(-1, run), range(0, 8, 4), 15).reshape(len(raw), -1)

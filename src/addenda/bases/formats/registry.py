@@ -1,0 +1,124 @@
+"""What a weight format is, and the registry of them; a new one is one entry in a file of this folder."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from addenda.errors import BaseModelError, NotFoundError, nearest
+from addenda.kernels import calls
+
+__all__ = ["WeightFormat", "find", "get", "names", "register"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A way to hold a weight matrix in few bits: every row is whole blocks, and each block decodes by itself."""
+
+    name: str
+    """As in GGUF files where it comes from there; also the name of its kernel, if it has one."""
+    block: int | None
+    """Weights in a block; None where the whole row is one."""
+    block_bytes: int
+    """Bytes of a block; where the whole row is one, its bytes beside one for each weight."""
+    decode: Callable[[Tensor], Tensor]
+    """``(blocks, bytes)`` uint8 -> ``(blocks, weights)`` float32, in plain PyTorch on any device."""
+    source: str
+    """What defines the layout."""
+
+    def row_bytes(self, d_in: int) -> int:
+        """Bytes of a row of ``d_in`` weights.
+
+        Raises:
+            BaseModelError: such a row is not whole blocks.
+
+        Example:
+            >>> get("Q4_1").row_bytes(64), get("INT8").row_bytes(10)
+            (40, 14)
+        """
+        if self.block is None:
+            return d_in + self.block_bytes
+        if d_in % self.block:
+            raise BaseModelError(
+                f"rows of {d_in:,} weights are not whole blocks of {self.block} in format '{self.name}'",
+                hint="keep this weight dense",
+            )
+        return d_in // self.block * self.block_bytes
+
+    def dequantize(self, raw: Tensor, d_in: int, out: Tensor | None = None) -> Tensor:
+        """Decode whole rows.
+
+        Args:
+            raw: ``(rows, row_bytes(d_in))`` uint8, contiguous.
+            d_in: weights of a row.
+            out: ``(rows, d_in)`` float32 or bfloat16 to write into; None makes a float32 one.
+
+        Returns:
+            ``(rows, d_in)``. The kernel and the PyTorch form give the same bits; bfloat16 is float32 rounded to
+            nearest, ties to even.
+        """
+        if out is None:
+            out = raw.new_empty((len(raw), d_in), dtype=torch.float32)
+        if not torch.compiler.is_compiling() and calls.dequantizes(self.name, raw, out):
+            return calls.dequantize(self.name, raw, out)
+        size = self.row_bytes(d_in) if self.block is None else self.block_bytes
+        return out.copy_(self.decode(raw.reshape(-1, size)).view(out.shape))
+
+
+_FORMATS: dict[str, WeightFormat] = {}
+
+
+def register(*formats: WeightFormat) -> None:
+    """Make formats known by their names.
+
+    Raises:
+        BaseModelError: a name is taken.
+    """
+    for entry in formats:
+        if entry.name in _FORMATS:
+            raise BaseModelError(
+                f"weight format '{entry.name}' is registered twice", hint="give one another name"
+            )
+        _FORMATS[entry.name] = entry
+
+
+def names() -> list[str]:
+    """Return the names of all formats, sorted."""
+    _discover()
+    return sorted(_FORMATS)
+
+
+def find(name: str) -> WeightFormat | None:
+    """Return the format of that name, or None."""
+    _discover()
+    return _FORMATS.get(name)
+
+
+def get(name: str) -> WeightFormat:
+    """Return the format of that name.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    found = find(name)
+    if found is None:
+        near = nearest(name, _FORMATS)
+        raise NotFoundError(
+            f"no weight format is called '{name}'",
+            where={"formats": " ".join(names())},
+            hint=f"did you mean '{near[0]}'?" if near else "keep the weight dense: base.weights=dense",
+        )
+    return found
+
+
+@functools.cache
+def _discover() -> None:
+    room = importlib.import_module("addenda.bases.formats")
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"addenda.bases.formats.{module.name}")
