@@ -135,16 +135,21 @@ def test_sharded_blocks_give_the_losses_of_one_process_and_are_whole_afterwards(
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
-def test_a_base_in_four_bits_gives_the_losses_of_one_process(context, seed, tmp_path, sharding):
-    pytest.importorskip("bitsandbytes")
+@pytest.mark.parametrize("whose", ["ours", "bitsandbytes"])
+def test_a_base_in_four_bits_gives_the_losses_of_one_process(context, seed, tmp_path, whose, sharding):
+    if whose == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, size in ((one, 1), (two, 2)):
         folder.mkdir()
         config = {"sharding": sharding, "epochs": 1}
-        running = start(context, size, folder, seed=seed, config=config, four_bits=True)
+        running = start(context, size, folder, seed=seed, config=config, four_bits=whose)
         assert ended(running) == [0] * size
     assert_same_run(two, one, ranks=2)
-    assert all(saw(two, rank)["base_is_as_before"] for rank in range(2))
+    for rank in range(2):
+        assert saw(two, rank)["base_is_as_before"]
+        halved = max(saw(two, rank)["held"]) <= saw(one)["held"][0] / 2 + 8
+        assert halved == (sharding == "full" and whose == "ours")
 
 
 @pytest.mark.parametrize("method", sorted({*registry.names()} - {"lora"}))

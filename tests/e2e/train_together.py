@@ -14,6 +14,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import addenda
+from addenda.bases import formats
+from addenda.bases.formats import normal
+from addenda.bases.packed_layers import PackedLinear
 from addenda.core import registry
 from addenda.errors import AddendaError
 from addenda.train import loop
@@ -40,11 +43,15 @@ def join_group(rank, size, port):
 
 
 def process(rank, size, port, folder, *, resume=False, seed=0, config=None, failpoints="", seconds_per_step=0.0,
-            other_rows=False, method=None, four_bits=False, blocks_run_again=None):  # fmt: skip
+            other_rows=False, method=None, four_bits=None, blocks_run_again=None):  # fmt: skip
     """Train, then write ``process-<rank>.json``; the exit code is the command line's."""
     join_group(rank, size, port)
     os.environ["ADDENDA_FAILPOINTS"] = failpoints
-    base = in_four_bits(tiny.make_base(seed)) if four_bits else tiny.make_base(seed)
+    base = (
+        in_four_bits(tiny.make_base(seed, intermediate_size=128), four_bits)
+        if four_bits
+        else tiny.make_base(seed)
+    )
     codes = nn.Parameter(torch.arange(5 * 7, dtype=torch.uint8).view(5, 7), requires_grad=False)
     base.model.model.layers[0].mlp.register_parameter(
         "codes", codes
@@ -78,18 +85,26 @@ def process(rank, size, port, folder, *, resume=False, seed=0, config=None, fail
         Path(folder, f"process-{rank}.json").write_text(json.dumps(saw))
 
 
-def in_four_bits(base):
-    """Quantise the linear layers of the blocks as bitsandbytes does."""
-    import bitsandbytes
-
+def in_four_bits(base, whose):
+    """Quantise the linear layers of the blocks, as bitsandbytes does or as this package does."""
     blocks = base.model.model.layers
     for path, layer in [(p, m) for p, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
-        packed = bitsandbytes.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
-        )
-        packed.load_state_dict(layer.state_dict())
+        if whose == "ours":
+            raw = normal.quantize(layer.weight.detach())
+            packed = PackedLinear(raw, formats.get("NF4"), layer.in_features)
+        else:
+            import bitsandbytes
+
+            packed = bitsandbytes.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                quant_type="nf4",
+                compute_dtype=torch.float32,
+            )
+            packed.load_state_dict(layer.state_dict())
         blocks.set_submodule(path, packed)
-    base.model.to("cpu")  # quantises
+    base.model.to("cpu")  # bitsandbytes quantises here
     return base
 
 
@@ -99,7 +114,9 @@ def watch(model, saw):
 
     def noted(examples, device):
         saw["micro_batches"].append([example.row.index for example in examples])
-        weights = [p for n, p in model.model.layers.named_parameters() if ".adapters." not in n]
+        layers = model.model.layers
+        named = (*layers.named_parameters(), *layers.named_buffers())
+        weights = [tensor for name, tensor in named if ".adapters." not in name]
         saw["held"].append(sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in weights))
         return packed_batch(examples, device)
 

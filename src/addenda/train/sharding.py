@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ __all__ = ["sharded"]
 def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> Iterator[None]:
     """Within the block each process keeps its share of every transformer block, and gathers one block at a time.
 
-    Adapters stay whole in every process; so do buffers, parameters of another library's class, which carry more than
-    their numbers, and what lies outside the blocks: embeddings, last norm, output head. Weights may be of any dtype,
-    integer codes too. At the end every weight is whole again, with the same bits, in
-    the same ``Parameter``. Where the block is left by an error, the model stays in shares and can only be dropped: the
-    other processes may be gone.
+    Weights may be of any dtype, and held as parameters or as buffers, as packed codes are. Adapters stay whole in every
+    process; so do parameters of another library's class, which carry more than their numbers, and what lies outside the
+    blocks: embeddings, last norm, output head. At the end every weight is whole again, with the same bits, in the same
+    tensor. Where the block is left by an error, the model stays in shares and can only be dropped: the other processes
+    may be gone.
 
     Args:
         model: with the adapters on it.
@@ -42,24 +42,45 @@ def sharded(model: nn.Module, parallel: Parallel, *, device: torch.device) -> It
     from torch.distributed.fsdp import fully_shard
 
     blocks = _blocks(model)
-    adapters = {p for m in model.modules() if (host := host_of(m)) for p in host.adapters.parameters()}
-    weights = {p for block in blocks for p in block.parameters()}
-    whole = adapters | {p for p in weights if type(p) is not nn.Parameter}
     before = [(module, type(module), _state_of(module)) for block in blocks for module in block.modules()]
+    shared, whole = _weights(model, blocks, parallel.size)
     mesh = init_device_mesh(device.type, (parallel.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
-    for weight in weights - whole:
+    for _, _, weight in shared:
         weight.data = weight.data.new_empty(0)  # its bits are in the shares now
     yield
+    for module, name, weight in shared:
+        weight.data = _gathered(getattr(module, name))
     for module, kind, state in before:
-        for name, parameter in list(module._parameters.items()):
-            original = state["_parameters"][name]
-            if original is not None and original is not parameter:
-                original.data = _gathered(cast(Tensor, parameter))
         module.__class__ = kind
         vars(module).clear()
         vars(module).update(state)
+
+
+def _weights(
+    model: nn.Module, blocks: list[nn.Module], size: int
+) -> tuple[list[tuple[nn.Module, str, Tensor]], set[nn.Parameter]]:
+    """Find what is shared out, each with its module and name, and the parameters that stay whole.
+
+    A buffer that is shared out becomes a parameter of its module, which is all that FSDP2 looks at.
+    """
+    whole = {p for m in model.modules() if (host := host_of(m)) for p in host.adapters.parameters()}
+    whole |= {p for block in blocks for p in block.parameters() if type(p) is not nn.Parameter}
+    shared: list[tuple[nn.Module, str, Tensor]] = []
+    for module in (module for block in blocks for module in block.modules()):
+        shared += [(module, n, p) for n, p in module._parameters.items() if p is not None and p not in whole]
+        for name, buffer in list(module._buffers.items()):
+            if (
+                type(buffer) is Tensor
+                and buffer.ndim > 1
+                and len(buffer) >= size
+                and buffer.dtype != torch.bool
+            ):
+                del module._buffers[name]
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+                shared.append((module, name, buffer))
+    return shared, whole
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
@@ -67,10 +88,11 @@ def _state_of(module: nn.Module) -> dict[str, Any]:
     return {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
 
 
-def _gathered(shares: Tensor) -> Tensor:
+def _gathered(shares: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    return shares.full_tensor().detach() if isinstance(shares, DTensor) else shares.detach()
+    tensor: Tensor = shares.full_tensor() if isinstance(shares, DTensor) else shares
+    return tensor.detach()
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
