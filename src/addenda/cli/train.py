@@ -61,25 +61,34 @@ def command(
     set in a recipe or with --set; --dry-run shows them all.
     """
     recipe = _recipe(data, resume=resume, force=force, flags=flags)
-    from addenda.recipe import run, with_folder
+    from addenda.recipe import with_folder
+    from addenda.train.parallel import processes
 
-    recipe = with_folder(recipe)
-    if dry_run:
-        console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
-        return
+    with processes() as parallel:
+        recipe = with_folder(recipe)
+        if not dry_run:
+            summary = _run(recipe, console, resume=resume, force=force, profile=profile)
+            if summary is not None:
+                if profile and summary.profile is None:
+                    console.note("no profile: the run had fewer than five steps")
+                console.result(_document(summary), lambda: _text(console, summary))
+        elif parallel.first:
+            console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
+
+
+def _run(recipe: Recipe, console: Console, *, resume: bool, force: bool, profile: bool) -> RunSummary | None:
+    from addenda.recipe import run
+
     command_line = shlex.join(["addenda", *sys.argv[1:]])
     with Display(console) as display:
         try:
-            summary = run(
+            return run(
                 recipe, on_event=display, resume=resume, force=force, command=command_line, profile=profile
             )
         except KeyboardInterrupt as stopped:
             if (Path(recipe.out or "") / "recipe.resolved.toml").is_file():
                 stopped.add_note(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
             raise
-    if profile and summary.profile is None:
-        console.note("no profile: the run had fewer than five steps")
-    console.result(_document(summary), lambda: _text(console, summary))
 
 
 def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any]) -> Recipe:
@@ -128,7 +137,8 @@ def _figures(summary: RunSummary) -> str:
         "held-out accuracy": f"{before:.1%} -> {after:.1%} of tokens right",
         "moved from the base": f"{figures['base_kl_general']:.3f} nats per token on general prompts (mean KL{ends})",
         "trained": f"{figures['trainable_parameters']:,} of {figures['total_parameters']:,} parameters ({share:.2%})",
-        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['trained_tokens']:,} trained tokens",
+        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['trained_tokens']:,} trained tokens"
+        + (f", {figures['processes']} processes" if figures["processes"] > 1 else ""),
         "cost": f"{duration(figures['wall_seconds'])}, peak memory {binary_size(figures['peak_rss_bytes'])}",
         "adapter": str(summary.folder / "adapter"),
         "report": str(summary.folder / "report.html"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from addenda.core import save
-from addenda.errors import BusyError, NotFoundError
+from addenda.errors import BusyError, ConfigError, NotFoundError
 from addenda.evals.record import RunRecord
 from addenda.evals.report import write_report
 from addenda.evals.results import SamplePair
@@ -31,6 +31,7 @@ from addenda.train import (
     peak_memory_bytes,
     train,
 )
+from addenda.train.parallel import Parallel, processes
 
 __all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
@@ -59,8 +60,10 @@ def run(
     force: bool = False,
     command: str = "",
     profile: bool = False,
-) -> RunSummary:
+) -> RunSummary | None:
     """Run a recipe: read, check, load, attach, train, measure, save, report.
+
+    Started by torchrun in several processes, all train together; the first one does everything else.
 
     Args:
         recipe: from `addenda.settings.resolve`.
@@ -70,19 +73,43 @@ def run(
         command: the command line, for the report.
         profile: measure where the time of a few steps goes; they take somewhat longer.
 
+    Returns:
+        What the run left behind; None in the processes beside the first.
+
     Raises:
         DataError: the data has errors; nothing was loaded or trained.
         BusyError: the run folder is not empty, or another process works in it.
         ConfigError: settings that do not fit the base or the data.
         TrainingError: training could not go on.
     """
+    with processes() as parallel:
+        recipe = with_folder(recipe)
+        _require_readable_by_all(recipe, parallel)
+        if parallel.first:
+            return _run(
+                recipe, parallel, on_event, resume=resume, force=force, command=command, profile=profile
+            )
+        ready = prepare(recipe, _silent, parallel)
+        _train(ready, Path(recipe.out or ""), _silent, resume=resume)
+        return None
+
+
+def _run(
+    recipe: Recipe,
+    parallel: Parallel,
+    on_event: OnRunEvent,
+    *,
+    resume: bool,
+    force: bool,
+    command: str,
+    profile: bool,
+) -> RunSummary:
     started = time.monotonic()
-    recipe = with_folder(recipe)
     folder = Path(recipe.out or "")
     _require_place(folder, resume=resume, force=force)
     with lock_run(folder):
         _require_place(folder, resume=resume, force=force)
-        ready = prepare(recipe, on_event)
+        ready = prepare(recipe, on_event, parallel)
         if force and not resume:
             # Only now: a run that cannot start leaves the one before as it was.
             _clear(folder)
@@ -95,12 +122,19 @@ def run(
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
         wall = time.monotonic() - started + result.seconds_before
-        figures = _figures(ready, result, measured, wall)
+        figures = {**_figures(ready, result, measured, wall), "processes": parallel.size}
         save(
             ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
         )
         record = make_record(
-            ready, result, measured, samples, run_folder=folder, wall_seconds=wall, command=command
+            ready,
+            result,
+            measured,
+            samples,
+            run_folder=folder,
+            wall_seconds=wall,
+            command=command,
+            processes=parallel.size,
         )
         _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
@@ -111,14 +145,29 @@ def run(
 
 
 def with_folder(recipe: Recipe) -> Recipe:
-    """Choose the run folder where none is named: runs/<data>-<method>, with a number if that is taken."""
+    """Choose the run folder where none is named: runs/<data>-<method>, with a number if that is taken.
+
+    Processes that train together take the one that the first finds free.
+    """
     if recipe.out is not None:
         return recipe
     stem = Path(recipe.data.path).stem if recipe.data.path != "-" else "stdin"
     name = f"{stem or 'run'}-{recipe.method.name}"
     taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     free = next(path for path in taken if not path.exists() or _never_began(path))
-    return recipe.derive("out", str(free), "data and method, the first free name")
+    with processes() as parallel:
+        return recipe.derive("out", parallel.agree(str(free)), "data and method, the first free name")
+
+
+def _require_readable_by_all(recipe: Recipe, parallel: Parallel) -> None:
+    if recipe.data.path == "-" and not parallel.alone:
+        raise ConfigError(
+            f"standard input cannot be read by {parallel.size} processes", hint="write the rows to a file"
+        )
+
+
+def _silent(_: object) -> None:
+    """What the processes beside the first tell: nothing."""
 
 
 def _require_place(folder: Path, *, resume: bool, force: bool) -> None:
