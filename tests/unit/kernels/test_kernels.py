@@ -26,7 +26,7 @@ def enabled():
     assert kernels.enable(), kernels.state()
 
 
-def near(ours, exact, *, units=1.0):
+def assert_near(ours, exact, *, units=1.0):
     assert not ours.double().isnan().any()
     assert (ours.double() - exact).norm() <= units * UNITS[ours.dtype] * exact.norm()
 
@@ -41,8 +41,8 @@ def test_rms_norm(dtype, offset):
     exact = exact_x * scale * (weight.double() + offset)
     (exact_grad,) = torch.autograd.grad(exact, exact_x, g.double())
     y, factors = calls.rms_norm_forward(x, weight, 1e-5, offset)
-    near(y, exact.detach())
-    near(calls.rms_norm_backward(x, weight, factors, g, offset), exact_grad)
+    assert_near(y, exact.detach())
+    assert_near(calls.rms_norm_backward(x, weight, factors, g, offset), exact_grad)
 
 
 @pytest.mark.parametrize("dtype", UNITS)
@@ -55,10 +55,10 @@ def test_gated(dtype, activation):
     exact_gate, exact_up = gate.double().requires_grad_(), up.double().requires_grad_()
     exact = function(exact_gate) * exact_up
     grads = torch.autograd.grad(exact, [exact_gate, exact_up], g.double())
-    near(calls.gated_forward(gate, up, activation), exact.detach())
+    assert_near(calls.gated_forward(gate, up, activation), exact.detach())
     grad_gate, grad_up, again = calls.gated_backward(gate, up, g, activation)
-    near(grad_gate, grads[0], units=2)
-    near(grad_up, grads[1])
+    assert_near(grad_gate, grads[0], units=2)
+    assert_near(grad_up, grads[1])
     assert torch.equal(again, calls.gated_forward(gate, up, activation))
 
 
@@ -83,7 +83,7 @@ def test_cross_entropy(dtype, vocabulary):
     assert torch.equal(first, before.gather(1, targets[:, None])[:, 0] >= before.amax(1))
     again, _ = calls.cross_entropy(scores, targets, gradient=True)
     assert torch.equal(again, nll)
-    near(scores, gradient)
+    assert_near(scores, gradient)
 
 
 def test_not_a_number_in_one_row_stays_in_it():
@@ -148,8 +148,8 @@ def test_attention(dtype, rule, lengths, heads, key_heads):
     with kernels.kernels_off():
         plain = run(lambda q, k, v: attend(q, k, v, Segments(lengths), rule, rotary=rotary), made, g)
     for a, b, e in zip(ours, plain, exact, strict=True):
-        near(a, e, units=3)
-        near(b, e, units=6)
+        assert_near(a, e, units=3)
+        assert_near(b, e, units=6)
 
 
 def test_tokens_of_no_segment_get_zeros_and_give_none():
