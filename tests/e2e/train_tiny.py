@@ -30,7 +30,7 @@ from addenda.train.state import adapter_tensors, digest_of_tensors
 VOCAB = 96
 CONFIG = {
     "epochs": 3, "batch_size": 4, "learning_rate": 5e-3, "tokens_per_micro_batch": 30,
-    "save_every_steps": 2, "save_every_minutes": None, "threads": 1,
+    "save_every_steps": 2, "save_every_minutes": None, "threads": 1, "patience": None,
 }  # fmt: skip
 
 

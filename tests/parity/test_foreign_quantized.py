@@ -18,7 +18,12 @@ from addenda.errors import MethodError
 
 transformers = pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
-quantization = pytest.importorskip("torchao.quantization")
+
+
+def torchao_quantization():
+    """torchao is no part of the set-up: every import of transformers takes seconds longer where it is installed."""
+    return pytest.importorskip("torchao.quantization", reason="pip install -e '.[torchao]' for these")
+
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -77,6 +82,7 @@ def eight_bit(layer: nn.Linear) -> nn.Module:
 
 def by_torchao(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
+        quantization = torchao_quantization()
         model = tiny()
         config = getattr(quantization, name)()
         quantization.quantize_(
@@ -275,6 +281,7 @@ def tiny_folder(tmp_path: Path) -> Path:
     """A Llama of random weights that transformers quantised by torchao, with a tokenizer of single letters."""
     from tokenizers import Tokenizer, models
 
+    quantization = torchao_quantization()
     tiny().save_pretrained(tmp_path / "dense")
     config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -53,6 +53,7 @@ class Display:
         self._bars.say(
             f"training: {event.rows:,} rows, {event.epochs} epochs, {event.of_steps:,} steps, learning rate "
             f"{event.learning_rate:g}, {event.tokens_per_micro_batch:,} tokens at once, {event.machine}, "
+            f"{_processes(event.processes)}"
             f"{event.dtype}; {path}"
         )
         self._bars.say(f"memory: {event.memory}")
@@ -77,3 +78,7 @@ class Display:
         self._bars.say(f"resumed at step {event.step} from {event.folder}")
         for skipped in event.skipped:
             self._bars.say(f"  passed over: {skipped}")
+
+
+def _processes(count: int) -> str:
+    return f"{count} processes, " if count > 1 else ""

@@ -41,9 +41,17 @@ __all__ = ["command"]
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe with each value's origin, and stop.")
+@click.option("--profile", is_flag=True, help="Show where the time of a step goes, measured on three steps.")
 @recipe_flags
 def command(
-    console: Console, *, data: str | None, resume: bool, force: bool, dry_run: bool, **flags: Any
+    console: Console,
+    *,
+    data: str | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    profile: bool,
+    **flags: Any,
 ) -> None:
     """Adapt a model to DATA: a file, a folder with train and valid files, or - for standard input.
 
@@ -53,21 +61,34 @@ def command(
     set in a recipe or with --set; --dry-run shows them all.
     """
     recipe = _recipe(data, resume=resume, force=force, flags=flags)
-    from addenda.recipe import run, with_folder
+    from addenda.recipe import with_folder
+    from addenda.train.parallel import processes
 
-    recipe = with_folder(recipe)
-    if dry_run:
-        console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
-        return
+    with processes() as parallel:
+        recipe = with_folder(recipe)
+        if not dry_run:
+            summary = _run(recipe, console, resume=resume, force=force, profile=profile)
+            if summary is not None:
+                if profile and summary.profile is None:
+                    console.note("no profile: the run had fewer than five steps")
+                console.result(_document(summary), lambda: _text(console, summary))
+        elif parallel.first:
+            console.result(recipe.document(), recipe.to_toml().rstrip("\n"))
+
+
+def _run(recipe: Recipe, console: Console, *, resume: bool, force: bool, profile: bool) -> RunSummary | None:
+    from addenda.recipe import run
+
     command_line = shlex.join(["addenda", *sys.argv[1:]])
     with Display(console) as display:
         try:
-            summary = run(recipe, on_event=display, resume=resume, force=force, command=command_line)
+            return run(
+                recipe, on_event=display, resume=resume, force=force, command=command_line, profile=profile
+            )
         except KeyboardInterrupt as stopped:
             if (Path(recipe.out or "") / "recipe.resolved.toml").is_file():
                 stopped.add_note(f"go on with: addenda train --resume --out {shlex.quote(recipe.out or '')}")
             raise
-    console.result(_document(summary), lambda: _text(console, summary))
 
 
 def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any]) -> Recipe:
@@ -92,12 +113,15 @@ def _recipe(data: str | None, *, resume: bool, force: bool, flags: dict[str, Any
 
 
 def _document(summary: RunSummary) -> dict[str, object]:
-    return {"folder": str(summary.folder), "report": str(summary.folder / "report.html"), **summary.figures}
+    profile = {} if summary.profile is None else {"profile": summary.profile.document()}
+    report = str(summary.folder / "report.html")
+    return {"folder": str(summary.folder), "report": report, **summary.figures, **profile}
 
 
 def _text(console: Console, summary: RunSummary) -> str:
     parts = [before_and_after(console, pair) for pair in summary.record.samples[:3]]
-    return "\n\n".join([*parts, _figures(summary)])
+    profile = [] if summary.profile is None else [str(summary.profile)]
+    return "\n\n".join([*parts, *profile, _figures(summary)])
 
 
 def _figures(summary: RunSummary) -> str:
@@ -113,7 +137,8 @@ def _figures(summary: RunSummary) -> str:
         "held-out accuracy": f"{before:.1%} -> {after:.1%} of tokens right",
         "moved from the base": f"{figures['base_kl_general']:.3f} nats per token on general prompts (mean KL{ends})",
         "trained": f"{figures['trainable_parameters']:,} of {figures['total_parameters']:,} parameters ({share:.2%})",
-        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['trained_tokens']:,} trained tokens",
+        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s, {figures['trained_tokens']:,} trained tokens"
+        + (f", {figures['processes']} processes" if figures["processes"] > 1 else ""),
         "cost": f"{duration(figures['wall_seconds'])}, peak memory {binary_size(figures['peak_rss_bytes'])}",
         "adapter": str(summary.folder / "adapter"),
         "report": str(summary.folder / "report.html"),

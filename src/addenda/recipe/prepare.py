@@ -15,6 +15,7 @@ from addenda.data import Dataset, Encoded, Encoder, Rows, Split, collate, encode
 from addenda.errors import BaseModelError, ConfigError, DataError
 from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.train import Event, Precision, choose_precision
+from addenda.train.parallel import Parallel
 
 __all__ = [
     "Note",
@@ -57,7 +58,7 @@ class Prepared:
     heldout: Encoded
 
 
-def prepare(recipe: Recipe, on_event: OnRunEvent) -> Prepared:
+def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepared:
     """Read, check, split, load, encode, plan and attach; what the recipe left open is derived and noted.
 
     Raises:
@@ -75,7 +76,7 @@ def prepare(recipe: Recipe, on_event: OnRunEvent) -> Prepared:
     on_event(Note(f"split: {parts.note}"))
     if not len(parts.heldout):
         raise DataError(f"no row of {len(dataset)} can be held out", hint="give at least two different rows")
-    precision = choose_precision(recipe.base.dtype or "auto")
+    precision = _same_precision(choose_precision(recipe.base.dtype or "auto"), parallel)
     on_event(Note(f"precision: {precision.name}, {precision.reason}"))
     if recipe.base.dtype is None:
         recipe = recipe.derive("base.dtype", precision.name, precision.reason)
@@ -92,6 +93,12 @@ def prepare(recipe: Recipe, on_event: OnRunEvent) -> Prepared:
     on_event(Note(str(planned)))
     handle = _attach(base, recipe, train_rows)
     return Prepared(recipe, dataset, parts, base, precision, planned, handle, train_rows, heldout_rows)
+
+
+def _same_precision(chosen: Precision, parallel: Parallel) -> Precision:
+    """What the first process chose: another may have timed the two formats differently."""
+    name, reason = parallel.agree([chosen.name, chosen.reason])
+    return Precision(getattr(torch, name), reason)
 
 
 def prepare_data(settings: DataSettings, on_event: OnRunEvent) -> Dataset:

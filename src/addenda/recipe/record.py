@@ -69,11 +69,13 @@ def make_record(
     run_folder: Path,
     wall_seconds: float,
     command: str,
+    processes: int,
 ) -> facts.RunRecord:
     """Put the record together; the adapter and the metrics are in ``run_folder`` already."""
     machine = environment()
     described = (
         f"{machine['processor']}, {machine['threads']} threads, {machine['memory_bytes'] / 2**30:.1f} GiB"
+        + (f"; {processes} processes like this one" if processes > 1 else "")
     )
     assert measured.learning is not None  # training rows are always given
     return facts.RunRecord(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from addenda.core import save
-from addenda.errors import BusyError, NotFoundError
+from addenda.errors import BusyError, ConfigError, NotFoundError
 from addenda.evals.record import RunRecord
 from addenda.evals.report import write_report
 from addenda.evals.results import SamplePair
@@ -20,12 +20,24 @@ from addenda.evals.suite import Evaluation, evaluate
 from addenda.recipe.prepare import Note, OnRunEvent, Prepared, prepare
 from addenda.recipe.record import environment, make_record, versions
 from addenda.settings import Recipe
-from addenda.train import Event, MetricsLog, TrainResult, lock_run, peak_memory_bytes, train
+from addenda.train import (
+    Event,
+    MetricsLog,
+    OnEvent,
+    StepProfile,
+    StepTimes,
+    TrainResult,
+    lock_run,
+    peak_memory_bytes,
+    train,
+)
+from addenda.train.parallel import Parallel, processes
 
 __all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
 METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
+PROFILE = "profile.json"
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,22 @@ class RunSummary:
     figures: dict[str, Any]
     """The content of ``summary.json``."""
     record: RunRecord
+    profile: StepTimes | None = None
+    """Where the time of a step went, if that was asked for and the run had steps enough."""
 
 
 def run(
-    recipe: Recipe, *, on_event: OnRunEvent, resume: bool = False, force: bool = False, command: str = ""
-) -> RunSummary:
+    recipe: Recipe,
+    *,
+    on_event: OnRunEvent,
+    resume: bool = False,
+    force: bool = False,
+    command: str = "",
+    profile: bool = False,
+) -> RunSummary | None:
     """Run a recipe: read, check, load, attach, train, measure, save, report.
+
+    Started by torchrun in several processes, all train together; the first one does everything else.
 
     Args:
         recipe: from `addenda.settings.resolve`.
@@ -49,6 +71,10 @@ def run(
         resume: go on with the run in ``recipe.out``.
         force: replace the run in ``recipe.out``.
         command: the command line, for the report.
+        profile: measure where the time of a few steps goes; they take somewhat longer.
+
+    Returns:
+        What the run left behind; None in the processes beside the first.
 
     Raises:
         DataError: the data has errors; nothing was loaded or trained.
@@ -56,45 +82,92 @@ def run(
         ConfigError: settings that do not fit the base or the data.
         TrainingError: training could not go on.
     """
+    with processes() as parallel:
+        recipe = with_folder(recipe)
+        _require_readable_by_all(recipe, parallel)
+        if parallel.first:
+            return _run(
+                recipe, parallel, on_event, resume=resume, force=force, command=command, profile=profile
+            )
+        ready = prepare(recipe, _silent, parallel)
+        _train(ready, Path(recipe.out or ""), _silent, resume=resume)
+        return None
+
+
+def _run(
+    recipe: Recipe,
+    parallel: Parallel,
+    on_event: OnRunEvent,
+    *,
+    resume: bool,
+    force: bool,
+    command: str,
+    profile: bool,
+) -> RunSummary:
     started = time.monotonic()
-    recipe = with_folder(recipe)
     folder = Path(recipe.out or "")
     _require_place(folder, resume=resume, force=force)
     with lock_run(folder):
         _require_place(folder, resume=resume, force=force)
-        ready = prepare(recipe, on_event)
+        ready = prepare(recipe, on_event, parallel)
         if force and not resume:
             # Only now: a run that cannot start leaves the one before as it was.
             _clear(folder)
         if not resume:
             _write(folder / RECIPE, ready.recipe.to_toml())
             _write_json(folder / ENVIRONMENT, environment())
-        result = _train(ready, folder, on_event, resume=resume)
+        logged = _logged(folder, on_event)
+        profiled = StepProfile(ready.handle, logged)
+        result = _train(ready, folder, profiled if profile else logged, resume=resume)
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
         wall = time.monotonic() - started + result.seconds_before
-        figures = _figures(ready, result, measured, wall)
+        figures = {**_figures(ready, result, measured, wall), "processes": parallel.size}
         save(
             ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
         )
         record = make_record(
-            ready, result, measured, samples, run_folder=folder, wall_seconds=wall, command=command
+            ready,
+            result,
+            measured,
+            samples,
+            run_folder=folder,
+            wall_seconds=wall,
+            command=command,
+            processes=parallel.size,
         )
         _write(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
         _write_json(folder / SUMMARY, figures)
-    return RunSummary(folder, figures, record)
+        if profiled.times is not None:
+            _write_json(folder / PROFILE, profiled.times.document())
+    return RunSummary(folder, figures, record, profiled.times)
 
 
 def with_folder(recipe: Recipe) -> Recipe:
-    """Choose the run folder where none is named: runs/<data>-<method>, with a number if that is taken."""
+    """Choose the run folder where none is named: runs/<data>-<method>, with a number if that is taken.
+
+    Processes that train together take the one that the first finds free.
+    """
     if recipe.out is not None:
         return recipe
     stem = Path(recipe.data.path).stem if recipe.data.path != "-" else "stdin"
     name = f"{stem or 'run'}-{recipe.method.name}"
     taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     free = next(path for path in taken if not path.exists() or _never_began(path))
-    return recipe.derive("out", str(free), "data and method, the first free name")
+    with processes() as parallel:
+        return recipe.derive("out", parallel.agree(str(free)), "data and method, the first free name")
+
+
+def _require_readable_by_all(recipe: Recipe, parallel: Parallel) -> None:
+    if recipe.data.path == "-" and not parallel.alone:
+        raise ConfigError(
+            f"standard input cannot be read by {parallel.size} processes", hint="write the rows to a file"
+        )
+
+
+def _silent(_: object) -> None:
+    """What the processes beside the first tell: nothing."""
 
 
 def _require_place(folder: Path, *, resume: bool, force: bool) -> None:
@@ -128,13 +201,17 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _train(ready: Prepared, folder: Path, on_event: OnRunEvent, *, resume: bool) -> TrainResult:
+def _logged(folder: Path, on_event: OnRunEvent) -> OnEvent:
     log = MetricsLog(folder / METRICS)
 
     def both(event: Event) -> None:
         log(event)
         on_event(event)
 
+    return both
+
+
+def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) -> TrainResult:
     identity = {
         "data": ready.dataset.sha256,
         "chat template": str(ready.base.template_sha256),
@@ -148,7 +225,7 @@ def _train(ready: Prepared, folder: Path, on_event: OnRunEvent, *, resume: bool)
         ready.heldout.examples,
         ready.recipe.train,
         run_dir=folder,
-        on_event=both,
+        on_event=on_event,
         resume=resume,
         identity=identity,
     )

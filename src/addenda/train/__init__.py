@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from addenda.train.metrics import read_metrics as read_metrics
     from addenda.train.precision import Precision as Precision
     from addenda.train.precision import choose_precision as choose_precision
+    from addenda.train.profile import StepProfile as StepProfile
+    from addenda.train.profile import StepTimes as StepTimes
 
 _PLACES = {
     "CheckpointEvent": "events",
@@ -36,6 +38,8 @@ _PLACES = {
     "ResumeEvent": "events",
     "StartEvent": "events",
     "StepEvent": "events",
+    "StepProfile": "profile",
+    "StepTimes": "profile",
     "TrainConfig": "config",
     "TrainResult": "loop",
     "choose_precision": "precision",

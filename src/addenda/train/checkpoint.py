@@ -5,7 +5,7 @@ A checkpoint is a folder ``step-000123`` with
 - ``adapter.safetensors``    the adapter as it is at that step
 - ``optimizer.safetensors``  AdamW's averages and step counts, ``<parameter>.<slot>``
 - ``best.safetensors``       the best adapter so far, if there was an evaluation
-- ``state.json``             step, random generators, early stopping, and the identity of the run
+- ``state.json``             step, early stopping, and the identity of the run
 - ``MANIFEST.json``          format version, step, size and SHA-256 of each of the others
 
 A folder without a manifest that verifies is not a checkpoint, whatever it is called. Order is by step number, never by
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from addenda.errors import CheckpointError, DiskFullError
 from addenda.train.failpoints import failpoint
+from addenda.train.parallel import Parallel
 
 __all__ = [
     "Checkpoint",
@@ -41,6 +42,7 @@ __all__ = [
     "load_checkpoint",
     "save_checkpoint",
     "set_aside",
+    "share_checkpoint",
     "sweep",
     "verify_checkpoint",
 ]
@@ -270,6 +272,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         best=load_safetensors(best.read_bytes()) if best.exists() else None,
         state=state,
     )
+
+
+def share_checkpoint(checkpoint: Checkpoint | None, parallel: Parallel) -> Checkpoint | None:
+    """Hand the first process's checkpoint to all; the others need not see its disk, and what they give is ignored."""
+    facts = parallel.agree(checkpoint and [checkpoint.step, checkpoint.state, checkpoint.best is not None])
+    if facts is None or parallel.alone:
+        return checkpoint
+    step, state, has_best = facts
+    given = checkpoint or Checkpoint(step, {}, {}, None, state)
+    best = parallel.share(given.best or {}) if has_best else None
+    return Checkpoint(step, parallel.share(given.adapter), parallel.share(given.optimizer), best, state)
 
 
 def sweep(parent: Path) -> None:

@@ -13,8 +13,17 @@ __all__ = ["HARMLESS", "OPTIMIZERS", "SCHEDULES", "TrainConfig"]
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant")
+SHARDINGS = ("none", "full")
 KERNELS = ("auto", "off")
-HARMLESS = ("save_every_steps", "save_every_minutes", "keep_checkpoints", "threads", "kernels", "memory_gib")
+HARMLESS = (
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "threads",
+    "sharding",
+    "kernels",
+    "memory_gib",
+)
 """Settings that change no number of the result, so a resumed run may change them."""
 
 
@@ -76,6 +85,8 @@ class TrainConfig:
     """Seed of the row order and of dropout, >= 0."""
     threads: int | None = None
     """CPU threads; None leaves PyTorch's choice. Another number may change the last bits of the result."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes share the base: ``none``, each holds all of it; ``full``, a share of each block (FSDP2)."""
     kernels: Literal["auto", "off"] = "auto"
     """``auto`` compiles the package's C++ where the run is long enough to gain by it, once for each machine; ``off``
     runs plain PyTorch. They differ in the last bits of the result."""
@@ -111,7 +122,8 @@ class TrainConfig:
 
     def _choices(self) -> list[str]:
         found = []
-        for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("kernels", KERNELS)):
+        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "sharding": SHARDINGS, "kernels": KERNELS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if isinstance(self.min_lr_fraction, int | float) and self.min_lr_fraction > 1.0:

@@ -16,6 +16,7 @@ from addenda.train.batches import packed_batch
 from addenda.train.failpoints import failpoint
 from addenda.train.guards import require_finite_metrics
 from addenda.train.loss import packed_loss
+from addenda.train.parallel import Parallel
 from addenda.train.state import RunState
 
 __all__ = ["Evaluate", "heldout_nll", "judge", "run_evaluation", "training_mode"]
@@ -62,19 +63,22 @@ def run_evaluation(
     return metrics
 
 
-def heldout_nll(packed: PackedModel, examples: Sequence[Example], *, tokens: int) -> dict[str, float]:
-    """Return the mean nll over all trained tokens of ``examples``, in nats per token."""
+def heldout_nll(
+    packed: PackedModel, examples: Sequence[Example], *, tokens: int, parallel: Parallel | None = None
+) -> dict[str, float]:
+    """Return the mean nll over all trained tokens of ``examples``, in nats per token; processes share the work."""
     device = next(packed.model.parameters()).device
     trained = sum(example.trained_tokens for example in examples)
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for rows in plan_batches([len(example) for example in examples], tokens_per_batch=tokens):
-            batch = packed_batch([examples[row] for row in rows], device)
+        groups = plan_batches([len(example) for example in examples], tokens_per_batch=tokens)
+        parallel = parallel or Parallel()
+        for index, weight in parallel.turns([sum(len(examples[row]) for row in group) for group in groups]):
+            batch = packed_batch([examples[row] for row in groups[index]], device)
             hidden = packed.hidden(batch.input_ids, batch.lengths)
-            total += (
-                packed_loss(packed, hidden, batch.predict_from, batch.targets, denominator=1.0).double().cpu()
-            )
-    return {"nll_per_token": float(total / trained)}
+            nll = packed_loss(packed, hidden, batch.predict_from, batch.targets, denominator=1.0)
+            total += weight * nll.double().cpu()
+    return {"nll_per_token": parallel.total(float(total))[0] / trained}
 
 
 def judge(state: RunState, metrics: Mapping[str, float], *, epoch: float, patience: int | None) -> bool:

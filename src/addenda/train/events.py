@@ -42,6 +42,8 @@ class StartEvent:
     path: str
     """``packed``, or ``general`` where the model cannot run packed rows."""
     path_reason: str
+    processes: int = 1
+    """Processes that train together."""
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,12 @@ class Interrupts:
             raise Interrupted(signum)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, the first signal raises :class:`Interrupted` right away; for work that changes no state."""
-        self._at_once = True
+    def at_once(self, *, alone: bool = True) -> Iterator[None]:
+        """Inside, the first signal raises :class:`Interrupted` right away; for work that changes no state.
+
+        Not so where the work is shared with other processes: they would wait for this one.
+        """
+        self._at_once = alone
         try:
             yield
         finally:

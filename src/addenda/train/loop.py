@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +15,22 @@ from torch import nn
 
 from addenda.core.handle import Handle
 from addenda.data.rows import Example
+from addenda.errors import ConfigError
 from addenda.train import guards
 from addenda.train.batches import UsableRows, packed_batch
 from addenda.train.config import TrainConfig
 from addenda.train.evaluation import Evaluate, heldout_nll, judge, run_evaluation, training_mode
-from addenda.train.events import EvalEvent, NoticeEvent, OnEvent, StepEvent
+from addenda.train.events import EvalEvent, Event, NoticeEvent, OnEvent, StepEvent
 from addenda.train.failpoints import failpoint
 from addenda.train.interrupt import Interrupted, Interrupts
 from addenda.train.lock import lock_run
 from addenda.train.loss import packed_loss
 from addenda.train.memory import out_of_memory_named
 from addenda.train.optimizer import clip, learning_rate_factor, set_learning_rate, warmup_steps
+from addenda.train.parallel import Parallel, processes
 from addenda.train.session import Session, begin, open_session
-from addenda.train.state import load_adapter, random_state, set_random_state
+from addenda.train.sharding import sharded
+from addenda.train.state import load_adapter, seed_generators
 
 __all__ = ["CHECKPOINTS", "TrainResult", "train"]
 
@@ -83,6 +87,9 @@ def train(
 ) -> TrainResult:
     """Train an adapter; when it returns, the adapter on the model is the best one of the run.
 
+    Started by torchrun in several processes, all train the one run: each calls this with the same arguments. The first
+    process writes and tells; the others need no run folder.
+
     Args:
         base: holds the model that carries the adapter.
         handle: the adapter.
@@ -92,7 +99,9 @@ def train(
         run_dir: the run's folder; checkpoints go into ``checkpoints/`` there. Held by one process at a time.
         on_event: told of every step, evaluation and checkpoint.
         evaluate: measures the model as it is, before, during and after training; returns ``nll_per_token`` at least.
-        resume: go on from the newest whole checkpoint; the result has the same bits as that of an unbroken run.
+            Every process calls it, and what the first one's returns counts.
+        resume: go on from the newest whole checkpoint; the result has the same bits as that of an unbroken run, or on
+            another number of processes the same but for the order of additions.
         identity: further facts that a resumed run must share, such as hashes of the data and the chat template.
 
     Raises:
@@ -106,36 +115,36 @@ def train(
         OutOfMemory: a step did not fit into memory.
     """
     folder = Path(run_dir)
-    with lock_run(folder), Interrupts() as interrupts, _own_process_settings(config, handle):
+    with _processes_on(folder) as parallel, Interrupts() as interrupts, _own_process_settings(config, handle):
         session = open_session(
             base.model,
             handle,
             train_examples,
             config,
             folder=folder / CHECKPOINTS,
-            emit=on_event,
+            emit=on_event if parallel.first else _silent,
             identity=identity or {},
+            parallel=dataclasses.replace(parallel, lockstep=config.sharding == "full"),
         )
         if evaluate is None and heldout_examples:
             evaluate = _own_evaluation(session, heldout_examples)
         begin(session, resume=resume, heldout_rows=len(heldout_examples))
         seconds_before = session.state.seconds
         if evaluate is None:
-            on_event(
-                NoticeEvent(
-                    session.state.step, "no held-out rows: the last adapter is kept, whatever it is worth"
-                )
-            )
+            text = "no held-out rows: the last adapter is kept, whatever it is worth"
+            session.emit(NoticeEvent(session.state.step, text))
         with (
             training_mode(base.model, handle),
             out_of_memory_named(_smaller(session)),
             session.machine.running(),
         ):
             if not session.state.finished:
-                _run(session, evaluate, interrupts)
+                with _sharded_as_asked(session):
+                    _run(session, evaluate, interrupts)
         result = _finish(session, seconds_before)
-        if interrupts.requested:  # after the last step: all is saved, but whoever called must stop too
-            raise Interrupted(interrupts.signum, str(session.folder))
+        [signum] = parallel.most(interrupts.signum)
+        if signum:  # after the last step: all is saved, but whoever called must stop too
+            raise Interrupted(signum, str(session.folder))
         return result
 
 
@@ -146,54 +155,60 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
     continues with the same bits.
     """
     state, order, config, handle = session.state, session.order, session.config, session.handle
+    parallel = session.parallel
     parameters = [p for p in handle.parameters() if p.requires_grad]
     warmup = warmup_steps(order.steps, config.warmup_fraction)
     began, began_at_step, seconds_before = time.monotonic(), state.step, state.seconds
 
     while True:
         state.seconds = seconds_before + time.monotonic() - began
-        if interrupts.requested:
-            raise Interrupted(interrupts.signum, str(session.save()))
+        signum, save_due = parallel.most(interrupts.signum, session.save_due())
+        if signum:
+            raise Interrupted(signum, str(session.save()))
 
         if evaluate is not None and order.evaluates_at(state.step) and not state.evaluated:
             started = time.monotonic()
             try:
-                with interrupts.at_once():
+                seed_generators(config.seed, state.step, "evaluation")
+                with interrupts.at_once(alone=parallel.alone):
                     metrics = run_evaluation(evaluate, handle, step=state.step, device=session.device)
             except Interrupted:
                 continue  # saved at the top; the evaluation is made when the run is resumed
+            metrics = parallel.agree(metrics)
             best = judge(state, metrics, epoch=session.epoch, patience=config.patience)
             if best:
                 session.keep_best()
             session.emit(EvalEvent(state.step, session.epoch, metrics, best, time.monotonic() - started))
         if state.step >= order.steps or state.stopped_early:
             break
-        if session.save_due():
+        if save_due:
             session.save()
 
         started = time.monotonic()
         groups = session.micro_batches()
-        step, random_before = state.step + 1, random_state(session.device)
+        step = state.step + 1
         refs = [example.row for group in groups for example in group]
         tokens = sum(len(example) for group in groups for example in group)
         trained = sum(example.trained_tokens for group in groups for example in group)
         loss = 0.0
-        for group in groups:
-            if interrupts.requested:
+        for index, weight in parallel.turns([sum(map(len, group)) for group in groups]):
+            if interrupts.requested and parallel.alone:
                 break
-            batch = packed_batch(group, session.device)
+            seed_generators(config.seed, step, index)
+            batch = packed_batch(groups[index], session.device)
             recompute = session.recompute(len(batch.input_ids))
             hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
             # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
             part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
             guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)
-            part.backward()
-            loss += float(part.detach())
-        if interrupts.requested:  # give the step up: what it has drawn and added is undone
+            (weight * part).backward()
+            loss += weight * float(part.detach())
+        if interrupts.requested and parallel.alone:  # give the step up: what it has added is undone
             session.optimizer.zero_grad(set_to_none=True)
-            set_random_state(random_before, session.device)
             continue
 
+        parallel.add_gradients(parameters)
+        [loss] = parallel.total(loss)
         norm = clip(parameters, config.clip_norm)
         guards.require_finite_gradients(handle, norm, step=step, rows=refs)
         if step == 1:
@@ -266,8 +281,37 @@ def _say_if_worse(session: Session) -> None:
 def _own_evaluation(session: Session, examples: Sequence[Example]) -> Evaluate | None:
     rows = UsableRows(examples)
     return (
-        (lambda: heldout_nll(session.packed, rows, tokens=session.tokens_per_micro_batch)) if rows else None
+        (
+            lambda: heldout_nll(
+                session.packed, rows, tokens=session.tokens_per_micro_batch, parallel=session.parallel
+            )
+        )
+        if rows
+        else None
     )
+
+
+def _silent(_: Event) -> None:
+    """What the processes beside the first tell: nothing."""
+
+
+@contextlib.contextmanager
+def _processes_on(folder: Path) -> Iterator[Parallel]:
+    """Join the other processes; the first one holds the run folder."""
+    with processes() as parallel, lock_run(folder) if parallel.first else contextlib.nullcontext():
+        yield parallel
+
+
+def _sharded_as_asked(session: Session) -> contextlib.AbstractContextManager[None]:
+    if session.parallel.alone or not session.parallel.lockstep:
+        return contextlib.nullcontext()
+    if session.packed.path != "packed":
+        raise ConfigError(
+            "a base that cannot run packed rows cannot be sharded",
+            where={"reason": session.packed.reason},
+            hint="set train.sharding=none",
+        )
+    return sharded(session.model, session.parallel, device=session.device)
 
 
 @contextlib.contextmanager

@@ -169,12 +169,13 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
     )
 
 
-def memory_limit(device: torch.device, gib: float | None = None) -> int:
+def memory_limit(device: torch.device, gib: float | None = None, *, shared_by: int = 1) -> int:
     """Return the bytes that a run may hold on `device`, what it holds already included.
 
     Args:
         device: where it runs.
         gib: a limit in GiB; None takes what is free now, in this container where it has a limit of its own.
+        shared_by: processes of the run that share what is free on the CPU.
 
     Example:
         >>> memory_limit(torch.device("cpu"), 2.0)
@@ -185,7 +186,7 @@ def memory_limit(device: torch.device, gib: float | None = None) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
     free = min(psutil.virtual_memory().available, _container_free())
-    return int(free * SHARE_OF_FREE) + psutil.Process().memory_info().rss
+    return int(free * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
 
 
 def _container_free() -> int:

@@ -22,10 +22,12 @@ from addenda.errors import CheckpointError, ConfigError, DataError, OutOfMemory
 from addenda.train.batches import RowOrder, UsableRows
 from addenda.train.checkpoint import (
     Checkpoint,
+    Found,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     set_aside,
+    share_checkpoint,
     sweep,
 )
 from addenda.train.config import TrainConfig
@@ -34,6 +36,7 @@ from addenda.train.guards import require_trainable
 from addenda.train.machine import Machine, set_allocator, use_machine
 from addenda.train.memory import MemoryModel, measure_memory, memory_limit
 from addenda.train.optimizer import make_optimizer
+from addenda.train.parallel import Parallel
 from addenda.train.state import (
     RunState,
     adapter_tensors,
@@ -41,9 +44,7 @@ from addenda.train.state import (
     load_adapter,
     load_optimizer,
     optimizer_tensors,
-    random_state,
     require_same_run,
-    set_random_state,
 )
 
 __all__ = ["Session", "begin", "open_session"]
@@ -55,7 +56,7 @@ with little of it."""
 
 @dataclass
 class Session:
-    """What a run works with. ``state`` is all that changes beside the adapter, the optimiser and the generators."""
+    """What a run works with. ``state`` is all that changes beside the adapter and the optimiser."""
 
     model: nn.Module
     handle: Handle
@@ -72,6 +73,7 @@ class Session:
     identity: dict[str, str]
     emit: OnEvent
     state: RunState
+    parallel: Parallel
     machine: Machine
     memory: MemoryModel
     memory_limit: int
@@ -109,17 +111,20 @@ class Session:
         return by_time or (every is not None and step % every == 0)
 
     def save(self) -> Path:
-        """Write a checkpoint of the state between two steps, and say so.
+        """Write a checkpoint of the state between two steps, and say so; the first process writes, all wait for it.
 
         Raises:
             DiskFullError: there is no room.
             CheckpointError: it cannot be written.
         """
         started = time.monotonic()
-        folder, size = save_checkpoint(self._checkpoint(), self.folder, keep=self.config.keep_checkpoints)
+        folder = self.folder
+        if self.parallel.first:
+            folder, size = save_checkpoint(self._checkpoint(), folder, keep=self.config.keep_checkpoints)
+            self.emit(CheckpointEvent(self.state.step, str(folder), size, time.monotonic() - started))
+        written = Path(self.parallel.agree(str(folder)))
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
-        self.emit(CheckpointEvent(self.state.step, str(folder), size, self.saved_at - started))
-        return folder
+        return written
 
     def _checkpoint(self) -> Checkpoint:
         epoch, within = divmod(self.state.step, self.order.steps_per_epoch)
@@ -127,7 +132,6 @@ class Session:
             "run": self.state.document(),
             "epoch": epoch,
             "position": within * self.config.batch_size,
-            "random": random_state(self.device),
             "tokens_per_micro_batch": self.tokens_per_micro_batch,
             "identity": self.identity,
             "versions": self._versions(),
@@ -143,7 +147,7 @@ class Session:
         Raises:
             CheckpointError: it is of another run, or lacks a part.
         """
-        lacking = {"run", "random", "identity", "versions", "tokens_per_micro_batch"} - set(checkpoint.state)
+        lacking = {"run", "identity", "versions", "tokens_per_micro_batch"} - set(checkpoint.state)
         if lacking:
             raise CheckpointError(
                 f"the checkpoint's state lacks {', '.join(sorted(lacking))}", hint="train anew"
@@ -152,7 +156,6 @@ class Session:
         state = RunState.from_document(checkpoint.state["run"])
         load_adapter(self.handle, checkpoint.adapter)
         load_optimizer(self.handle, self.optimizer, checkpoint.optimizer)
-        set_random_state(checkpoint.state["random"], self.device)
         self.state, self.best, self.saved_step = state, checkpoint.best, state.step
         # Derived from the memory that was free then; another size would round otherwise.
         self.tokens_per_micro_batch = int(checkpoint.state["tokens_per_micro_batch"])
@@ -184,8 +187,9 @@ def open_session(
     folder: Path,
     emit: OnEvent,
     identity: Mapping[str, str],
+    parallel: Parallel,
 ) -> Session:
-    """Make the parts of a run; nothing is trained or written yet.
+    """Make the parts of a run; nothing is trained or written yet, but all processes begin with the first one's adapter.
 
     Raises:
         TrainingError: the adapter cannot be trained as it is.
@@ -201,14 +205,16 @@ def open_session(
         )
     if rows.left_out:
         emit(NoticeEvent(0, f"{rows.left_out} rows have no token to train on and are left out"))
+    load_adapter(handle, parallel.share(adapter_tensors(handle)))
     order, device = RowOrder(len(rows), config), next(handle.parameters()).device
     machine = use_machine(wanted=config.kernels == "auto", flop=_flop(model, rows, order), device=device)
     packed = PackedModel(model)
-    memory, limit = measure_memory(handle, packed), memory_limit(device, config.memory_gib)
-    tokens = _micro_batch(memory, limit, rows.longest, config)
+    memory = measure_memory(handle, packed)
+    limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
+    [tokens] = parallel.least(_micro_batch(memory, limit, rows.longest, config))
     largest = max(tokens, rows.longest)
     machine.keeps_memory = device.type == "cpu" and set_allocator(
-        keep=memory.ledger(largest, keeps_memory=True).total <= limit
+        keep=config.sharding == "none" and memory.ledger(largest, keeps_memory=True).total <= limit
     )
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
@@ -226,6 +232,7 @@ def open_session(
         identity=dict(identity),
         emit=emit,
         state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
+        parallel=parallel,
         saved_at=time.monotonic(),
         machine=machine,
         memory=memory,
@@ -291,8 +298,35 @@ def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
     Raises:
         ConfigError: there are checkpoints, but the run is not to be resumed.
         CheckpointError: there are checkpoints, but none can be used.
+        TrainingError: another process trains something else.
     """
-    torch.manual_seed(session.config.seed)
+    session.parallel.require_same({**session.identity, "train.sharding": session.config.sharding})
+    found = _newest(session, resume=resume) if session.parallel.first else Found(None, {})
+    checkpoint = share_checkpoint(load_checkpoint(found.folder) if found.folder else None, session.parallel)
+    if checkpoint is not None:
+        session.restore(checkpoint)
+        skipped = tuple(f"{set_aside(folder)}: {reason}" for folder, reason in found.skipped.items())
+        session.emit(ResumeEvent(session.state.step, str(found.folder), skipped))
+    session.emit(_start_event(session, resumed=checkpoint is not None, heldout_rows=heldout_rows))
+    if resume and checkpoint is None:
+        session.emit(
+            NoticeEvent(0, f"there is no checkpoint in '{session.folder}' yet: starting from the beginning")
+        )
+    _say_if_some_idle(session)
+
+
+def _say_if_some_idle(session: Session) -> None:
+    step, processes = session.state.step, session.parallel.size
+    parts = len(session.micro_batches()) if step < session.order.steps else processes
+    if parts < processes:
+        text = (
+            f"{processes} processes share {parts} micro-batch{'es' * (parts > 1)} a step, so some wait: lower "
+            "train.tokens_per_micro_batch, or raise train.batch_size"
+        )
+        session.emit(NoticeEvent(step, text))
+
+
+def _newest(session: Session, *, resume: bool) -> Found:
     sweep(session.folder)
     found = find_checkpoint(session.folder)
     if (found.folder or found.skipped) and not resume:
@@ -307,15 +341,7 @@ def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
             where={str(folder): reason for folder, reason in found.skipped.items()},
             hint=f"remove '{session.folder}' to begin anew",
         )
-    if found.folder is not None:
-        session.restore(load_checkpoint(found.folder))
-        skipped = tuple(f"{set_aside(folder)}: {reason}" for folder, reason in found.skipped.items())
-        session.emit(ResumeEvent(session.state.step, str(found.folder), skipped))
-    session.emit(_start_event(session, resumed=found.folder is not None, heldout_rows=heldout_rows))
-    if resume and found.folder is None:
-        session.emit(
-            NoticeEvent(0, f"there is no checkpoint in '{session.folder}' yet: starting from the beginning")
-        )
+    return found
 
 
 def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> StartEvent:
@@ -334,6 +360,7 @@ def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> Start
         dtype=_dtype_name(session.model),
         path=session.packed.path,
         path_reason=f"{session.packed.reason}; {session.packed.parts}",
+        processes=session.parallel.size,
     )
 
 

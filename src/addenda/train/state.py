@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
 from collections.abc import Mapping
@@ -22,9 +21,8 @@ __all__ = [
     "load_adapter",
     "load_optimizer",
     "optimizer_tensors",
-    "random_state",
     "require_same_run",
-    "set_random_state",
+    "seed_generators",
 ]
 
 RECENT_LOSSES = 5
@@ -179,31 +177,13 @@ def _require_shape(expected: Tensor, found: Tensor, name: str) -> None:
         )
 
 
-def random_state(device: torch.device) -> dict[str, str]:
-    """Return the state of PyTorch's generators (the CPU's, and the device's) as text."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {name: base64.b64encode(bytes(state.tolist())).decode() for name, state in states.items()}
+def seed_generators(seed: int, *place: object) -> None:
+    """Set PyTorch's generators to a state that depends on ``seed`` and ``place`` alone.
 
-
-def set_random_state(states: Mapping[str, str], device: torch.device) -> None:
-    """Put generators back to where :func:`random_state` found them.
-
-    Raises:
-        CheckpointError: the state of the device's generator is missing.
+    Done before each micro-batch, dropout is the same whichever process runs it, and a resumed run needs no state.
     """
-    wanted = ["cpu", "cuda"] if device.type == "cuda" else ["cpu"]
-    lacking = [name for name in wanted if name not in states]
-    if lacking:
-        raise CheckpointError(
-            f"the checkpoint holds no random state for {', '.join(lacking)}",
-            hint="resume on the kind of device the run began on",
-        )
-    values = {name: torch.tensor(list(base64.b64decode(states[name])), dtype=torch.uint8) for name in wanted}
-    torch.set_rng_state(values["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(values["cuda"], device)
+    digest = hashlib.sha256(repr((seed, *place)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:

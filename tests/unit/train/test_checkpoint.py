@@ -29,7 +29,7 @@ def made(step, *, best=True, size=40):
         adapter={"a.A": torch.randn(size, 3), "a.B": torch.randn(2)},
         optimizer={"a.A.step": torch.tensor(float(step)), "a.A.exp_avg": torch.randn(size, 3)},
         best={"a.A": torch.randn(size, 3), "a.B": torch.randn(2)} if best else None,
-        state={"run": {"step": step, "loss": [0.1, 1 / 3]}, "random": {"cpu": "AAEC"}},
+        state={"run": {"step": step, "loss": [0.1, 1 / 3]}, "identity": {"data": "0a1b"}},
     )
 
 
