@@ -36,9 +36,10 @@ class BaseSettings:
     """A name from ``addenda models``, a model folder, a .gguf file, or a hub id."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the frozen weights; unset: what this machine multiplies fastest."""
-    weights: Literal["auto", "dense", "packed"] = "auto"
+    weights: Literal["auto", "dense", "packed", "nf4", "int8"] = "auto"
     """Whether a GGUF file's weights stay as they are packed (``packed``) or are unpacked into memory (``dense``);
-    ``auto``: dense where they leave half of the available memory."""
+    ``auto``: dense where they leave half of the available memory. ``nf4`` and ``int8`` pack the linear layers of any
+    model when it is loaded."""
     template: str | None = None
     """What replaces the model's chat template: ``plain``, or a Jinja file."""
 

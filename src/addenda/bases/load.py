@@ -67,6 +67,7 @@ def load_base(
             to float32; ask for ``torch.bfloat16`` to train where the CPU multiplies it natively.
         weights: ``packed`` keeps a GGUF file's weights as they are packed, and unpacks a tile at a time to compute;
             ``dense`` unpacks them all; ``auto`` takes dense ones where they leave half of the available memory.
+            ``nf4`` and ``int8`` load dense weights and pack those of the linear layers but the output head.
         cache_dir: cache folder for packages and conversions; see `addenda.bases.cache`.
         offline: use only what is on this machine (also: ``HF_HUB_OFFLINE=1``).
         verify: hash every file of a converted model instead of the small ones.
@@ -84,6 +85,10 @@ def load_base(
         "verify": verify,
         "on_progress": on_progress,
     }
+    if weights in {"nf4", "int8"}:
+        options["weights"] = "dense"
+        dense = load_base(source, cache_dir=cache_dir, offline=offline, **options)
+        return _packed_now(dense, weights)
     if card := find(name):
         return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
     path = Path(name).expanduser()
@@ -134,6 +139,17 @@ def _in_form(
             raise
         reason = f"{choice.reason}, but {error.message}"
         return dataclasses.replace(load("dense"), weights_reason=reason)
+
+
+def _packed_now(base: LoadedBase, weights: Any) -> LoadedBase:
+    from addenda.bases import formats
+    from addenda.bases.packed_layers import pack_linears
+    from addenda.kernels.library import enable
+
+    enable()
+    count = pack_linears(base.model, formats.get(weights.upper()), keep=base.model.get_output_embeddings())
+    note = f"{count} linear layers packed as {weights.upper()} when they were loaded"
+    return dataclasses.replace(base, weights=weights, weights_reason="asked for", notes=(*base.notes, note))
 
 
 def _require_form(name: str, weights: Weights, form: Form) -> None:

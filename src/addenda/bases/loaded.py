@@ -47,8 +47,8 @@ class LoadedBase:
     """Tokens of context the model was built for."""
     license: str
     """SPDX id or name, as the source states it; ``unknown`` where it states none."""
-    weights: Literal["dense", "packed"] = "dense"
-    """Whether the weights are in memory as numbers or as they are packed in their file."""
+    weights: Literal["dense", "packed", "nf4", "int8"] = "dense"
+    """Whether the weights are in memory as numbers, as they are packed in their file, or packed at the load."""
     weights_reason: str = ""
     """Why they are so."""
     notes: tuple[str, ...] = ()

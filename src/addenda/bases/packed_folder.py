@@ -52,7 +52,7 @@ def load_packed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
     """
     from transformers import AutoModelForCausalLM
 
-    enable()  # without a compiler the plain forms unpack, some ten times slower
+    enable()  # without a compiler the plain forms unpack, five to twenty times slower
     tensors, packed = _read(folder)
     with _EmptyOnMeta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

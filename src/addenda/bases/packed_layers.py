@@ -16,7 +16,7 @@ from torch.nn import functional
 from addenda.bases.formats import WeightFormat
 from addenda.core.lowrank import frozen_linear
 
-__all__ = ["PackedEmbedding", "PackedLinear", "packed_layers"]
+__all__ = ["PackedEmbedding", "PackedLinear", "pack_linears", "packed_layers"]
 
 TILE = 2**20
 """Weights unpacked at once; a longer row is a tile of its own. Smaller tiles make thinner, slower products."""
@@ -171,6 +171,31 @@ class PackedEmbedding(_Packed):
         """input: (...) ids -> (..., width)."""
         found = self.dequantized(input.flatten()).view(*input.shape, self.width)
         return found if self.scale is None else found.mul_(self._like.new_tensor(self.scale))
+
+
+def pack_linears(model: nn.Module, weight_format: WeightFormat, keep: nn.Module | None = None) -> int:
+    """Replace the plain linear layers of a model by packed ones; return how many.
+
+    Args:
+        model: changed in place.
+        weight_format: one that quantizes. Layers whose rows are not whole blocks of it stay dense.
+        keep: a layer to leave dense, as the output head.
+
+    Raises:
+        BaseModelError: a weight is not finite.
+    """
+    assert weight_format.quantize is not None
+    plain = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not keep
+    ]
+    fitting = [(path, m) for path, m in plain if m.in_features % (weight_format.block or 1) == 0]
+    for path, module in fitting:
+        raw = weight_format.quantize(module.weight.detach())
+        packed = PackedLinear(raw, weight_format, module.in_features, module.bias, module.weight.dtype)
+        model.set_submodule(path, packed.train(module.training))
+    return len(fitting)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:

@@ -11,7 +11,8 @@ from addenda.bases.gguf_file import Form
 
 __all__ = ["Choice", "Weights", "choose"]
 
-Weights = Literal["auto", "dense", "packed"]
+Weights = Literal["auto", "dense", "packed", "nf4", "int8"]
+"""``nf4`` and ``int8`` pack dense weights when they are loaded."""
 
 WORKING_SHARE = 0.5
 """Share of the available memory that a training step, an adapter and its optimizer are left."""
@@ -44,7 +45,7 @@ def choose(weights: Weights, *, parameters: int, itemsize: int, available: int |
         'dense weights take 0.40 GB of the 6.00 GB available, less than half'
     """
     if weights != "auto":
-        return Choice(weights, "asked for", asked=True)
+        return Choice("packed" if weights == "packed" else "dense", "asked for", asked=True)
     free = psutil.virtual_memory().available if available is None else available
     dense = parameters * itemsize
     fits = dense <= WORKING_SHARE * free

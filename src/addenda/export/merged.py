@@ -88,7 +88,7 @@ def _say(on_progress: OnProgress | None, done: int) -> None:
 
 
 def _write_weights(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype) -> None:
-    if base.weights == "packed":
+    if base.weights != "dense":
         state = _unpacked_state(base, handle)
         with quiet_transformers():
             base.model.save_pretrained(work, state_dict=_rounded(state, dtype))

@@ -140,6 +140,33 @@ def test_a_folder_of_dense_weights_is_not_called_packed(llama_folder: Path) -> N
     assert load_base(llama_folder).weights == "dense"
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_any_model_is_packed_when_it_is_loaded(name: str, llama_folder: Path) -> None:
+    base, dense = load_base(llama_folder, weights=name), load_base(llama_folder)  # type: ignore[arg-type]
+    packed = packed_layers(base.model)
+    # The down projection's rows of 96 are no whole blocks of 64; the head is tied to the embedding.
+    widths = {layer.width for layer in packed.values()}
+    assert (len(packed), widths) == ((12, {64}) if name == "nf4" else (14, {64, 96}))
+    assert type(base.model.lm_head) is nn.Linear
+    assert base.weights == name
+    assert base.notes[-1] == f"{len(packed)} linear layers packed as {name.upper()} when they were loaded"
+    ids = torch.randint(4, 60, (1, 12))
+    ours, theirs = logits(base, ids), logits(dense, ids)
+    assert 0 < (ours - theirs).norm() < (0.3 if name == "nf4" else 0.03) * theirs.norm()
+    again = load_base(llama_folder, weights=name)  # type: ignore[arg-type]
+    assert fingerprint(again.model) == fingerprint(base.model) != fingerprint(dense.model)
+    assert addenda.attach(base.model, addenda.LoRA(rank=2)).paths
+
+
+def test_an_encoder_is_packed_too(bert_folder: Path) -> None:
+    base, dense = load_base(bert_folder, weights="int8"), load_base(bert_folder)
+    ids = torch.randint(4, 60, (1, 12))
+    with torch.no_grad():
+        ours, theirs = base.model(ids)[0], dense.model(ids)[0]
+    assert len(packed_layers(base.model)) == 13
+    assert 0 < (ours - theirs).norm() < 0.03 * theirs.norm()
+
+
 def test_raw_rows_of_another_model_are_refused(file: Path, tmp_path: Path) -> None:
     base = loaded(file)
     config = base.folder / "config.json"

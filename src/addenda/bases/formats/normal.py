@@ -105,6 +105,6 @@ def to_bitsandbytes(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _FORMAT = WeightFormat(
-    "NF4", BLOCK, 36, _decode, "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them"
+    "NF4", BLOCK, 36, _decode, "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them", quantize
 )
 register(_FORMAT)

@@ -31,6 +31,8 @@ class WeightFormat:
     """``(blocks, bytes)`` uint8 -> ``(blocks, weights)`` float32, in plain PyTorch on any device."""
     source: str
     """What defines the layout."""
+    quantize: Callable[[Tensor], Tensor] | None = None
+    """``(rows, d_in)`` finite weights -> their raw rows; None where packed weights are only read."""
 
     def row_bytes(self, d_in: int) -> int:
         """Bytes of a row of ``d_in`` weights.

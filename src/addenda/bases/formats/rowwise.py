@@ -44,6 +44,11 @@ def from_bitsandbytes(codes: Tensor, absmax: Tensor) -> Tensor:
 
 register(
     WeightFormat(
-        "INT8", None, 4, _decode, "Dettmers et al. 2022; codes and magnitudes as bitsandbytes keeps them"
+        "INT8",
+        None,
+        4,
+        _decode,
+        "Dettmers et al. 2022; codes and magnitudes as bitsandbytes keeps them",
+        quantize,
     )
 )
