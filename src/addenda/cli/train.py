@@ -41,7 +41,11 @@ __all__ = ["command"]
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --out.")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved recipe with each value's origin, and stop.")
-@click.option("--profile", is_flag=True, help="Show where the time of a step goes, measured on three steps.")
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Show where the time of a step goes, measured on two steps; takes more memory.",
+)
 @recipe_flags
 def command(
     console: Console,
@@ -70,7 +74,7 @@ def command(
             summary = _run(recipe, console, resume=resume, force=force, profile=profile)
             if summary is not None:
                 if profile and summary.profile is None:
-                    console.note("no profile: the run had fewer than five steps")
+                    console.note("no profile: the run had fewer than four steps")
                 console.result(_document(summary), lambda: _text(console, summary))
         elif parallel.first:
             console.result(recipe.document(), recipe.to_toml().rstrip("\n"))

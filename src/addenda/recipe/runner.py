@@ -117,8 +117,8 @@ def _run(
             _write(folder / RECIPE, ready.recipe.to_toml())
             _write_json(folder / ENVIRONMENT, environment())
         logged = _logged(folder, on_event)
-        profiled = StepProfile(ready.handle, logged)
-        result = _train(ready, folder, profiled if profile else logged, resume=resume)
+        with StepProfile(ready.handle, logged) as profiled:
+            result = _train(ready, folder, profiled if profile else logged, resume=resume)
         measured = _evaluate(ready, on_event)
         samples = _samples(ready, on_event)
         wall = time.monotonic() - started + result.seconds_before

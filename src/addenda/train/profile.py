@@ -79,24 +79,38 @@ class StepTimes:
 
 
 class StepProfile:
-    """Listens to a run, and measures some of its steps; give it to `train` as ``on_event``.
+    """Listens to a run, and measures some of its steps; give it to `train` as ``on_event``, in a ``with`` block.
+
+    The block ends the profiler of a run that was over too soon: PyTorch's, left running, takes the process down at its
+    end.
 
     Args:
         handle: the adapter that is trained.
         on_event: told of everything, as without a profile.
         skip: steps before the first that is measured; the first ones meet cold caches.
-        steps: steps to measure.
+        steps: steps to measure. What the profiler notes lies among the blocks that a step gives back, so that the
+            heap grows by the activations of a micro-batch or so with each.
     """
 
     times: StepTimes | None = None
     """The result, once the steps are over; None before, and after a run too short."""
 
-    def __init__(self, handle: Handle, on_event: OnEvent, *, skip: int = 2, steps: int = 3) -> None:
+    def __init__(self, handle: Handle, on_event: OnEvent, *, skip: int = 2, steps: int = 2) -> None:
         self._handle, self._on_event, self._skip, self._steps = handle, on_event, skip, steps
         self._profiler: Any = None
         self._seen: list[StepEvent] = []
         self._began = 0.0
         self._first = 0
+
+    def __enter__(self) -> StepProfile:
+        """Begin to listen."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the profiler if it still runs."""
+        if self._profiler is not None:
+            self._profiler.stop()
+            self._profiler = None
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
