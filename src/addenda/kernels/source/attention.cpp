@@ -38,6 +38,17 @@ static Plan plan_of(const int64_t* bounds, long segments) {
     return plan;
 }
 
+struct Tokens {
+    long from, count;
+};
+
+// The tokens of the row that a block, counted among those of all segments, holds.
+static Tokens tokens_of(const Plan& plan, const int64_t* bounds, long block) {
+    long s = std::upper_bound(plan.first.begin(), plan.first.end(), block) - plan.first.begin() - 1;
+    long from = bounds[2 * s] + (block - plan.first[s]) * BLOCK;
+    return {from, std::min((long)BLOCK, (long)bounds[2 * s + 1] - from)};
+}
+
 template <class T>
 static void widen(float* to, const T* from, long n) {
     for (long i = 0; i < n; i += 16) store(to + i, load(from + i));
@@ -124,9 +135,8 @@ static void pack_keys(const Layer& at, const T* x, long head_stride, long token,
 #pragma omp for schedule(dynamic)
     for (long item = 0; item < total; item++) {
         long head = item / plan.blocks, block = item % plan.blocks;
-        long s = std::upper_bound(plan.first.begin(), plan.first.end(), block) - plan.first.begin() - 1;
-        long from = bounds[2 * s] + (block - plan.first[s]) * BLOCK;
-        long count = std::min((long)BLOCK, (long)bounds[2 * s + 1] - from);
+        Tokens here = tokens_of(plan, bounds, block);
+        long from = here.from, count = here.count;
         std::vector<float> own(plain ? 0 : BLOCK * d);
         float* lines = plain ? plain + item * BLOCK * d : own.data();
         read_block(lines, x + head * head_stride, token, from, count, d, cos, sin, rotated, 1.0f);
@@ -319,9 +329,8 @@ static void gather_keys(const Layer& at, const int64_t* bounds, const Plan& plan
 #pragma omp for schedule(static)
     for (long item = 0; item < total; item++) {
         long head = item / plan.blocks, block = item % plan.blocks;
-        long s = std::upper_bound(plan.first.begin(), plan.first.end(), block) - plan.first.begin() - 1;
-        long from = bounds[2 * s] + (block - plan.first[s]) * BLOCK;
-        long count = std::min((long)BLOCK, (long)bounds[2 * s + 1] - from);
+        Tokens here = tokens_of(plan, bounds, block);
+        long from = here.from, count = here.count;
         float* lines = sums + (head * parts * plan.blocks + block) * BLOCK * d;
         for (long part = 1; part < parts; part++) {
             const float* more = lines + part * plan.blocks * BLOCK * d;
