@@ -133,7 +133,9 @@ def open_document(options: argparse.Namespace, prepared: dict[str, Any]) -> dict
         "base": {"name": BASE, "parameters": prepared["parameters"]},
         "adapter": "LoRA, rank 16, alpha 32, all linear layers but the output head",
         "data": prepared["data"],
-        "settings": {name: getattr(options, name) for name in ("dtype", "tokens", "warmup", "repeats", "threads")},
+        "settings": {
+            name: getattr(options, name) for name in ("dtype", "tokens", "warmup", "repeats", "threads")
+        },
         "runs": [],
     }
 

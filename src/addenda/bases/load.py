@@ -48,6 +48,7 @@ def load_base(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     verify: bool = False,
+    weightless: bool = False,
     on_progress: OnProgress | None = None,
 ) -> LoadedBase:
     """Load a base model with its tokenizer and chat template.
@@ -71,6 +72,7 @@ def load_base(
         cache_dir: cache folder for packages and conversions; see `addenda.bases.cache`.
         offline: use only what is on this machine (also: ``HF_HUB_OFFLINE=1``).
         verify: hash every file of a converted model instead of the small ones.
+        weightless: all but the weights, to plan with: dense parameters lie on the meta device, and have shapes only.
         on_progress: watches fetching and converting.
 
     Raises:
@@ -83,6 +85,7 @@ def load_base(
         "dtype": dtype,
         "weights": weights,
         "verify": verify,
+        "weightless": weightless,
         "on_progress": on_progress,
     }
     if weights in {"nf4", "int8"}:
@@ -93,7 +96,7 @@ def load_base(
         return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
     path = Path(name).expanduser()
     if name and path.is_dir():  # an empty path is the working directory
-        return _load_folder(path.absolute(), dtype=dtype, weights=weights)
+        return _load_folder(path.absolute(), dtype=dtype, weights=weights, weightless=weightless)
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path.absolute(), cache_root(cache_dir), **options)
     if (match := _HUB_ID.fullmatch(name)) and not path.exists():
@@ -101,7 +104,12 @@ def load_base(
 
         _require_form(name, weights, "dense")
         return load_from_hub(
-            match["repo"], match["revision"], dtype=dtype, offline=offline, on_progress=on_progress
+            match["repo"],
+            match["revision"],
+            dtype=dtype,
+            offline=offline,
+            weightless=weightless,
+            on_progress=on_progress,
         )
     raise _unknown(name, path)
 
@@ -168,11 +176,12 @@ def _load_registered(
     dtype: torch.dtype | None,
     weights: Weights,
     verify: bool,
+    weightless: bool,
     on_progress: OnProgress | None,
 ) -> LoadedBase:
     def load(form: Form) -> LoadedBase:
         folder = _registered_folder(card, root, form, offline=offline, on_progress=on_progress)
-        return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+        return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify, weightless=weightless)
 
     if not card.file.endswith(".gguf"):
         _require_form(card.name, weights, "dense")
@@ -248,6 +257,7 @@ def _load_gguf(
     dtype: torch.dtype | None,
     weights: Weights,
     verify: bool,
+    weightless: bool,
     on_progress: OnProgress | None,
 ) -> LoadedBase:
     header = gguf_file.examine(path)
@@ -255,7 +265,9 @@ def _load_gguf(
 
     def load(form: Form) -> LoadedBase:
         folder = _gguf_folder(path, header, digest, root, form, on_progress)
-        return _open_prepared(folder, name=path.stem, source=str(path), dtype=dtype, verify=verify)
+        return _open_prepared(
+            folder, name=path.stem, source=str(path), dtype=dtype, verify=verify, weightless=weightless
+        )
 
     return _in_form(weights, header.elements, dtype, load)
 
@@ -286,7 +298,13 @@ def _gguf_folder(  # noqa: PLR0917
 
 
 def _open_prepared(
-    folder: Path, *, name: str, dtype: torch.dtype | None, verify: bool, source: str | None = None
+    folder: Path,
+    *,
+    name: str,
+    dtype: torch.dtype | None,
+    verify: bool,
+    weightless: bool,
+    source: str | None = None,
 ) -> LoadedBase:
     from addenda.bases.directory import open_directory
 
@@ -298,14 +316,15 @@ def _open_prepared(
         dtype=dtype,
         license_name=facts["license"],
         notes=tuple(facts["notes"]),
+        weightless=weightless,
     )
 
 
-def _load_folder(path: Path, *, dtype: torch.dtype | None, weights: Weights) -> LoadedBase:
+def _load_folder(path: Path, *, dtype: torch.dtype | None, weights: Weights, weightless: bool) -> LoadedBase:
     from addenda.bases.directory import PACKED, open_directory
 
     _require_form(path.name, weights, "packed" if (path / PACKED).is_file() else "dense")
-    return open_directory(path, name=path.name, source=str(path), dtype=dtype)
+    return open_directory(path, name=path.name, source=str(path), dtype=dtype, weightless=weightless)
 
 
 def _unknown(name: str, path: Path) -> NotFoundError:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from addenda.recipe.adapted import load_adapted
-from addenda.recipe.prepare import Note, OnRunEvent, encode_all, encoder_for, prepare_base, prepare_data
+from addenda.recipe.planner import Setup
+from addenda.recipe.prepare import (
+    Note,
+    OnRunEvent,
+    encode_all,
+    encoder_for,
+    plan_run,
+    prepare_base,
+    prepare_data,
+)
 from addenda.recipe.runner import RunSummary, run, with_folder
 
 __all__ = [
     "Note",
     "OnRunEvent",
     "RunSummary",
+    "Setup",
     "encode_all",
     "encoder_for",
     "load_adapted",
+    "plan_run",
     "prepare_base",
     "prepare_data",
     "run",

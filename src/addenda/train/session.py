@@ -32,6 +32,7 @@ from addenda.train.checkpoint import (
 )
 from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
+from addenda.train.forecast import TOKENS_PER_MICRO_BATCH
 from addenda.train.guards import require_trainable
 from addenda.train.machine import Machine, set_allocator, use_machine
 from addenda.train.memory import MemoryModel, measure_memory, memory_limit
@@ -48,10 +49,6 @@ from addenda.train.state import (
 )
 
 __all__ = ["Session", "begin", "open_session"]
-
-TOKENS_PER_MICRO_BATCH = (1024, 512, 256)
-"""The first is where the speed of a processor levels off; more costs memory in proportion. The others are for machines
-with little of it."""
 
 
 @dataclass
