@@ -64,13 +64,11 @@ def command(console: Console, **flags: Any) -> None:
 def _measure(recipe: Recipe, display: Display) -> tuple[LoadedBase, Plan, Ledger, PackedModel]:
     from addenda.bases.packed import PackedModel
     from addenda.core import attach, plan
-    from addenda.recipe import prepare_base
-    from addenda.train import choose_precision
+    from addenda.recipe import number_format, prepare_base
     from addenda.train.memory import measure_memory
     from addenda.train.session import TOKENS_PER_MICRO_BATCH
 
-    precision = choose_precision(recipe.base.dtype or "auto")
-    base = prepare_base(recipe.base, precision.dtype, display)
+    base = prepare_base(recipe.base, number_format(recipe.base).dtype, display)
     planned = plan(base.model, recipe.method, recipe.targets)
     handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
     tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[0]

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from addenda.recipe.adapted import load_adapted
-from addenda.recipe.prepare import Note, OnRunEvent, encode_all, encoder_for, prepare_base, prepare_data
+from addenda.recipe.prepare import (
+    Note,
+    OnRunEvent,
+    encode_all,
+    encoder_for,
+    number_format,
+    prepare_base,
+    prepare_data,
+)
 from addenda.recipe.runner import RunSummary, run, with_folder
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "encode_all",
     "encoder_for",
     "load_adapted",
+    "number_format",
     "prepare_base",
     "prepare_data",
     "run",

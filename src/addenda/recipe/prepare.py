@@ -11,10 +11,11 @@ import torch
 from addenda.bases import LoadedBase, load_base, with_chat_template
 from addenda.bases.packed import PackedModel
 from addenda.core import Handle, Plan, Progress, attach, plan
-from addenda.data import Dataset, Encoded, Encoder, Rows, Split, collate, encode_rows, read_dataset, split
+from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import BaseModelError, ConfigError, DataError
 from addenda.settings import BaseSettings, DataSettings, Recipe
-from addenda.train import Event, Precision, choose_precision
+from addenda.train import Device, Event, Precision, choose_device, choose_precision
+from addenda.train.batches import packed_batch
 from addenda.train.parallel import Parallel
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Prepared",
     "encode_all",
     "encoder_for",
+    "number_format",
     "prepare",
     "prepare_base",
     "prepare_data",
@@ -76,7 +78,11 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
     on_event(Note(f"split: {parts.note}"))
     if not len(parts.heldout):
         raise DataError(f"no row of {len(dataset)} can be held out", hint="give at least two different rows")
-    precision = _same_precision(choose_precision(recipe.base.dtype or "auto"), parallel)
+    device = _device_for(recipe, parallel)
+    on_event(Note(f"device: {device.device}, {device.reason}"))
+    if recipe.base.device == "auto":
+        recipe = recipe.derive("base.device", str(device.device), device.reason)
+    precision = _same_precision(number_format(recipe.base), parallel)
     on_event(Note(f"precision: {precision.name}, {precision.reason}"))
     if recipe.base.dtype is None:
         recipe = recipe.derive("base.dtype", precision.name, precision.reason)
@@ -93,6 +99,20 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
     on_event(Note(str(planned)))
     handle = _attach(base, recipe, train_rows)
     return Prepared(recipe, dataset, parts, base, precision, planned, handle, train_rows, heldout_rows)
+
+
+def _device_for(recipe: Recipe, parallel: Parallel) -> Device:
+    if not parallel.alone and ":" in recipe.base.device:
+        raise ConfigError(
+            f"base.device = {recipe.base.device} names one GPU for {parallel.size} processes",
+            hint="set base.device=cuda: each process of a machine then takes its own",
+        )
+    return choose_device(recipe.base.device)
+
+
+def number_format(settings: BaseSettings) -> Precision:
+    """The number format of the base: the one that was asked for, or what its device multiplies fastest."""
+    return choose_precision(settings.dtype or "auto", device=choose_device(settings.device).device)
 
 
 def _same_precision(chosen: Precision, parallel: Parallel) -> Precision:
@@ -132,8 +152,15 @@ def prepare_base(settings: BaseSettings, dtype: torch.dtype | None, on_event: On
 
     Raises:
         BaseModelError: it is an encoder, or the template is none.
+        ConfigError: its device is not there.
     """
-    base = load_base(settings.source, dtype=dtype, weights=settings.weights, on_progress=on_event)
+    base = load_base(
+        settings.source,
+        dtype=dtype,
+        weights=settings.weights,
+        device=choose_device(settings.device).device,
+        on_progress=on_event,
+    )
     if base.kind != "causal-lm":
         raise BaseModelError(
             f"'{base.name}' is an encoder, which answers nothing",
@@ -182,7 +209,8 @@ def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> E
 def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
     """Attach with a probe on real rows, run as training will run them."""
     packed = PackedModel(base.model)
-    batch = collate([rows.examples[index] for index in range(min(2, len(rows.examples)))])
+    few = [rows.examples[index] for index in range(min(2, len(rows.examples)))]
+    batch = packed_batch(few, base.model.device)
 
     def probe(_: torch.nn.Module) -> torch.Tensor:
         return packed.logits(packed.hidden(batch.input_ids, batch.lengths)[batch.predict_from])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases.packed import PackedModel
-from addenda.bases.scores import CHUNK_BYTES
+from addenda.bases.scores import chunk_bytes
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
 from addenda.kernels import calls
@@ -107,6 +107,8 @@ class MemoryModel:
     vocabulary: int
     blocks: int
     """Blocks that can keep their input alone; 0 where none can."""
+    on_gpu: bool = False
+    """Whether it runs on a GPU, where larger chunks of scores are made, and without the compiled kernels."""
 
     def ledger(self, tokens: int, recompute: int = 0, *, keeps_memory: bool = False) -> Ledger:
         """Return the ledger of a micro-batch.
@@ -118,13 +120,14 @@ class MemoryModel:
         """
         block = (self.kept_per_token - self.least_per_token) / max(self.blocks, 1)
         activations = int(tokens * (self.kept_per_token - recompute * block))
-        chunk = min(CHUNK_BYTES, 4 * tokens * self.vocabulary)
+        chunk = min(chunk_bytes(on_gpu=self.on_gpu), 4 * tokens * self.vocabulary)
+        at_once = 6 if self.on_gpu else 1 if calls.usable(torch.empty(0)) else 3
         unused = FRAGMENTED * activations if keeps_memory else 0
         return Ledger(
             self.present,
             self.trained,
             activations,
-            chunk if calls.usable(torch.empty(0)) else 3 * chunk,
+            at_once * chunk,
             int(block * tokens * (1.5 if recompute else 0.5) + unused) + SMALL_THINGS,
         )
 
@@ -166,6 +169,7 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
         least_per_token=max(0.0, least),
         vocabulary=vocabulary,
         blocks=packed.blocks,
+        on_gpu=on_gpu,
     )
 
 
@@ -237,7 +241,7 @@ def out_of_memory_named(settings: dict[str, tuple[object, object]]) -> Iterator[
             raise
         raise OutOfMemory(
             "the step did not fit into memory",
-            where={"asked for": _asked(error), "free": f"{psutil.virtual_memory().available:,} bytes"},
+            where={"asked for": _asked(error), "free": f"{_free(error):,} bytes"},
             hint="; or ".join(f"set {key}={smaller} (now {now})" for key, (now, smaller) in settings.items()),
         ) from error
 
@@ -249,6 +253,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return any(
         sign in text for sign in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
     )
+
+
+def _free(error: BaseException) -> int:
+    if torch.cuda.is_available() and "CUDA" in str(error):
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _asked(error: BaseException) -> str:

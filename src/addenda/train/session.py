@@ -173,6 +173,7 @@ class Session:
         """What may change the last bits of the result from one part of a run to the next."""
         return {
             "torch": torch.__version__,
+            "device": self.machine.device,
             "CPU threads": torch.get_num_threads(),
             "kernels": self.machine.kernels,
         }

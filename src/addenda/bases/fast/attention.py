@@ -111,7 +111,7 @@ def attend(
     Returns:
         ``(heads, T, d_v)``.
     """
-    if dropout or query.device.type not in ("cpu", "meta"):
+    if dropout or query.device.type != "cpu":
         if rotary:
             query, key = turned(query, rotary), turned(key, rotary)
         parts = [
