@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.kernels import calls
 
 __all__ = ["Head", "PositionScores", "chunk_bytes", "chunks", "evaluate_positions", "nll_and_gradient"]
@@ -155,6 +156,7 @@ def _nll_and_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return nll, probabilities
 
 
+@compiled_on_gpu
 def _by_log_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The same in one pass and one more, which never asks a number back from the device."""
     wide = logits.to(_wide(logits))

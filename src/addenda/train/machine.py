@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from addenda import kernels
+from addenda.bases.fast.compiled import why_not_compiled
 
 __all__ = ["Machine", "set_allocator", "use_machine"]
 
@@ -42,7 +43,10 @@ class Machine:
 
     def __str__(self) -> str:
         if self.device != "cpu":
-            return self.device
+            why_not = why_not_compiled() if torch.cuda.is_available() else ""
+            return f"{self.device}, " + (
+                f"nothing compiled for it ({why_not})" if why_not else "compiled for it"
+            )
         loops = "compiled kernels" if self.kernels else f"no compiled kernels ({self.why})"
         memory = ", freed memory kept for the next step" if self.keeps_memory else ""
         return f"{self.threads} CPU threads, {loops}{memory}"
