@@ -23,7 +23,7 @@ BUDGETS = {
     "kernels": 550,  # Python only: compile, load, call
     "core": 3400,  # layer kinds, packed and quantised too, and their host; shared, tied and computed weights: refusals
     "methods": 800,
-    "bases": 6000,  # four sources, each checked byte by byte before it is opened; packing; lean forms (CPU, GPU); formats
+    "bases": 6000,  # four sources, each checked byte by byte before it is opened; packing; lean forms; formats; GPUs
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
     "train": 3700,  # checkpoints, locks, interrupts, guards, the memory ledger, several processes, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
