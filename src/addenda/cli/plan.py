@@ -66,12 +66,13 @@ def _measure(recipe: Recipe, display: Display) -> tuple[LoadedBase, Plan, Ledger
     from addenda.core import attach, plan
     from addenda.recipe import number_format, prepare_base
     from addenda.train.memory import measure_memory
-    from addenda.train.session import TOKENS_PER_MICRO_BATCH
+    from addenda.train.session import TOKENS_ON_GPU, TOKENS_PER_MICRO_BATCH
 
     base = prepare_base(recipe.base, number_format(recipe.base).dtype, display)
     planned = plan(base.model, recipe.method, recipe.targets)
     handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
-    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[0]
+    on_gpu = base.model.device.type == "cuda"
+    tokens = recipe.train.tokens_per_micro_batch or (TOKENS_ON_GPU if on_gpu else TOKENS_PER_MICRO_BATCH)[0]
     packed = PackedModel(base.model)
     return base, planned, measure_memory(handle, packed).ledger(tokens, keeps_memory=True), packed
 

@@ -16,6 +16,7 @@ from addenda.errors import BaseModelError, ConfigError, DataError
 from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.train import Device, Event, Precision, choose_device, choose_precision
 from addenda.train.batches import packed_batch
+from addenda.train.offload import require_offloadable
 from addenda.train.parallel import Parallel
 
 __all__ = [
@@ -80,6 +81,7 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
         raise DataError(f"no row of {len(dataset)} can be held out", hint="give at least two different rows")
     device = _device_for(recipe, parallel)
     on_event(Note(f"device: {device.device}, {device.reason}"))
+    require_offloadable(recipe.train, device.device)
     if recipe.base.device == "auto":
         recipe = recipe.derive("base.device", str(device.device), device.reason)
     precision = _same_precision(number_format(recipe.base), parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -34,8 +35,12 @@ SHARE_OF_FREE = 0.9
 FRAGMENTED = 0.5
 """What glibc's heap holds unused when nothing is given back, as a share of the activations; measured on SmolLM2."""
 
-SMALL_THINGS = 32 * 2**20
-"""Tables of kernels, threads' own buffers, Python's objects of a step."""
+SMALL_THINGS, SMALL_THINGS_ON_GPU = 32 * 2**20, 512 * 2**20
+"""Tables of kernels, threads' own buffers, Python's objects of a step; on a GPU the libraries' workspaces, and packed
+weights while they are unpacked. The latter is a guess: no GPU was there to measure it on."""
+
+ON_THE_WAY = 3
+"""Blocks whose activations are on the GPU where they are offloaded: one computed, one leaving, one coming back."""
 
 _BYTES_ASKED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -109,6 +114,8 @@ class MemoryModel:
     """Blocks that can keep their input alone; 0 where none can."""
     on_gpu: bool = False
     """Whether it runs on a GPU, where larger chunks of scores are made, and without the compiled kernels."""
+    offloaded: bool = False
+    """Whether activations wait in the machine's memory."""
 
     def ledger(self, tokens: int, recompute: int = 0, *, keeps_memory: bool = False) -> Ledger:
         """Return the ledger of a micro-batch.
@@ -119,7 +126,8 @@ class MemoryModel:
             keeps_memory: whether the allocator keeps what is freed.
         """
         block = (self.kept_per_token - self.least_per_token) / max(self.blocks, 1)
-        activations = int(tokens * (self.kept_per_token - recompute * block))
+        there = min(1.0, ON_THE_WAY / max(self.blocks, 1)) if self.offloaded else 1.0
+        activations = int(tokens * (self.kept_per_token - recompute * block) * there)
         chunk = min(chunk_bytes(on_gpu=self.on_gpu), 4 * tokens * self.vocabulary)
         at_once = 6 if self.on_gpu else 1 if calls.usable(torch.empty(0)) else 3
         unused = FRAGMENTED * activations if keeps_memory else 0
@@ -128,7 +136,8 @@ class MemoryModel:
             self.trained,
             activations,
             at_once * chunk,
-            int(block * tokens * (1.5 if recompute else 0.5) + unused) + SMALL_THINGS,
+            int(block * tokens * (1.5 if recompute else 0.5) + unused)
+            + (SMALL_THINGS_ON_GPU if self.on_gpu else SMALL_THINGS),
         )
 
     def recompute_for(self, tokens: int, limit: int) -> int | None:
@@ -144,6 +153,11 @@ class MemoryModel:
             fits = self.ledger(middle, self.blocks).total <= limit
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
+
+    def suited(self, offload: str, longest: int, limit: int) -> MemoryModel:
+        """Return the model with activations offloaded, if that was asked for or the longest row fits no other way."""
+        scarce = offload == "auto" and self.on_gpu and self.recompute_for(longest, limit) is None
+        return dataclasses.replace(self, offloaded=offload == "activations" or scarce)
 
 
 def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
