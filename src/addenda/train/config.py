@@ -94,7 +94,7 @@ class TrainConfig:
     runs plain PyTorch. They differ in the last bits of the result."""
 
     offload: Literal["auto", "none", "activations"] = "auto"
-    """On a GPU, whether what the forward pass keeps waits in the machine's memory until the backward; ``auto``: where it
+    """On a GPU, whether what the forward pass keeps waits in the machine's memory for its backward; ``auto``: where it
     would not fit otherwise, even with every block run again. It changes no number of the result."""
 
     def __post_init__(self) -> None:
