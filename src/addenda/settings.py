@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -42,6 +43,16 @@ class BaseSettings:
     model when it is loaded."""
     template: str | None = None
     """What replaces the model's chat template: ``plain``, or a Jinja file."""
+    device: str = "auto"
+    """Where it runs: ``cpu``, ``cuda``, or ``cuda:N`` for one of several GPUs; ``auto``: ``cuda`` where there is a GPU
+    that PyTorch can use, else ``cpu``."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise ConfigError(
+                f"device must be auto, cpu, cuda or cuda:N, got '{self.device}'",
+                hint="set it in the section 'base'",
+            )
 
 
 @dataclass(frozen=True)

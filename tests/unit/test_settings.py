@@ -164,3 +164,14 @@ def test_base_and_data_alone_are_refused_as_the_whole_recipe_is(sets: list[str])
     with pytest.raises(ConfigError) as part:
         resolve_input(sets=sets)
     assert str(part.value) == str(whole.value)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:3"])
+def test_a_device_is_named_as_pytorch_names_it(device: str) -> None:
+    assert resolve(sets=[f"base.device={device}"]).base.device == device
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:1\n", ""])
+def test_another_device_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="auto, cpu, cuda or cuda:N"):
+        resolve(flags={"base.device": device})

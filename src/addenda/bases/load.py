@@ -45,6 +45,7 @@ def load_base(
     *,
     dtype: torch.dtype | None = None,
     weights: Weights = "auto",
+    device: str | torch.device = "cpu",
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     verify: bool = False,
@@ -69,6 +70,8 @@ def load_base(
         weights: ``packed`` keeps a GGUF file's weights as they are packed, and unpacks a tile at a time to compute;
             ``dense`` unpacks them all; ``auto`` takes dense ones where they leave half of the available memory.
             ``nf4`` and ``int8`` load dense weights and pack those of the linear layers but the output head.
+        device: where the model ends up. It is read, converted and packed on the CPU, so that its numbers are the same
+            on every device.
         cache_dir: cache folder for packages and conversions; see `addenda.bases.cache`.
         offline: use only what is on this machine (also: ``HF_HUB_OFFLINE=1``).
         verify: hash every file of a converted model instead of the small ones.
@@ -79,19 +82,50 @@ def load_base(
         NotFoundError: nothing of that name, or not cached while offline.
         UnsafeError: its files could run code, or are not the pinned ones.
         BaseModelError: its files are damaged or do not fit each other, or cannot be had in that form.
+        OutOfMemory: it does not fit into the device's memory.
     """
-    name = os.fspath(source)
+    name, packs = os.fspath(source), weights in {"nf4", "int8"}
+    base = _loaded(
+        name,
+        dtype=dtype,
+        weights="dense" if packs else weights,
+        device=device,
+        cache_dir=cache_dir,
+        offline=offline,
+        verify=verify,
+        weightless=weightless,
+        on_progress=on_progress,
+    )
+    if packs:
+        base = _packed_now(base, weights)
+    if str(device) != "cpu" and not weightless:
+        from addenda.bases.place import move
+
+        move(base.model, device)
+    return base
+
+
+def _loaded(
+    name: str,
+    *,
+    dtype: torch.dtype | None,
+    weights: Weights,
+    device: str | torch.device,
+    cache_dir: str | os.PathLike[str] | None,
+    offline: bool,
+    verify: bool,
+    weightless: bool,
+    on_progress: OnProgress | None,
+) -> LoadedBase:
+    """Load from wherever the name leads, onto the CPU; the device only tells which memory has to hold the weights."""
     options: dict[str, Any] = {
         "dtype": dtype,
         "weights": weights,
+        "device": device,
         "verify": verify,
         "weightless": weightless,
         "on_progress": on_progress,
     }
-    if weights in {"nf4", "int8"}:
-        options["weights"] = "dense"
-        dense = load_base(source, cache_dir=cache_dir, offline=offline, **options)
-        return _packed_now(dense, weights)
     if card := find(name):
         return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
     path = Path(name).expanduser()
@@ -136,10 +170,15 @@ def _model_folder(root: Path, label: str, digest: str, form: Form = "dense") -> 
 
 
 def _in_form(
-    weights: Weights, parameters: int, dtype: torch.dtype | None, load: Callable[[Form], LoadedBase]
+    weights: Weights,
+    parameters: int,
+    load: Callable[[Form], LoadedBase],
+    *,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
 ) -> LoadedBase:
     """Load a base that comes packed in the form that was asked for or suits this machine."""
-    choice = choose(weights, parameters=parameters, itemsize=dtype.itemsize if dtype else 4)
+    choice = choose(weights, parameters=parameters, itemsize=dtype.itemsize if dtype else 4, device=device)
     try:
         return dataclasses.replace(load(choice.form), weights_reason=choice.reason)
     except BaseModelError as error:
@@ -175,6 +214,7 @@ def _load_registered(
     offline: bool,
     dtype: torch.dtype | None,
     weights: Weights,
+    device: str | torch.device,
     verify: bool,
     weightless: bool,
     on_progress: OnProgress | None,
@@ -186,7 +226,7 @@ def _load_registered(
     if not card.file.endswith(".gguf"):
         _require_form(card.name, weights, "dense")
         return load("dense")
-    return _in_form(weights, card.parameters, dtype, load)
+    return _in_form(weights, card.parameters, load, dtype=dtype, device=device)
 
 
 def _registered_folder(
@@ -256,6 +296,7 @@ def _load_gguf(
     *,
     dtype: torch.dtype | None,
     weights: Weights,
+    device: str | torch.device,
     verify: bool,
     weightless: bool,
     on_progress: OnProgress | None,
@@ -269,7 +310,7 @@ def _load_gguf(
             folder, name=path.stem, source=str(path), dtype=dtype, verify=verify, weightless=weightless
         )
 
-    return _in_form(weights, header.elements, dtype, load)
+    return _in_form(weights, header.elements, load, dtype=dtype, device=device)
 
 
 def _gguf_folder(  # noqa: PLR0917

@@ -32,7 +32,7 @@ class LoadedBase:
     folder: Path
     """The directory the weights were read from."""
     model: PreTrainedModel
-    """The model in evaluation mode, on the CPU."""
+    """The model in evaluation mode, on the device it was loaded to."""
     tokenizer: PreTrainedTokenizerFast
     """Its tokenizer; ``tokenizer.chat_template`` equals ``chat_template``."""
     kind: Literal["causal-lm", "encoder"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from addenda.bases.fast.attention import packed_attention_on
 from addenda.bases.fast.find import find_fusions
+from addenda.bases.fast.flex import BLOCK
 from addenda.bases.fast.fusion import forward_replaced, fused_on
 from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
@@ -31,7 +32,7 @@ CROSSED_WINDOW = 1024
 
 TOKEN_MULTIPLE = 64
 """On a CPU rows are filled up to it with tokens of no sample: every new length costs PyTorch's matrix kernels a
-set-up of several milliseconds for each layer size."""
+set-up of several milliseconds for each layer size. Elsewhere they are filled up to whole blocks of attention."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 """Norm of the difference on the probe as a share of the states' own; 0.05 for others (norms run in fp32 in all)."""
@@ -144,7 +145,7 @@ class PackedModel:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
         assert self._decoder is not None
         tokens = len(input_ids)
-        fill = -tokens % TOKEN_MULTIPLE if input_ids.device.type == "cpu" else 0
+        fill = -tokens % (TOKEN_MULTIPLE if input_ids.device.type == "cpu" else BLOCK)
         row = torch.cat([input_ids, input_ids[:1].expand(fill)])
         positions = torch.cat([torch.arange(n, device=row.device) for n in (*segments.lengths, fill)])
         with self._lean(), recomputed(self._learning()[:recompute], self._lean):

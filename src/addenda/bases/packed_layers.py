@@ -18,8 +18,9 @@ from addenda.core.lowrank import frozen_linear
 
 __all__ = ["PackedEmbedding", "PackedLinear", "pack_linears", "packed_layers"]
 
-TILE = 2**20
-"""Weights unpacked at once; a longer row is a tile of its own. Smaller tiles make thinner, slower products."""
+TILE, GPU_TILE = 2**20, 2**24
+"""Weights unpacked at once; a longer row is a tile of its own. Smaller tiles make thinner, slower products; on a GPU
+unpacking is a dozen passes that each have to be worth starting; they hold about 16 bytes for each of the weights."""
 
 
 class _Buffers(threading.local):
@@ -137,7 +138,7 @@ class PackedLinear(_Packed):
 
     def _tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield spans of rows and their weights, ``(rows, d_in)``; each is overwritten by the next."""
-        rows = max(1, TILE // self.width)
+        rows = max(1, (GPU_TILE if self.raw.is_cuda else TILE) // self.width)
         for start in range(0, self.out_features, rows):
             raw = self.raw[start : start + rows]
             tile = _buffers.tile(len(raw), self.width, dtype, raw.device)

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.kernels import calls
 
-__all__ = ["CHUNK_BYTES", "Head", "PositionScores", "chunks", "evaluate_positions", "nll_and_gradient"]
+__all__ = ["Head", "PositionScores", "chunk_bytes", "chunks", "evaluate_positions", "nll_and_gradient"]
 
-CHUNK_BYTES = 64 * 2**20
-"""Scores held at once. Each chunk reads the whole output head, so small chunks are slow."""
+CHUNK_BYTES, GPU_CHUNK_BYTES = 64 * 2**20, 256 * 2**20
+"""Scores held at once. Each chunk reads the whole output head, so small chunks are slow; a GPU needs more rows to be
+kept busy."""
 
 ROW_MULTIPLE = 64
 """On a CPU every new number of rows costs the product with the head a set-up of several milliseconds."""
@@ -86,6 +88,16 @@ def evaluate_positions(
     return PositionScores(nll, correct)
 
 
+def chunk_bytes(*, on_gpu: bool) -> int:
+    """Return how many bytes of scores exist at once.
+
+    Example:
+        >>> chunk_bytes(on_gpu=False) == CHUNK_BYTES
+        True
+    """
+    return GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES
+
+
 def chunks(head: Head, states: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
     """Cut ``(n, d)`` states into parts of about equal size, of `chunk` rows or `CHUNK_BYTES` of scores at most.
 
@@ -96,7 +108,7 @@ def chunks(head: Head, states: Tensor, chunk: int | None) -> Iterator[tuple[slic
     if chunk is None:
         # No rows cost nothing, and show the vocabulary.
         row = head.logits(states.detach()[:0])
-        chunk = max(1, CHUNK_BYTES // (row.shape[-1] * row.element_size()))
+        chunk = max(1, chunk_bytes(on_gpu=row.is_cuda) // (row.shape[-1] * row.element_size()))
     multiple = ROW_MULTIPLE if chunk >= ROW_MULTIPLE else 1
     chunk -= chunk % multiple
     parts = math.ceil(len(states) / chunk)
@@ -131,6 +143,8 @@ def _nll_and_first(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nll_and_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.device.type != "cpu":
+        return _by_log_sum(logits, targets)
     # Scores in bf16 give each cross-entropy to about 0.002 nats, without bias: less than their own rounding makes.
     probabilities = torch.softmax(logits, dim=-1)
     chosen = probabilities.gather(1, targets[:, None])[:, 0].to(_wide(logits))
@@ -140,6 +154,14 @@ def _nll_and_probabilities(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         wide = logits[lost].to(nll.dtype)
         nll[lost] = wide.logsumexp(1) - wide.gather(1, targets[lost, None])[:, 0]
     return nll, probabilities
+
+
+@compiled_on_gpu
+def _by_log_sum(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in one pass and one more, which never asks a number back from the device."""
+    wide = logits.to(_wide(logits))
+    log_sum = wide.logsumexp(1, keepdim=True)
+    return (log_sum - wide.gather(1, targets[:, None]))[:, 0], (wide - log_sum).exp().to(logits.dtype)
 
 
 def _wide(x: Tensor) -> torch.dtype:

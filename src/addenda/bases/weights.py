@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 
 from addenda.bases.gguf_file import Form
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Choice", "Weights", "choose"]
 
@@ -28,7 +31,14 @@ class Choice:
     """Whether the user named it; else another form may stand in."""
 
 
-def choose(weights: Weights, *, parameters: int, itemsize: int, available: int | None = None) -> Choice:
+def choose(
+    weights: Weights,
+    *,
+    parameters: int,
+    itemsize: int,
+    available: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Choice:
     """Choose the form of a base that could be had in either.
 
     Args:
@@ -37,6 +47,7 @@ def choose(weights: Weights, *, parameters: int, itemsize: int, available: int |
         parameters: numbers of the base.
         itemsize: bytes of a dense one.
         available: bytes of memory there are; None asks the machine.
+        device: where the model will run. Its memory counts, and the machine's too, which holds it on the way there.
 
     Example:
         >>> choose("auto", parameters=10**9, itemsize=4, available=6 * 10**9).form
@@ -46,10 +57,19 @@ def choose(weights: Weights, *, parameters: int, itemsize: int, available: int |
     """
     if weights != "auto":
         return Choice("packed" if weights == "packed" else "dense", "asked for", asked=True)
-    free = psutil.virtual_memory().available if available is None else available
+    free = _available(device) if available is None else available
     dense = parameters * itemsize
     fits = dense <= WORKING_SHARE * free
     takes = "take" if fits else "would take"
     size = f"{dense / 1e9:.2f} GB of the {free / 1e9:.2f} GB available"
     reason = f"dense weights {takes} {size}, {'less' if fits else 'more'} than half"
     return Choice("dense" if fits else "packed", reason, asked=False)
+
+
+def _available(device: str | torch.device) -> int:
+    free = int(psutil.virtual_memory().available)
+    if str(device).startswith("cuda"):
+        import torch
+
+        return min(free, torch.cuda.mem_get_info(device)[0])
+    return free

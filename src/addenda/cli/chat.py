@@ -133,13 +133,13 @@ def command(
 
 def _load(adapter: str | None, base: str | None, display: Display) -> tuple[LoadedBase, Handle | None]:
     from addenda.bases import DEFAULT_BASE
-    from addenda.recipe import load_adapted, prepare_base
+    from addenda.recipe import load_adapted, number_format, prepare_base
     from addenda.settings import BaseSettings
-    from addenda.train import choose_precision
 
-    dtype = choose_precision().dtype
+    settings = BaseSettings(base or DEFAULT_BASE)
+    dtype = number_format(settings).dtype
     if adapter is None:
-        return prepare_base(BaseSettings(base or DEFAULT_BASE), dtype, display), None
+        return prepare_base(settings, dtype, display), None
     loaded, handle, _ = load_adapted(adapter, source=base, dtype=dtype, on_event=display)
     return loaded, handle
 

@@ -75,12 +75,13 @@ def _shown(
 ) -> list[tuple[Example, LoadedBase]]:
     if not show or not len(dataset):
         return []
+    from dataclasses import replace
     from itertools import islice
 
     from addenda.data import encode_rows
     from addenda.recipe import encoder_for, prepare_base
 
-    base = prepare_base(source, None, display)
+    base = prepare_base(replace(source, device="cpu"), None, display)  # only its tokenizer is used
     encoded = encode_rows(islice(dataset.conversations, show), encoder_for(base, settings))
     for line in encoded.report.lines():
         display.say(line)

@@ -60,6 +60,7 @@ def _checks() -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
     yield from _packages()
     yield _processor()
+    yield _gpu()
     yield _threads()
     yield _memory()
     yield from _storage()
@@ -87,6 +88,20 @@ def _processor() -> Check:
         found,
         "nothing to fix: training works, and takes longer than with native bfloat16",
     )
+
+
+def _gpu() -> Check:
+    import torch
+
+    from addenda.train.precision import choose_device
+
+    device = choose_device().device
+    if device.type == "cpu":
+        build = "with" if torch.version.cuda else "without"
+        return Check("gpu", "ok", f"none that PyTorch, a build {build} CUDA, can use: the processor trains")
+    names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    free, total = torch.cuda.mem_get_info()
+    return Check("gpu", "ok", f"{', '.join(names)}; {binary_size(free)} free of {binary_size(total)}")
 
 
 def _threads() -> Check:

@@ -63,12 +63,10 @@ def _require_only_measuring(recipe: Recipe) -> None:
 
 def _base_alone(recipe: Recipe, display: Display) -> dict[str, Any]:
     from addenda.evals.heldout import heldout
-    from addenda.recipe import encode_all, prepare_base, prepare_data
-    from addenda.train import choose_precision
+    from addenda.recipe import encode_all, number_format, prepare_base, prepare_data
 
     dataset = prepare_data(recipe.data, display)
-    dtype = choose_precision(recipe.base.dtype or "auto").dtype
-    base = prepare_base(recipe.base, dtype, display)
+    base = prepare_base(recipe.base, number_format(recipe.base).dtype, display)
     rows = encode_all(dataset, base, recipe.data, display)
     measured = heldout(base, rows.examples, task="rows", on_progress=display)
     return {
@@ -82,12 +80,11 @@ def _base_alone(recipe: Recipe, display: Display) -> dict[str, Any]:
 
 def _adapted(recipe: Recipe, adapter: str, source: str | None, display: Display) -> dict[str, Any]:
     from addenda.evals.suite import evaluate
-    from addenda.recipe import encode_all, load_adapted, prepare_data
-    from addenda.train import choose_precision
+    from addenda.recipe import encode_all, load_adapted, number_format, prepare_data
 
     dataset = prepare_data(recipe.data, display)
-    dtype = choose_precision(recipe.base.dtype or "auto").dtype
-    base, handle, _ = load_adapted(adapter, source=source, dtype=dtype, on_event=display)
+    dtype, device = number_format(recipe.base).dtype, recipe.base.device
+    base, handle, _ = load_adapted(adapter, source=source, dtype=dtype, device=device, on_event=display)
     rows = encode_all(dataset, base, recipe.data, display)
     return {"base": base.name, **evaluate(base, handle, rows.examples, on_progress=display).figures()}
 

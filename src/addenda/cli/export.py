@@ -61,7 +61,7 @@ def _export(
     from addenda.export.peft import export_peft
     from addenda.recipe import load_adapted
 
-    loaded, handle, provenance = load_adapted(adapter, source=base, on_event=display)
+    loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
     stored = loaded.model.dtype
     # In float32 the proof sees the export's own error, not that of the arithmetic; codes cannot be widened.
     if not getattr(loaded.model, "is_quantized", False):

@@ -155,7 +155,9 @@ class LinearView(LayerView):
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""
         # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
-        plain = x.dtype == self.dtype and not x.is_nested and not torch.is_autocast_enabled(x.device.type)
+        device = x.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        plain = x.dtype == self.dtype and not x.is_nested and not cast
         frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
         return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
 

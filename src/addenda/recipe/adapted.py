@@ -25,6 +25,7 @@ def load_adapted(
     *,
     source: str | None = None,
     dtype: torch.dtype | None = None,
+    device: str = "auto",
     on_event: OnRunEvent,
 ) -> tuple[LoadedBase, Handle, dict[str, Any]]:
     """Load an adapter with the base it was trained on.
@@ -33,6 +34,7 @@ def load_adapted(
         folder: an adapter folder of ours, the run folder around one, or a folder of PEFT.
         source: the base; None takes the one the adapter names.
         dtype: of the base's weights; None keeps the stored one.
+        device: where it runs, as ``base.device`` in a recipe.
         on_event: told of progress and notes.
 
     Returns:
@@ -45,13 +47,15 @@ def load_adapted(
     place = place / ADAPTER if (place / ADAPTER / "adapter.json").is_file() else place
     if (place / PEFT_CONFIG).is_file() and not (place / "adapter.json").is_file():
         named = read_config(place).get("base_model_name_or_path")
-        base = prepare_base(BaseSettings(_require_source(source or named, place)), dtype, on_event)
+        settings = BaseSettings(_require_source(source or named, place), device=device)
+        base = prepare_base(settings, dtype, on_event)
         return base, import_peft(base.model, place), {}
     provenance = dict(read_manifest(place).get("provenance") or {})
     known = provenance.get("base") or {}
     # The same weights, to the bit: unpacked and rounded ones have another fingerprint than packed ones.
     chosen = _require_source(source or known.get("load"), place)
-    base = prepare_base(BaseSettings(chosen, weights=known.get("weights", "dense")), dtype, on_event)
+    settings = BaseSettings(chosen, weights=known.get("weights", "dense"), device=device)
+    base = prepare_base(settings, dtype, on_event)
     template = provenance.get("chat_template")
     if template is not None and provenance.get("template_sha256") != base.template_sha256:
         base = with_chat_template(base, template)

@@ -10,6 +10,7 @@ from addenda.bases import LoadedBase, load_base, with_chat_template
 from addenda.core.progress import OnProgress
 from addenda.errors import BaseModelError
 from addenda.settings import BaseSettings
+from addenda.train import choose_device
 
 __all__ = ["load_causal"]
 
@@ -27,13 +28,19 @@ def load_causal(
         settings: which one, and how; its dtype is not looked at.
         dtype: of the weights, or to compute in; None keeps the stored one.
         on_progress: told how fetching and converting go.
-        weightless: leave the dense weights out, to plan with.
+        weightless: leave the dense weights out, to plan with; it then stays on the CPU.
 
     Raises:
         BaseModelError: it is an encoder, or the template is none.
+        ConfigError: its device is not there.
     """
     base = load_base(
-        settings.source, dtype=dtype, weights=settings.weights, weightless=weightless, on_progress=on_progress
+        settings.source,
+        dtype=dtype,
+        weights=settings.weights,
+        device=choose_device(settings.device).device,
+        weightless=weightless,
+        on_progress=on_progress,
     )
     if base.kind != "causal-lm":
         raise BaseModelError(

@@ -19,8 +19,9 @@ from addenda.data import Encoded
 from addenda.errors import BaseModelError, OutOfMemory
 from addenda.recipe.bases import load_causal
 from addenda.settings import Recipe
+from addenda.train import choose_device
 from addenda.train.calibration import Calibration, calibrate
-from addenda.train.forecast import TOKENS_PER_MICRO_BATCH, Forecast, RowSize, Workload, forecast
+from addenda.train.forecast import Forecast, RowSize, Workload, forecast, token_budgets
 from addenda.train.machine import calibrating
 from addenda.train.memory import MemoryModel, memory_limit
 
@@ -98,9 +99,25 @@ def choose_setup(
         TargetError: a target matches nothing.
         MethodError: the method cannot stand on one of the layers.
     """
-    limit = memory_limit(torch.device("cpu"), recipe.train.memory_gib, shared_by=shared_by)
+    device = choose_device(recipe.base.device).device
+    limit = memory_limit(device, recipe.train.memory_gib, shared_by=shared_by)
     workload = Workload(recipe.train, rows or [USUAL_ROW] * recipe.train.batch_size, heldout)
-    program = psutil.Process().memory_info().rss
+    program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+
+    def tried(candidate: LoadedBase) -> Setup:
+        planned = plan(candidate.model, recipe.method, recipe.targets)
+        budget = recipe.train.tokens_per_micro_batch or token_budgets(on_gpu=device.type == "cuda")[0]
+        try:
+            with calibrating(recipe.train.threads):
+                calibration = calibrate(candidate.model, planned, recipe.train, device=device, tokens=budget)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = f"no forecast: '{base.name}' cannot be tried on a few of its blocks ({error})"
+            return Setup(candidate, planned, None, None, None, reason)
+        present = program + _weight_bytes(candidate) + planned.bytes
+        memory = dataclasses.replace(calibration.memory, present=present)
+        memory = memory.suited(recipe.train.offload, workload.longest, limit)
+        found = forecast(calibration, memory, limit, workload)
+        return Setup(candidate, planned, calibration, memory, found, candidate.weights_reason or "as asked")
 
     def load(weights: Weights, dtype: torch.dtype) -> LoadedBase:
         settings = dataclasses.replace(recipe.base, weights=weights)
@@ -108,7 +125,7 @@ def choose_setup(
 
     setups: list[Setup] = []
     for candidate in _forms(recipe, base, load):
-        setups.append(_setup(recipe, candidate, program, limit, workload))
+        setups.append(tried(candidate))
         found = setups[-1].forecast
         if setups[-1].calibration is None or (found and not found.recompute and len(setups) == 1):
             return setups[-1]
@@ -132,20 +149,6 @@ def _forms(recipe: Recipe, base: LoadedBase, load: _Load) -> Iterator[LoadedBase
             pass
     if recipe.base.dtype is None and base.model.dtype != torch.bfloat16:
         yield from (load(form, torch.bfloat16) for form in forms)
-
-
-def _setup(recipe: Recipe, base: LoadedBase, program: int, limit: int, workload: Workload) -> Setup:
-    planned = plan(base.model, recipe.method, recipe.targets)
-    tokens = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[0]
-    try:
-        with calibrating(recipe.train.threads):
-            calibration = calibrate(base.model, planned, recipe.train, tokens=tokens)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = f"no forecast: '{base.name}' cannot be tried on a few of its blocks ({error})"
-        return Setup(base, planned, None, None, None, reason)
-    memory = dataclasses.replace(calibration.memory, present=program + _weight_bytes(base) + planned.bytes)
-    found = forecast(calibration, memory, limit, workload)
-    return Setup(base, planned, calibration, memory, found, base.weights_reason or "as asked")
 
 
 def _weight_bytes(base: LoadedBase) -> int:
@@ -172,7 +175,7 @@ def _seconds(found: Forecast | None) -> str:
 
 def _too_large(recipe: Recipe, setups: Sequence[Setup], load: _Load, limit: int, longest: int) -> OutOfMemory:
     """The error that names the smallest need found, and settings with which it fits."""
-    size = recipe.train.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH[-1]
+    size = recipe.train.tokens_per_micro_batch or token_budgets(on_gpu=False)[-1]
     largest = max(size, longest)
     least = min((s for s in setups if s.memory), key=lambda s: _need(s.memory, largest))
     memory = least.memory

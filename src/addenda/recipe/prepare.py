@@ -11,13 +11,15 @@ import torch
 from addenda.bases import LoadedBase
 from addenda.bases.packed import PackedModel
 from addenda.core import Handle, Plan, Progress, attach, plan
-from addenda.data import Dataset, Encoded, Encoder, Rows, Split, collate, encode_rows, read_dataset, split
+from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
 from addenda.recipe.bases import load_causal
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
-from addenda.train import Event, Precision, choose_precision
-from addenda.train.forecast import TOKENS_PER_MICRO_BATCH
+from addenda.train import Device, Event, Precision, choose_device, choose_precision
+from addenda.train.batches import packed_batch
+from addenda.train.forecast import token_budgets
+from addenda.train.offload import require_offloadable
 from addenda.train.parallel import Parallel
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Prepared",
     "encode_all",
     "encoder_for",
+    "number_format",
     "plan_run",
     "prepare",
     "prepare_base",
@@ -129,7 +132,12 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
     on_event(Note(f"split: {parts.note}"))
     if not len(parts.heldout):
         raise DataError(f"no row of {len(dataset)} can be held out", hint="give at least two different rows")
-    precision = _same_precision(choose_precision(recipe.base.dtype or "auto"), parallel)
+    device = _device_for(recipe, parallel)
+    on_event(Note(f"device: {device.device}, {device.reason}"))
+    require_offloadable(recipe.train, device.device)
+    if recipe.base.device == "auto":
+        recipe = recipe.derive("base.device", str(device.device), device.reason)
+    precision = _same_precision(number_format(recipe.base), parallel)
     base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
     encoder = encoder_for(base, recipe.data)
     if recipe.data.max_tokens is None:
@@ -169,9 +177,27 @@ def _settle(
     if recipe.base.weights == "auto":
         recipe = recipe.derive("base.weights", found["weights"], found["reason"])
     size = found["forecast"] and found["forecast"]["tokens_per_micro_batch"]
-    if size and recipe.train.tokens_per_micro_batch is None and size != TOKENS_PER_MICRO_BATCH[0]:
+    if (
+        size
+        and recipe.train.tokens_per_micro_batch is None
+        and size != token_budgets(on_gpu=recipe.base.device.startswith("cuda"))[0]
+    ):
         recipe = recipe.derive("train.tokens_per_micro_batch", size, "soonest over in the memory there is")
     return recipe, precision, found["forecast"]
+
+
+def _device_for(recipe: Recipe, parallel: Parallel) -> Device:
+    if not parallel.alone and ":" in recipe.base.device:
+        raise ConfigError(
+            f"base.device = {recipe.base.device} names one GPU for {parallel.size} processes",
+            hint="set base.device=cuda: each process of a machine then takes its own",
+        )
+    return choose_device(recipe.base.device)
+
+
+def number_format(settings: BaseSettings) -> Precision:
+    """The number format of the base: the one that was asked for, or what its device multiplies fastest."""
+    return choose_precision(settings.dtype or "auto", device=choose_device(settings.device).device)
 
 
 def _same_precision(chosen: Precision, parallel: Parallel) -> Precision:
@@ -211,6 +237,7 @@ def prepare_base(settings: BaseSettings, dtype: torch.dtype | None, on_event: On
 
     Raises:
         BaseModelError: it is an encoder, or the template is none.
+        ConfigError: its device is not there.
     """
     base = load_causal(settings, dtype, on_progress=on_event)
     for note in base.notes:
@@ -252,7 +279,8 @@ def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> E
 def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
     """Attach with a probe on real rows, run as training will run them."""
     packed = PackedModel(base.model)
-    batch = collate([rows.examples[index] for index in range(min(2, len(rows.examples)))])
+    few = [rows.examples[index] for index in range(min(2, len(rows.examples)))]
+    batch = packed_batch(few, base.model.device)
 
     def probe(_: torch.nn.Module) -> torch.Tensor:
         return packed.logits(packed.hidden(batch.input_ids, batch.lengths)[batch.predict_from])

@@ -34,6 +34,7 @@ def environment() -> dict[str, Any]:
         "logical_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "variables": {
             key: os.environ[key] for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ
         },
@@ -75,6 +76,7 @@ def make_record(
     machine = environment()
     described = (
         f"{machine['processor']}, {machine['threads']} threads, {machine['memory_bytes'] / 2**30:.1f} GiB"
+        + (f"; trained on '{torch.cuda.get_device_name()}'" if ready.base.model.device.type == "cuda" else "")
         + (f"; {processes} processes like this one" if processes > 1 else "")
     )
     assert measured.learning is not None  # training rows are always given

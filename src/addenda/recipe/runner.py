@@ -267,7 +267,7 @@ def _figures(ready: Prepared, result: TrainResult, measured: Evaluation, wall: f
         "epochs": result.epochs,
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
-        "peak_rss_bytes": peak_memory_bytes()["rss"],
+        **{f"peak_{memory}_bytes": peak for memory, peak in peak_memory_bytes().items()},
         "trainable_parameters": ready.handle.trainable_parameters,
         "total_parameters": ready.plan.base_parameters + ready.handle.trainable_parameters,
         "train_rows": len(ready.train.examples),

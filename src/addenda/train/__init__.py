@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from addenda.train.memory import peak_memory_bytes as peak_memory_bytes
     from addenda.train.metrics import MetricsLog as MetricsLog
     from addenda.train.metrics import read_metrics as read_metrics
+    from addenda.train.precision import Device as Device
     from addenda.train.precision import Precision as Precision
+    from addenda.train.precision import choose_device as choose_device
     from addenda.train.precision import choose_precision as choose_precision
     from addenda.train.profile import StepProfile as StepProfile
     from addenda.train.profile import StepTimes as StepTimes
 
 _PLACES = {
     "CheckpointEvent": "events",
+    "Device": "precision",
     "EvalEvent": "events",
     "Event": "events",
     "Interrupted": "interrupt",
@@ -42,6 +45,7 @@ _PLACES = {
     "StepTimes": "profile",
     "TrainConfig": "config",
     "TrainResult": "loop",
+    "choose_device": "precision",
     "choose_precision": "precision",
     "lock_run": "lock",
     "peak_memory_bytes": "memory",

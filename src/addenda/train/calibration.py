@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from addenda.bases.loaded import vocabulary_of
-from addenda.bases.miniature import block_paths, layer_kinds, miniature
+from addenda.bases.miniature import Miniature, block_paths, layer_kinds, miniature
 from addenda.bases.packed import PackedModel
+from addenda.bases.place import move
 from addenda.core import Handle, Plan
 from addenda.core.attaching import attach_paths
 from addenda.train.config import TrainConfig
@@ -118,13 +119,21 @@ class Calibration:
         return blocks + (self.around.seconds(lengths) + self.scores.seconds([trained])) / 3
 
 
-def calibrate(base: Any, planned: Plan, config: TrainConfig, *, tokens: int = 1024) -> Calibration:
+def calibrate(
+    base: Any,
+    planned: Plan,
+    config: TrainConfig,
+    *,
+    device: torch.device | str = "cpu",
+    tokens: int = 1024,
+) -> Calibration:
     """Time and count on miniatures of a base.
 
     Args:
         base: a causal model of transformers; its dense weights need not be there.
         planned: the adapters it would get.
         config: for the optimiser and the threads.
+        device: where the run will be.
         tokens: of the largest micro-batch to time.
 
     Raises:
@@ -132,9 +141,13 @@ def calibrate(base: Any, planned: Plan, config: TrainConfig, *, tokens: int = 10
     """
     started, meter = time.monotonic(), EnergyMeter()
     (first, count), *more = _kinds(base, planned).items()
-    one, two = (_Trial(base, planned, config, blocks, tokens) for blocks in ((first,), (first, first)))
-    others = [(number, _Trial(base, planned, config, (kind,), tokens)) for kind, number in more]
-    trials = [one, *(trial for _, trial in others)]
+
+    def trial(*blocks: int) -> _Trial:
+        return _Trial(miniature(base, blocks), planned, config, torch.device(device), tokens)
+
+    one, two = trial(first), trial(first, first)
+    others = [(number, trial(kind)) for kind, number in more]
+    trials = [one, *(other for _, other in others)]
     block, forward = two.both - one.both, two.forward - one.forward
     around, around_forward = one.both - block, one.forward - forward
     rows = [(count, block, forward)]
@@ -169,7 +182,7 @@ def calibrate(base: Any, planned: Plan, config: TrainConfig, *, tokens: int = 10
         path=one.packed.path,
         reason=one.packed.reason,
         fused=tuple((kind, round(whole(_counter(kind), count + below))) for kind, _ in one.packed.fused),
-        unfused=tuple(dict.fromkeys(part[:2] for trial in trials for part in trial.packed.unfused)),
+        unfused=tuple(dict.fromkeys(part[:2] for other in trials for part in other.packed.unfused)),
         watts=meter.watts(),
         seconds=time.monotonic() - started,
     )
@@ -179,10 +192,10 @@ class _Trial:
     """A miniature with its adapters, timed and counted."""
 
     def __init__(
-        self, base: Any, planned: Plan, config: TrainConfig, blocks: Sequence[int], tokens: int
+        self, small: Miniature, planned: Plan, config: TrainConfig, device: torch.device, tokens: int
     ) -> None:
-        small = miniature(base, blocks)
-        self._vocabulary = small.vocabulary
+        move(small.model, device)
+        self._device, self._vocabulary = device, small.vocabulary
         paths = [here for row in planned.rows for here in small.paths_of(row.path)]
         handle = attach_paths(small.model, planned.method, paths, name="trial")
         self.packed = PackedModel(small.model)
@@ -195,10 +208,10 @@ class _Trial:
         """Return the cost of the output head, both ways, for each trained token."""
         few, many = 128, 512
         states = self._states([many]).detach().requires_grad_()
-        targets = torch.zeros(many, dtype=torch.long)
+        targets = torch.zeros(many, dtype=torch.long, device=self._device)
 
         def run(count: int) -> None:
-            places = torch.arange(count)
+            places = torch.arange(count, device=self._device)
             packed_loss(self.packed, states, places, targets[:count], denominator=1.0).backward()
 
         short, long = (_seconds_of(run, count) for count in (few, many))
@@ -220,7 +233,7 @@ class _Trial:
         )
 
     def _states(self, lengths: list[int]) -> torch.Tensor:
-        ids = torch.arange(sum(lengths)) % min(self._vocabulary, 1000)
+        ids = torch.arange(sum(lengths), device=self._device) % min(self._vocabulary, 1000)
         return self.packed.hidden(ids, lengths)
 
     def _both_ways(self, lengths: list[int]) -> None:
@@ -256,6 +269,8 @@ def _seconds_of(function: Callable[..., object], *arguments: object) -> float:
     while len(taken) <= REPEATS and (len(taken) < 2 or sum(taken) < ENOUGH):
         started = time.perf_counter()
         function(*arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         taken.append(time.perf_counter() - started)
     return min(taken[1:])
 

@@ -15,6 +15,7 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("cosine", "linear", "constant")
 SHARDINGS = ("none", "full")
 KERNELS = ("auto", "off")
+OFFLOADS = ("auto", "none", "activations")
 HARMLESS = (
     "save_every_steps",
     "save_every_minutes",
@@ -23,6 +24,7 @@ HARMLESS = (
     "sharding",
     "kernels",
     "memory_gib",
+    "offload",
 )
 """Settings that change no number of the result, so a resumed run may change them."""
 
@@ -91,6 +93,10 @@ class TrainConfig:
     """``auto`` compiles the package's C++ where the run is long enough to gain by it, once for each machine; ``off``
     runs plain PyTorch. They differ in the last bits of the result."""
 
+    offload: Literal["auto", "none", "activations"] = "auto"
+    """On a GPU, whether what the forward pass keeps waits in the machine's memory for its backward; ``auto``: where it
+    would not fit otherwise, even with every block run again. It changes no number of the result."""
+
     def __post_init__(self) -> None:
         # TOML and JSON have no tuples.
         if isinstance(self.betas, list):
@@ -122,7 +128,13 @@ class TrainConfig:
 
     def _choices(self) -> list[str]:
         found = []
-        choices = {"schedule": SCHEDULES, "optimizer": OPTIMIZERS, "sharding": SHARDINGS, "kernels": KERNELS}
+        choices = {
+            "schedule": SCHEDULES,
+            "optimizer": OPTIMIZERS,
+            "sharding": SHARDINGS,
+            "kernels": KERNELS,
+            "offload": OFFLOADS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

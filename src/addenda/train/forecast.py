@@ -13,14 +13,22 @@ from addenda.train.calibration import Calibration
 from addenda.train.config import TrainConfig
 from addenda.train.memory import Ledger, MemoryModel
 
-__all__ = ["TOKENS_PER_MICRO_BATCH", "Forecast", "RowSize", "Workload", "forecast"]
+__all__ = ["Forecast", "RowSize", "Workload", "forecast", "token_budgets"]
 
 TOKENS_PER_MICRO_BATCH = (1024, 512, 256)
 """The first is where the speed of a processor levels off; more costs memory in proportion. The others are for machines
 with little of it."""
 
+TOKENS_ON_GPU = (16384, 8192, 4096, 2048, *TOKENS_PER_MICRO_BATCH)
+"""A GPU is kept busy by longer rows."""
+
 STEPS_TRIED = 200
 """Of a longer run so many steps, evenly spread, stand for all."""
+
+
+def token_budgets(*, on_gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of tokens that may run at once, the one that memory permitting is best first."""
+    return TOKENS_ON_GPU if on_gpu else TOKENS_PER_MICRO_BATCH
 
 
 class RowSize(NamedTuple):
@@ -110,7 +118,7 @@ def forecast(
         workload: what there is to do; a size of micro-batch that its config sets is kept.
     """
     wished = workload.config.tokens_per_micro_batch
-    sizes = (wished,) if wished else TOKENS_PER_MICRO_BATCH
+    sizes = (wished,) if wished else token_budgets(on_gpu=memory.on_gpu)
     tried = [_with(size, calibration, memory, limit, workload) for size in sizes]
     return min((found for found in tried if found), key=lambda found: found.seconds, default=None)
 

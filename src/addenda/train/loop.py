@@ -197,7 +197,8 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             seed_generators(config.seed, step, index)
             batch = packed_batch(groups[index], session.device)
             recompute = session.recompute(len(batch.input_ids))
-            hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
+            with session.offloading():
+                hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
             # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
             part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
             guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from addenda import kernels
+from addenda.bases.fast.compiled import why_not_compiled
 
 __all__ = ["Machine", "calibrating", "set_allocator", "use_machine"]
 
@@ -30,6 +31,8 @@ GIVING_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**18), (_TRIM_THRESHOLD, 2
 class Machine:
     """The choices for one run."""
 
+    device: str
+    """``cpu``, or the GPU's name and number."""
     threads: int
     """CPU threads of PyTorch and of the kernels."""
     kernels: bool
@@ -40,6 +43,11 @@ class Machine:
     """Whether freed memory stays with the process, so that the next step need not fetch and clear its pages anew."""
 
     def __str__(self) -> str:
+        if self.device != "cpu":
+            why_not = why_not_compiled() if torch.cuda.is_available() else ""
+            return f"{self.device}, " + (
+                f"nothing compiled for it ({why_not})" if why_not else "compiled for it"
+            )
         loops = "compiled kernels" if self.kernels else f"no compiled kernels ({self.why})"
         memory = ", freed memory kept for the next step" if self.keeps_memory else ""
         return f"{self.threads} CPU threads, {loops}{memory}"
@@ -66,14 +74,18 @@ def use_machine(*, wanted: bool, flop: float, device: torch.device) -> Machine:
         >>> use_machine(wanted=False, flop=1e12, device=torch.device("cpu")).why
         'switched off'
     """
-    threads = torch.get_num_threads()
+    name, threads = _name_of(device), torch.get_num_threads()
     if device.type != "cpu":
-        return Machine(threads, kernels=False, why="they are for the CPU")
+        return Machine(name, threads, kernels=False, why="they are for the CPU")
     if not wanted:
-        return Machine(threads, kernels=False, why="switched off")
+        return Machine(name, threads, kernels=False, why="switched off")
     there = kernels.enable(compile_now=flop / FLOP_PER_SECOND / threads >= WORTH_COMPILING)
     reason = "the run is too short to be worth compiling" if kernels.pending() else kernels.state()
-    return Machine(threads, kernels=there, why="" if there else reason)
+    return Machine(name, threads, kernels=there, why="" if there else reason)
+
+
+def _name_of(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else device.type
 
 
 def set_allocator(*, keep: bool) -> bool:

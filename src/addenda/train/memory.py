@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases.packed import PackedModel
-from addenda.bases.scores import CHUNK_BYTES
+from addenda.bases.scores import chunk_bytes
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
 from addenda.kernels import calls
@@ -34,8 +35,12 @@ SHARE_OF_FREE = 0.9
 FRAGMENTED = 0.5
 """What glibc's heap holds unused when nothing is given back, as a share of the activations; measured on SmolLM2."""
 
-SMALL_THINGS = 32 * 2**20
-"""Tables of kernels, threads' own buffers, Python's objects of a step."""
+SMALL_THINGS, SMALL_THINGS_ON_GPU = 32 * 2**20, 512 * 2**20
+"""Tables of kernels, threads' own buffers, Python's objects of a step; on a GPU the libraries' workspaces, and packed
+weights while they are unpacked. The latter is a guess: no GPU was there to measure it on."""
+
+ON_THE_WAY = 3
+"""Blocks whose activations are on the GPU where they are offloaded: one computed, one leaving, one coming back."""
 
 _BYTES_ASKED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -107,6 +112,10 @@ class MemoryModel:
     vocabulary: int
     blocks: int
     """Blocks that can keep their input alone; 0 where none can."""
+    on_gpu: bool = False
+    """Whether it runs on a GPU, where larger chunks of scores are made, and without the compiled kernels."""
+    offloaded: bool = False
+    """Whether activations wait in the machine's memory."""
 
     def ledger(self, tokens: int, recompute: int = 0, *, keeps_memory: bool = False) -> Ledger:
         """Return the ledger of a micro-batch.
@@ -117,15 +126,18 @@ class MemoryModel:
             keeps_memory: whether the allocator keeps what is freed.
         """
         block = (self.kept_per_token - self.least_per_token) / max(self.blocks, 1)
-        activations = int(tokens * (self.kept_per_token - recompute * block))
-        chunk = min(CHUNK_BYTES, 4 * tokens * self.vocabulary)
+        there = min(1.0, ON_THE_WAY / max(self.blocks, 1)) if self.offloaded else 1.0
+        activations = int(tokens * (self.kept_per_token - recompute * block) * there)
+        chunk = min(chunk_bytes(on_gpu=self.on_gpu), 4 * tokens * self.vocabulary)
+        at_once = 6 if self.on_gpu else 1 if calls.usable(torch.empty(0)) else 3
         unused = FRAGMENTED * activations if keeps_memory else 0
         return Ledger(
             self.present,
             self.trained,
             activations,
-            chunk if calls.usable(torch.empty(0)) else 3 * chunk,
-            int(block * tokens * (1.5 if recompute else 0.5) + unused) + SMALL_THINGS,
+            at_once * chunk,
+            int(block * tokens * (1.5 if recompute else 0.5) + unused)
+            + (SMALL_THINGS_ON_GPU if self.on_gpu else SMALL_THINGS),
         )
 
     def recompute_for(self, tokens: int, limit: int) -> int | None:
@@ -141,6 +153,11 @@ class MemoryModel:
             fits = self.ledger(middle, self.blocks).total <= limit
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
+
+    def suited(self, offload: str, longest: int, limit: int) -> MemoryModel:
+        """Return the model with activations offloaded, if that was asked for or the longest row fits no other way."""
+        scarce = offload == "auto" and self.on_gpu and self.recompute_for(longest, limit) is None
+        return dataclasses.replace(self, offloaded=offload == "activations" or scarce)
 
 
 def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
@@ -166,6 +183,7 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
         least_per_token=max(0.0, least),
         vocabulary=vocabulary,
         blocks=packed.blocks,
+        on_gpu=on_gpu,
     )
 
 
@@ -237,7 +255,7 @@ def out_of_memory_named(settings: dict[str, tuple[object, object]]) -> Iterator[
             raise
         raise OutOfMemory(
             "the step did not fit into memory",
-            where={"asked for": _asked(error), "free": f"{psutil.virtual_memory().available:,} bytes"},
+            where={"asked for": _asked(error), "free": f"{_free(error):,} bytes"},
             hint="; or ".join(f"set {key}={smaller} (now {now})" for key, (now, smaller) in settings.items()),
         ) from error
 
@@ -249,6 +267,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return any(
         sign in text for sign in ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
     )
+
+
+def _free(error: BaseException) -> int:
+    if torch.cuda.is_available() and "CUDA" in str(error):
+        return torch.cuda.mem_get_info()[0]
+    return int(psutil.virtual_memory().available)
 
 
 def _asked(error: BaseException) -> str:

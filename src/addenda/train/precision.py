@@ -1,4 +1,4 @@
-"""Which number format suits this machine, and why.
+"""Which device and which number format suit this machine, and why.
 
 Half the bytes for weights and activations is worth having everywhere, but only a processor that multiplies bfloat16
 natively is also faster with it; another converts every number first and takes several times as long.
@@ -13,7 +13,48 @@ import torch
 
 from addenda.errors import ConfigError
 
-__all__ = ["Precision", "choose_precision"]
+__all__ = ["Device", "Precision", "choose_device", "choose_precision"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a base runs, and the reason in words."""
+
+    device: torch.device
+    reason: str
+
+
+def choose_device(wish: str = "auto") -> Device:
+    """Choose where a base runs.
+
+    Args:
+        wish: ``auto``, ``cpu``, ``cuda`` (of several processes on a machine each takes its own GPU) or ``cuda:N``.
+
+    Raises:
+        ConfigError: a GPU was asked for that PyTorch cannot use.
+
+    Example:
+        >>> choose_device("cpu")
+        Device(device=device(type='cpu'), reason='as asked')
+    """
+    usable = torch.cuda.is_available()
+    if wish == "auto":
+        if usable:
+            return Device(torch.device("cuda"), f"PyTorch can use '{torch.cuda.get_device_name()}'")
+        return Device(torch.device("cpu"), "PyTorch finds no GPU it can use")
+    device = torch.device(wish)
+    if device.type != "cuda":
+        return Device(device, "as asked")
+    names = [f"cuda:{n}" for n in range(torch.cuda.device_count())] if usable else []
+    if not names or (device.index or 0) >= len(names):
+        build = f"PyTorch {torch.__version__}, {'with' if torch.version.cuda else 'without'} CUDA"
+        raise ConfigError(
+            f"there is no '{wish}' on this machine",
+            where={"devices": " ".join(["cpu", *names]), "build": build},
+            hint="set base.device=auto"
+            + ("" if torch.version.cuda else ", or install a build of PyTorch with CUDA"),
+        )
+    return Device(device, "as asked")
 
 
 @dataclass(frozen=True)
@@ -48,12 +89,14 @@ def choose_precision(wish: str = "auto", *, device: str | torch.device = "cpu") 
     kind = torch.device(device).type
     if wish != "auto":
         return Precision(getattr(torch, wish), "as asked")
-    return _for_cuda() if kind == "cuda" else _for_cpu() if kind == "cpu" else _timed(kind)
+    return _for_cuda(device) if kind == "cuda" else _for_cpu() if kind == "cpu" else _timed(kind)
 
 
-def _for_cuda() -> Precision:
-    name = torch.cuda.get_device_name()
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+def _for_cuda(device: str | torch.device) -> Precision:
+    name = torch.cuda.get_device_name(device)
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if native:
         return Precision(torch.bfloat16, f"'{name}' multiplies bfloat16 natively")
     return Precision(torch.float32, f"'{name}' does not multiply bfloat16 natively")
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from addenda.train.checkpoint import (
 )
 from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
-from addenda.train.forecast import TOKENS_PER_MICRO_BATCH
+from addenda.train.forecast import token_budgets
 from addenda.train.guards import require_trainable
 from addenda.train.machine import Machine, set_allocator, use_machine
 from addenda.train.memory import MemoryModel, measure_memory, memory_limit
+from addenda.train.offload import Offload, require_offloadable
 from addenda.train.optimizer import make_optimizer
 from addenda.train.parallel import Parallel
 from addenda.train.state import (
@@ -74,6 +76,8 @@ class Session:
     machine: Machine
     memory: MemoryModel
     memory_limit: int
+    offload: Offload | None = None
+    """Where activations wait in the machine's memory, by what they do."""
     best: dict[str, Tensor] | None = None
     saved_step: int | None = None
     saved_at: float = 0.0
@@ -94,6 +98,10 @@ class Session:
         """Return how many blocks keep their input alone in a micro-batch of this many tokens."""
         found = self.memory.recompute_for(tokens, self.memory_limit)
         return self.memory.blocks if found is None else found
+
+    def offloading(self) -> AbstractContextManager[None]:
+        """Send what the forward pass keeps to the machine's memory within the block, if it was so decided."""
+        return nullcontext() if self.offload is None else self.offload.on()
 
     def keep_best(self) -> None:
         """Keep a copy of the adapter as it is now."""
@@ -170,6 +178,7 @@ class Session:
         """What may change the last bits of the result from one part of a run to the next."""
         return {
             "torch": torch.__version__,
+            "device": self.machine.device,
             "CPU threads": torch.get_num_threads(),
             "kernels": self.machine.kernels,
         }
@@ -204,10 +213,12 @@ def open_session(
         emit(NoticeEvent(0, f"{rows.left_out} rows have no token to train on and are left out"))
     load_adapter(handle, parallel.share(adapter_tensors(handle)))
     order, device = RowOrder(len(rows), config), next(handle.parameters()).device
+    require_offloadable(config, device)
     machine = use_machine(wanted=config.kernels == "auto", flop=_flop(model, rows, order), device=device)
     packed = PackedModel(model)
-    memory = measure_memory(handle, packed)
     limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
+    offload = config.offload if config.sharding == "none" else "none"
+    memory = measure_memory(handle, packed).suited(offload, rows.longest, limit)
     [tokens] = parallel.least(_micro_batch(memory, limit, rows.longest, config))
     largest = max(tokens, rows.longest)
     machine.keeps_memory = device.type == "cpu" and set_allocator(
@@ -234,6 +245,7 @@ def open_session(
         machine=machine,
         memory=memory,
         memory_limit=limit,
+        offload=Offload(model, device) if memory.offloaded else None,
     )
     session.identity.update(_identity(session))
     return session
@@ -246,7 +258,7 @@ def _micro_batch(memory: MemoryModel, limit: int, longest: int, config: TrainCon
         OutOfMemory: the longest row does not fit, whatever is run again.
     """
     wished = config.tokens_per_micro_batch
-    choices = (wished,) if wished else TOKENS_PER_MICRO_BATCH
+    choices = (wished,) if wished else token_budgets(on_gpu=memory.on_gpu)
     tokens = next((n for n in choices if memory.ledger(n).total <= limit), choices[-1])
     largest = max(tokens, longest)
     if memory.recompute_for(largest, limit) is not None:
@@ -366,4 +378,5 @@ def _memory_in_words(session: Session) -> str:
     recompute = session.recompute(tokens)
     ledger = session.memory.ledger(tokens, recompute, keeps_memory=session.machine.keeps_memory)
     again = f", {recompute} of {session.memory.blocks} blocks run again in the backward" if recompute else ""
+    again += ", activations wait in the machine's memory" if session.offload else ""
     return f"at most {ledger} of {session.memory_limit / 2**20:,.0f} MiB{again}"

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from addenda.bases import formats
 from addenda.bases.formats import normal, rowwise
+from addenda.bases.formats.bits import table
 from addenda.errors import BaseModelError, NotFoundError
 from addenda.kernels.library import enable, kernels_off
 
@@ -152,3 +154,21 @@ def test_numbers_that_are_not_finite_are_refused(quantize: object) -> None:
     weight[1, 5] = float("nan")
     with pytest.raises(BaseModelError, match="not finite"):
         quantize(weight)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", GGUF + OURS)
+def test_every_format_is_unpacked_on_the_device_of_its_bytes(name: str) -> None:
+    raw, d_in = random_rows(name)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.empty(len(raw), d_in, dtype=dtype, device="meta")
+        assert formats.get(name).dequantize(raw.to("meta"), d_in, out) is out
+
+
+def test_a_table_is_made_once_for_a_device_and_not_while_a_compiler_looks_on() -> None:
+    numbers = (torch.rand(()).item(), 2.0)
+    with FakeTensorMode():
+        assert isinstance(table(numbers, torch.device("cpu")), FakeTensor)
+    first = table(numbers, torch.device("cpu"))
+    assert first.tolist() == torch.tensor(numbers).tolist()
+    assert table(numbers, torch.device("cpu")) is first
+    assert table(numbers, torch.device("meta")).device.type == "meta"

@@ -6,7 +6,7 @@ travel as a keyword argument of the model's forward, never as module or global s
 
 On the CPU a kernel of this package does forward and backward, rotary positions included. Its twin takes PyTorch's fused
 kernel for the forward where that can do the work, and plain products per block of queries for the backward. Nothing of
-size length x length outlives a block.
+size length x length outlives a block. On a GPU `flex` does the work, and where it cannot, PyTorch sample by sample.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from addenda.bases.fast.flex import flex_attend, flex_takes
 from addenda.bases.fast.plain_attention import Plan, hidden_keys, plain_backward, plain_forward
 from addenda.bases.fast.segments import Rotary, Rule, Segments, turned
 from addenda.errors import BaseModelError
@@ -111,9 +112,11 @@ def attend(
     Returns:
         ``(heads, T, d_v)``.
     """
-    if dropout or query.device.type not in ("cpu", "meta"):
+    if dropout or query.device.type != "cpu":
         if rotary:
             query, key = turned(query, rotary), turned(key, rotary)
+        if not dropout and flex_takes(query, value, rule):
+            return flex_attend(query, key, value, segments, rule)
         parts = [
             _library_attention(query[:, a:b], key[:, a:b], value[:, a:b], rule, dropout)
             for a, b in segments.bounds

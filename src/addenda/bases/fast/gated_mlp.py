@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
 from addenda.core.host import count_call
 from addenda.core.sharing import (
@@ -141,6 +142,11 @@ class _Gated(torch.autograd.Function):
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if _kernel_takes(activation, gate, up):
         return calls.gated_forward(gate, up, activation)
+    return _plain(gate, up, activation)
+
+
+@compiled_on_gpu
+def _plain(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation][0](gate).mul_(up)
 
 
@@ -148,6 +154,11 @@ def _gated_backward(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> 
     """The gradients of gate and up, and act(gate) * up again."""
     if _kernel_takes(activation, gate, up, grad):
         return calls.gated_backward(gate, up, grad, activation)
+    return _plain_backward(gate, up, grad, activation)
+
+
+@compiled_on_gpu
+def _plain_backward(gate: Tensor, up: Tensor, grad: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     activate, backward = ACTIVATIONS[activation]
     active = activate(gate)
     return backward(grad * up, gate), active * grad, active.mul_(up)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
 from addenda.core.sharing import remakable
 from addenda.kernels import calls
@@ -65,6 +66,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> tuple[Ten
     return _plain(x, weight, eps, plus_one=plus_one)
 
 
+@compiled_on_gpu
 def _plain(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> tuple[Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = (
@@ -93,7 +95,12 @@ class _RmsNorm(torch.autograd.Function):
         g = grads[0]
         if not torch.is_grad_enabled() and calls.usable(x, weight, g, width=x.shape[-1]):
             return calls.rms_norm_backward(x, weight, scale[..., 0], g, float(ctx.plus_one)), None, None, None
-        wide = x.to(scale.dtype)
-        grad = g.to(scale.dtype) * (weight.to(scale.dtype) + float(ctx.plus_one))
-        pull = (grad * wide).sum(-1, keepdim=True) * scale.pow(3) / -x.shape[-1]
-        return (grad * scale + wide * pull).to(x.dtype), None, None, None
+        return _plain_backward(g, x, scale, weight, plus_one=ctx.plus_one), None, None, None
+
+
+@compiled_on_gpu
+def _plain_backward(g: Tensor, x: Tensor, scale: Tensor, weight: Tensor, *, plus_one: bool) -> Tensor:
+    wide = x.to(scale.dtype)
+    grad = g.to(scale.dtype) * (weight.to(scale.dtype) + float(plus_one))
+    pull = (grad * wide).sum(-1, keepdim=True) * scale.pow(3) / -x.shape[-1]
+    return (grad * scale + wide * pull).to(x.dtype)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from addenda.bases.fast.compiled import compiled_on_gpu
 
 __all__ = ["Rotary", "Rule", "Segments", "turned"]
 
@@ -24,6 +27,8 @@ class Segments:
     """Tokens of each sample, in order; all positive. Tokens of the row behind them belong to no sample."""
     windows: set[int | None] = field(default_factory=set)
     """Sliding windows the layers asked for, collected while they ran."""
+    masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
+    """What attention on a GPU has worked out for the layers: by the row's tokens and the window."""
 
     @property
     def bounds(self) -> tuple[tuple[int, int], ...]:
@@ -51,6 +56,7 @@ Rotary = tuple[Tensor, Tensor]
 ``x`` and the one half the width behind it, ``y``, become ``x cos - y sin`` and ``y cos + x sin`` (arXiv:2104.09864)."""
 
 
+@compiled_on_gpu
 def turned(x: Tensor, rotary: Rotary, *, back: bool = False) -> Tensor:
     """x: (heads, T, d) -> the same with positions; `back` turns the other way, which is the transpose."""
     cos, sin = rotary

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["halves", "nibbles", "shifted", "signed", "singles"]
+__all__ = ["halves", "nibbles", "shifted", "signed", "singles", "table"]
+
+_tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
 def halves(raw: Tensor) -> Tensor:
@@ -32,3 +34,13 @@ def shifted(raw: Tensor, shifts: range, mask: int) -> Tensor:
 def nibbles(raw: Tensor, run: int) -> Tensor:
     """``(n, k)`` bytes -> ``(n, 2 k)``: of each ``run`` bytes the lower halves, then the upper ones."""
     return shifted(raw.reshape(-1, run), range(0, 8, 4), 15).reshape(len(raw), -1)
+
+
+def table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """The numbers that codes stand for, float32 on a device; made once for each, since a GPU is waited for by it."""
+    if torch.compiler.is_compiling() or (numbers, device) not in _tables:
+        made = torch.tensor(numbers, dtype=torch.float32, device=device)
+        if type(made) is not Tensor or torch.compiler.is_compiling():  # traced: it holds no numbers to keep
+            return made
+        _tables[numbers, device] = made
+    return _tables[numbers, device]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from addenda.bases.formats.bits import halves, nibbles
+from addenda.bases.formats.bits import halves, nibbles, table
 from addenda.bases.formats.registry import WeightFormat, register
 
 __all__: list[str] = []
@@ -15,7 +15,7 @@ _NUMBERS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89,
 
 
 def _numbers(codes: Tensor) -> Tensor:
-    return torch.tensor(_NUMBERS, dtype=torch.float32, device=codes.device)[codes.int()]
+    return table(_NUMBERS, codes.device)[codes.int()]
 
 
 def _iq4_nl(raw: Tensor) -> Tensor:

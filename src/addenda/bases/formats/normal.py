@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from addenda.bases.formats.bits import singles
+from addenda.bases.formats.bits import singles, table
 from addenda.bases.formats.registry import WeightFormat, register
 from addenda.errors import BaseModelError
 
@@ -24,13 +24,9 @@ _LEVELS = (
 )  # fmt: skip
 
 
-def _levels(device: torch.device) -> Tensor:
-    return torch.tensor(_LEVELS, dtype=torch.float32, device=device)
-
-
 def _decode(raw: Tensor) -> Tensor:
     codes = torch.stack([raw[:, 4:] >> 4, raw[:, 4:] & 15], dim=-1).view(len(raw), BLOCK)
-    return _levels(raw.device)[codes.int()] * singles(raw[:, :4])
+    return table(_LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
 
 
 def quantize(weight: Tensor) -> Tensor:
@@ -52,7 +48,7 @@ def quantize(weight: Tensor) -> Tensor:
             "a weight with numbers that are not finite cannot be packed", hint="fetch the model again"
         )
     absmax = blocks.abs().amax(1, keepdim=True)
-    levels = _levels(weight.device)
+    levels = table(_LEVELS, weight.device)
     between = (levels[1:] + levels[:-1]) / 2
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax)
     codes = torch.bucketize(scaled, between).to(torch.uint8)

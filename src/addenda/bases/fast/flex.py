@@ -1,0 +1,106 @@
+"""Attention over a packed row on a GPU: one kernel for all samples, which skips the blocks that nobody sees.
+
+`flex_attention` (arXiv:2412.05496) is compiled by PyTorch for the mask and the score it is given. A token of a packed
+row sees an unbroken run of keys that ends with itself, so one number for each token, the first key it sees, says all
+about samples and sliding window; and since that number never falls, which blocks are seen follows from the bounds of
+each block alone. The mask is made on the CPU, where the lengths are, and once for all layers of the same window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from addenda.bases.fast.compiled import compiled, why_not_compiled
+from addenda.bases.fast.segments import Rule, Segments
+
+__all__ = ["BLOCK", "flex_attend", "flex_takes"]
+
+BLOCK = 128
+"""Queries and keys of a block; rows are filled up to a multiple, which also keeps the number of shapes small."""
+
+NARROWEST = 16
+"""Least width of a head that the GPU's matrix units take."""
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def flex_takes(query: Tensor, value: Tensor, rule: Rule) -> bool:
+    """Whether the compiled kernel can do this: query (heads, T, d), value (heads, T, d_v)."""
+    if not (query.is_cuda and rule.causal and query.dtype in _DTYPES):
+        return False
+    return min(query.shape[-1], value.shape[-1]) >= NARROWEST and not why_not_compiled()
+
+
+def flex_attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
+    """Attention within each segment, as `attend` does it; causal, and without dropout."""
+    tokens, used = query.shape[1], sum(segments.lengths)
+    if (tokens, rule.window) not in segments.masks:
+        segments.masks[tokens, rule.window] = _block_mask(segments, tokens, rule.window, query.device)
+    out = _flex_on(query.device)(
+        query[None],
+        key[None],
+        value[None],
+        score_mod=None if rule.softcap is None else _capped(rule.softcap),
+        block_mask=segments.masks[tokens, rule.window],
+        scale=rule.scaling,
+        enable_gqa=True,
+    )[0]
+    return out if used == tokens else functional.pad(out[:, :used], (0, 0, 0, tokens - used))
+
+
+def _flex_on(device: torch.device) -> Callable[..., Tensor]:
+    # Uncompiled it holds all scores, which is for tests.
+    function: Any = flex_attention
+    return compiled(function) if device.type == "cuda" else function
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+def _block_mask(segments: Segments, tokens: int, window: int | None, device: torch.device) -> BlockMask:
+    first = _first_keys(segments, tokens, window)
+    blocks = -(-tokens // BLOCK)
+    own, every = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
+    starts = first[::BLOCK, None]
+    ends = first[torch.arange(BLOCK, tokens + BLOCK, BLOCK).clamp(max=tokens) - 1, None]
+    seen = (every <= own) & ((every + 1) * BLOCK > starts)
+    whole = (every < own) & (every * BLOCK >= ends)
+    on_device = first.to(device)
+
+    def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= on_device[query]) & (key <= query)
+
+    made = BlockMask.from_kv_blocks(
+        *_listed(seen & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(tokens, tokens),
+    )
+    return made.to(device)
+
+
+def _first_keys(segments: Segments, tokens: int, window: int | None) -> Tensor:
+    """The first key that each token sees, (tokens,) int32; tokens behind the last sample are one of their own."""
+    lengths = (*segments.lengths, tokens - sum(segments.lengths))
+    starts = torch.tensor([start for start, _ in segments.bounds] + [sum(segments.lengths)])
+    first = starts.repeat_interleave(torch.tensor(lengths))
+    if window is not None:
+        first = torch.maximum(first, torch.arange(tokens) - window + 1)
+    return first.int()
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(queries, keys) bool -> how many keys each row has, (1, 1, queries), and all keys with those first."""
+    listed = torch.argsort(blocks.int(), dim=1, descending=True, stable=True)
+    return blocks.sum(1).int()[None, None], listed.int()[None, None]
