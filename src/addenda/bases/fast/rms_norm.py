@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
-from addenda.core.sharing import remakable
+from addenda.core.remaking import remakable
 from addenda.kernels import calls
 
 __all__ = ["rms_norm"]
