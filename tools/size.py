@@ -23,7 +23,7 @@ BUDGETS = {
     "kernels": 550,  # Python only: compile, load, call
     "core": 3400,  # layer kinds, packed and quantised too, and their host; shared, tied and computed weights: refusals
     "methods": 800,
-    "bases": 5700,  # four sources, each checked byte by byte before it is opened; packing; lean forms; weight formats
+    "bases": 6000,  # four sources, each checked byte by byte; packing; lean forms, in batches too; weight formats
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
     "train": 3500,  # checkpoints, locks, interrupts, guards, the memory ledger and several processes, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from addenda.bases.fast.fusion import Fusion
 from addenda.bases.fast.gated_mlp import ACTIVATIONS, activation_of
 from addenda.core.remaking import remakable
+from addenda.kernels import calls
 
 __all__ = ["activation", "layer_norm"]
 
@@ -45,8 +48,37 @@ def activation(module: nn.Module, like: Tensor) -> Fusion | None:
     name = None if holds or isinstance(module, nn.Identity | nn.Dropout) else activation_of(module, like)
     if name is None:
         return None
-    function = ACTIVATIONS[name][0]
-    return Fusion("activation", module, type(module), lambda x: _marked(function(x), function, x))
+
+    def forward(x: Tensor) -> Tensor:
+        if x.requires_grad and calls.usable(x, width=x.numel()):
+            y: Tensor = _Activation.apply(x, name)
+        else:
+            y = ACTIVATIONS[name][0](x)
+        return _marked(y, partial(_activated, name=name), x)
+
+    return Fusion("activation", module, type(module), forward)
+
+
+def _activated(x: Tensor, *, name: str) -> Tensor:
+    if calls.usable(x, width=x.numel()):
+        return calls.activation(x, name)
+    return ACTIVATIONS[name][0](x)
+
+
+class _Activation(torch.autograd.Function):
+    """The activation by its kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.name = name
+        return calls.activation(x, name)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return calls.activation(x, ctx.name, grads[0].contiguous()), None
 
 
 def _marked(y: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
