@@ -43,7 +43,8 @@ def render(document: dict[str, Any]) -> str:
         f"{data['title']}: {data['rows']:,} rows, {data['tokens_per_row']['mean']:.0f} tokens each on average "
         f"(longest {data['tokens_per_row']['longest']}), {data['share_of_tokens_in_answers']:.0%} of them in answers. "
         f"{about['cores']} cores of {about['cpu']} ({', '.join(about['cpu_features'])}), {about['memory_gib']} GiB; "
-        f"{document['settings']['dtype']}; {document['settings']['threads']} threads; median of {document['settings']['repeats']} alternating runs, "
+        f"{document['settings']['dtype']}; {document['settings']['threads']} threads; "
+        f"median of {document['settings']['repeats']} alternating runs, "
         f"range in brackets; {document['date']}. "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
         + ".",
