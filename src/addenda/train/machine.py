@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from addenda import kernels
 from addenda.bases.fast.compiled import why_not_compiled
+from addenda.core.packed_layers import packed_numel
 
-__all__ = ["Machine", "calibrating", "set_allocator", "use_machine"]
+__all__ = ["Machine", "calibrating", "run_flop", "set_allocator", "use_machine"]
 
 WORTH_COMPILING = 60.0
 """Seconds of a run, by a rough guess, from which on compiling (a few seconds) costs less than the kernels save."""
@@ -60,6 +62,11 @@ class Machine:
             return
         with kernels.kernels_off():
             yield
+
+
+def run_flop(model: nn.Module, tokens: float) -> float:
+    """Return roughly what a run takes: a product forward and one backward with every weight, for every token."""
+    return 4.0 * (sum(p.numel() for p in model.parameters()) + packed_numel(model)) * tokens
 
 
 def use_machine(*, wanted: bool, flop: float, device: torch.device) -> Machine:

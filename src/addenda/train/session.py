@@ -35,7 +35,7 @@ from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
 from addenda.train.forecast import token_budgets
 from addenda.train.guards import require_trainable
-from addenda.train.machine import Machine, set_allocator, use_machine
+from addenda.train.machine import Machine, run_flop, set_allocator, use_machine
 from addenda.train.memory import MemoryModel, measure_memory, memory_limit
 from addenda.train.offload import Offload, require_offloadable
 from addenda.train.optimizer import make_optimizer
@@ -214,7 +214,8 @@ def open_session(
     load_adapter(handle, parallel.share(adapter_tensors(handle)))
     order, device = RowOrder(len(rows), config), next(handle.parameters()).device
     require_offloadable(config, device)
-    machine = use_machine(wanted=config.kernels == "auto", flop=_flop(model, rows, order), device=device)
+    flop = run_flop(model, order.passes * rows.tokens)
+    machine = use_machine(wanted=config.kernels == "auto", flop=flop, device=device)
     packed = PackedModel(model)
     limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
     offload = config.offload if config.sharding == "none" else "none"
@@ -273,12 +274,6 @@ def _micro_batch(memory: MemoryModel, limit: int, longest: int, config: TrainCon
         + "; or ".join([*smaller, f"train.memory_gib={ledger.total / 2**30:.1f}", "base.dtype=bfloat16"])
         + "; or take a smaller base: 'addenda models'",
     )
-
-
-def _flop(model: nn.Module, rows: UsableRows, order: RowOrder) -> float:
-    """Roughly what the run takes: a product forward and one backward with every weight, for every token."""
-    epochs = order.steps / max(order.steps_per_epoch, 1)
-    return 4.0 * sum(p.numel() for p in model.parameters()) * rows.tokens * epochs
 
 
 def _identity(session: Session) -> dict[str, str]:
