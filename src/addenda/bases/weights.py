@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
-
 from addenda.bases.gguf_file import Form
+from addenda.memory.available import available_memory
 
 __all__ = ["Choice", "Weights", "choose"]
 
@@ -36,7 +35,7 @@ def choose(weights: Weights, *, parameters: int, itemsize: int, available: int |
             the available memory.
         parameters: numbers of the base.
         itemsize: bytes of a dense one.
-        available: bytes of memory there are; None asks the machine.
+        available: bytes of memory there are; None asks the machine and the container.
 
     Example:
         >>> choose("auto", parameters=10**9, itemsize=4, available=6 * 10**9).form
@@ -46,7 +45,7 @@ def choose(weights: Weights, *, parameters: int, itemsize: int, available: int |
     """
     if weights != "auto":
         return Choice("packed" if weights == "packed" else "dense", "asked for", asked=True)
-    free = psutil.virtual_memory().available if available is None else available
+    free = available_memory() if available is None else available
     dense = parameters * itemsize
     fits = dense <= WORKING_SHARE * free
     takes = "take" if fits else "would take"

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -18,6 +17,7 @@ from addenda.bases.scores import CHUNK_BYTES
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
 from addenda.kernels import calls
+from addenda.memory.available import available_memory
 
 __all__ = [
     "Ledger",
@@ -185,18 +185,7 @@ def memory_limit(device: torch.device, gib: float | None = None, *, shared_by: i
         return int(gib * 2**30)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-    free = min(psutil.virtual_memory().available, _container_free())
-    return int(free * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
-
-
-def _container_free() -> int:
-    """What the control group of this process leaves, by the files of cgroup 2; endless where there is no limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
-        return sys.maxsize
-    return max(0, limit - used)
+    return int(available_memory() * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
 
 
 def _saved_bytes(handle: Handle, packed: PackedModel, tokens: int, recompute: int) -> int:
