@@ -21,7 +21,7 @@ LONG_FUNCTIONS = {"train/loop.py": 120}  # one function there: a training loop i
 BUDGETS = {
     "templates": 650,  # a process, its limits, the environment it renders in; control tokens told from text
     "kernels": 550,  # Python only: compile, load, call
-    "memory": 100,
+    "memory": 250,
     "core": 3400,  # layer kinds, packed and quantised too, and their host; shared, tied and computed weights: refusals
     "methods": 800,
     "bases": 5700,  # four sources, each checked byte by byte before it is opened; packing; lean forms; weight formats

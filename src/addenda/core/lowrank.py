@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from addenda.memory.arena import product
+
 __all__ = ["FrozenLinear", "add_scaled", "frozen_linear", "low_rank_linear"]
 
 
@@ -37,7 +39,7 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
-        h = rows @ A_.t()
+        h = product(rows, A_.t())
         y = add_scaled(base.linear(rows), h, B_, scaling)
         ctx.save_for_backward(x, h, A, B)
         ctx.base, ctx.scaling = base, scaling

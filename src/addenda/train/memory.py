@@ -17,6 +17,7 @@ from addenda.bases.scores import CHUNK_BYTES
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
 from addenda.kernels import calls
+from addenda.memory.arena import Arena
 from addenda.memory.available import available_memory
 
 __all__ = [
@@ -31,11 +32,14 @@ __all__ = [
 SHARE_OF_FREE = 0.9
 """Of the memory that is free now: other programs go on growing."""
 
-FRAGMENTED = 0.5
-"""What glibc's heap holds unused when nothing is given back, as a share of the activations; measured on SmolLM2."""
+FRAGMENTED = 0.3
+"""What glibc's heap holds unused when it keeps freed blocks, as a share of the activations in it; seen on SmolLM2."""
 
 SMALL_THINGS = 32 * 2**20
 """Tables of kernels, threads' own buffers, Python's objects of a step."""
+
+SHORT, LONG = 64, 192
+"""Tokens of the rows that are measured; whole multiples of 64, to which rows are filled up."""
 
 _BYTES_ASKED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -102,6 +106,8 @@ class MemoryModel:
     trained: int
     kept_per_token: float
     """Bytes that the forward pass keeps for the backward, of each token of a micro-batch."""
+    loose_per_token: float
+    """Of them, those that no arena holds: they lie on the heap."""
     least_per_token: float
     """The same where every block keeps its input alone."""
     vocabulary: int
@@ -119,7 +125,8 @@ class MemoryModel:
         block = (self.kept_per_token - self.least_per_token) / max(self.blocks, 1)
         activations = int(tokens * (self.kept_per_token - recompute * block))
         chunk = min(CHUNK_BYTES, 4 * tokens * self.vocabulary)
-        unused = FRAGMENTED * activations if keeps_memory else 0
+        loose = activations * self.loose_per_token / max(self.kept_per_token, 1.0)
+        unused = FRAGMENTED * loose if keeps_memory else 0
         return Ledger(
             self.present,
             self.trained,
@@ -144,17 +151,17 @@ class MemoryModel:
 
 
 def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
-    """Measure what a token takes, by two short forward passes.
+    """Measure what a token takes, by short forward passes.
 
     Args:
         handle: the adapter; its model must be on the CPU or a GPU, not on the meta device.
         packed: the model as it will be run.
     """
     device = _device(handle)
-    kept, least = (
-        (_saved_bytes(handle, packed, 192, k) - _saved_bytes(handle, packed, 64, k)) / 128
-        for k in (0, packed.blocks)
-    )
+    kept, least = (_saved_per_token(handle, packed, recompute=k) for k in (0, packed.blocks))
+    arena = Arena(int(2 * kept * LONG))
+    with arena.serving():
+        loose = _saved_per_token(handle, packed, outside=arena)
     with torch.no_grad():
         hidden = packed.hidden(torch.zeros(1, dtype=torch.long, device=device), [1])
         vocabulary = packed.logits(hidden).shape[-1]
@@ -163,6 +170,7 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
         present=torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss,
         trained=16 * handle.trainable_parameters,
         kept_per_token=max(0.0, kept),
+        loose_per_token=max(0.0, loose),
         least_per_token=max(0.0, least),
         vocabulary=vocabulary,
         blocks=packed.blocks,
@@ -188,21 +196,31 @@ def memory_limit(device: torch.device, gib: float | None = None, *, shared_by: i
     return int(available_memory() * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
 
 
-def _saved_bytes(handle: Handle, packed: PackedModel, tokens: int, recompute: int) -> int:
+def _saved_per_token(
+    handle: Handle, packed: PackedModel, *, recompute: int = 0, outside: Arena | None = None
+) -> float:
+    """Return the bytes that a forward pass keeps of each token for its backward pass; `outside` an arena alone."""
+    short, long = (_saved_bytes(handle, packed, tokens, recompute, outside) for tokens in (SHORT, LONG))
+    return (long - short) / (LONG - SHORT)
+
+
+def _saved_bytes(
+    handle: Handle, packed: PackedModel, tokens: int, recompute: int, outside: Arena | None
+) -> int:
     """Return the bytes that a forward pass keeps for its backward pass, weights left out."""
     weights = {t.untyped_storage().data_ptr() for t in [*handle.model.parameters(), *handle.model.buffers()]}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not (outside is not None and outside.holds(tensor)):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(tokens, dtype=torch.long, device=_device(handle))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = packed.hidden(ids, [tokens], recompute=recompute)
-    return sum(kept.values()) + hidden.untyped_storage().nbytes()
+        note(packed.hidden(ids, [tokens], recompute=recompute))
+    return sum(kept.values())
 
 
 def _device(handle: Handle) -> torch.device:
