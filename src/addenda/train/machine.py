@@ -24,9 +24,10 @@ FLOP_PER_SECOND = 1e11
 """Of one thread, for that guess."""
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-KEEPING = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
+KEEPING = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**20))
 GIVING_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**18), (_TRIM_THRESHOLD, 2**20), (_TOP_PAD, 2**17))
-"""Parameters of glibc's mallopt, and their values."""
+"""Parameters of glibc's mallopt, and their values. Even where blocks are kept, those of 32 MiB and more (scores of the
+vocabulary) are given back: they would be cut up by the small ones, and a new one found no place."""
 
 
 @dataclass
