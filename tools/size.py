@@ -25,7 +25,7 @@ BUDGETS = {
     "methods": 800,
     "bases": 6000,  # four sources, each checked byte by byte before it is opened; packing; lean forms; formats; GPUs
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
-    "train": 3900,  # checkpoints, locks, interrupts, guards, memory and its offload, several processes, beside the loop
+    "train": 4500,  # checkpoints, locks, guards, memory and its offload, processes, forecasts, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 1200,
     "cli": 2000,

@@ -15,6 +15,7 @@ parser.add_argument("--out", required=True, help="where the result goes")
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--warmup", type=int, required=True)
 parser.add_argument("--steps", type=int, required=True, help="timed steps after the warm-up")
+parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True, help="of the base")
 parser.add_argument("--train-on", choices=("assistant", "all"), default="assistant")
 parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 parser.add_argument("--micro-batch", type=int, default=None, help="tokens run at once, if not the default")
@@ -40,7 +41,7 @@ def on_event(event: train.Event) -> None:
 
 
 losses: list[float] = []
-base = addenda.load_base(options.model, dtype=torch.bfloat16, device=options.device)
+base = addenda.load_base(options.model, dtype=getattr(torch, options.dtype), device=options.device)
 handle = addenda.attach(base.model, addenda.LoRA(rank=16), "all-linear")
 encoder = data.Encoder(base.tokenizer, base.chat_template, options.train_on, max_tokens=1024, overflow="cut")
 examples = data.encode_rows(data.read_dataset(options.data).require_clean().conversations, encoder)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["busy_seconds", "describe", "versions", "wait_until_quiet"]
+__all__ = ["busy_seconds", "describe", "multiplies_bfloat16", "versions", "wait_until_quiet"]
 
 FEATURES = (
     "avx2",
@@ -38,6 +38,11 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16 products; without them they are emulated, slowly."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(describe()["cpu_features"]))
 
 
 def versions() -> dict[str, str]:

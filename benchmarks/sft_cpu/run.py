@@ -43,6 +43,8 @@ BASE = "smollm2-135m-instruct"
 def main() -> None:
     """Prepare the data, run every contestant in turns, write and print the results."""
     options = parse_options()
+    if options.dtype == "auto":
+        options.dtype = "bfloat16" if machine.multiplies_bfloat16() else "float32"
     if options.readme_from:
         earlier = json.loads(options.readme_from.read_text(encoding="utf-8"))
         table.write_readme(README, table.render(earlier))
@@ -76,6 +78,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=machine.describe()["cores"])
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the base, for every contestant; auto: bfloat16 where the processor multiplies it",
+    )
     parser.add_argument("--quiet", type=float, default=0.1, help="share of the processors others may use")
     parser.add_argument(
         "--out", type=Path, help="result file; default: results/<date>-<data>-<processor>.json"
@@ -94,7 +102,9 @@ def open_document(options: argparse.Namespace, prepared: dict[str, Any]) -> dict
         "base": {"name": BASE, "parameters": prepared["parameters"]},
         "adapter": "LoRA, rank 16, alpha 32, all linear layers but the output head",
         "data": prepared["data"],
-        "settings": {name: getattr(options, name) for name in ("tokens", "warmup", "repeats", "threads")},
+        "settings": {
+            name: getattr(options, name) for name in ("dtype", "tokens", "warmup", "repeats", "threads")
+        },
         "runs": [],
     }
 
@@ -133,6 +143,7 @@ def run_once(
     command = [sys.executable, str(HERE / script), *flags, "--model", prepared["folder"]]
     command += ["--data", str(work / "train.jsonl"), "--work", str(work / name), "--out", str(out)]
     command += ["--threads", str(options.threads), "--warmup", str(options.warmup), "--steps", str(steps)]
+    command += ["--dtype", options.dtype]
     print(f"{name}: {steps} steps ...", end=" ", flush=True)
     usage = run_child(command, work / f"{name}.log", options.threads, {"CUDA_VISIBLE_DEVICES": ""})
     return {**json.loads(out.read_text(encoding="utf-8")), **usage}

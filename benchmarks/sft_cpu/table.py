@@ -16,8 +16,8 @@ LABELS = {
     "addenda": "Addenda, default",
     "addenda-all": "Addenda, loss on every token",
 }
-TARGETS = {"trl": 3.0, "trl-packed": 2.0}
-MEMORY_TARGET = 0.5
+TARGETS = {"trl": (5.0, 0.2), "trl-packed": (3.5, 0.5)}
+"""Least ratio of the speeds and largest ratio of the peaks, by peer."""
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -38,11 +38,12 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def render(document: dict[str, Any]) -> str:
     """Return the Markdown table with what it was measured on, and each target with whether it was met."""
     summary, about, data = document["summary"], document["machine"], document["data"]
+    settings = document["settings"]
     lines = [
         f"{data['title']}: {data['rows']:,} rows, {data['tokens_per_row']['mean']:.0f} tokens each on average "
         f"(longest {data['tokens_per_row']['longest']}), {data['share_of_tokens_in_answers']:.0%} of them in answers. "
         f"{about['cores']} cores of {about['cpu']} ({', '.join(about['cpu_features'])}), {about['memory_gib']} GiB; "
-        f"{document['settings']['threads']} threads; median of {document['settings']['repeats']} alternating runs, "
+        f"{settings['dtype']}; {settings['threads']} threads; median of {settings['repeats']} alternating runs, "
         f"range in brackets; {document['date']}. "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
         + ".",
@@ -95,12 +96,12 @@ def row(label: str, figures: dict[str, Any], ratio: dict[str, float] | None) -> 
 
 def _verdicts(ratios: dict[str, Any]) -> list[str]:
     lines = []
-    for peer, least in TARGETS.items():
+    for peer, (least, largest) in TARGETS.items():
         if ratio := ratios.get(f"addenda / {peer}"):
             speed = "met" if ratio["speed"] >= least else "missed"
-            memory = "met" if ratio["memory"] <= MEMORY_TARGET else "missed"
+            memory = "met" if ratio["memory"] <= largest else "missed"
             lines.append(
                 f"- against {LABELS[peer]}: speed {ratio['speed']:.2f}x, target {least:g}x: {speed}; "
-                f"memory {ratio['memory']:.2f}x, target at most {MEMORY_TARGET:g}x: {memory}"
+                f"memory {ratio['memory']:.2f}x, target at most {largest:g}x: {memory}"
             )
     return lines

@@ -15,6 +15,7 @@ parser.add_argument("--out", required=True, help="where the result goes")
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--warmup", type=int, required=True)
 parser.add_argument("--steps", type=int, required=True, help="timed steps after the warm-up")
+parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True, help="of the base")
 parser.add_argument("--packing", action="store_true")
 parser.add_argument("--tuned", action="store_true", help="packed, one pack at a time, activations kept")
 parser.add_argument("--gpu", action="store_true", help="on the GPU, not on the CPU")
@@ -65,7 +66,9 @@ arguments = SFTConfig(
     output_dir=options.work,
     max_steps=options.warmup + options.steps,
     packing=options.packing or options.tuned,
-    model_init_kwargs={"dtype": "bfloat16"},  # the default, float32 under autocast, is slower and larger
+    # The default, float32 under bfloat16 autocast, is slower and larger than either.
+    model_init_kwargs={"dtype": options.dtype},
+    **({"bf16": False} if options.dtype == "float32" else {}),
     use_cpu=not options.gpu,
     use_liger_kernel=options.liger,
     report_to="none",
@@ -82,7 +85,10 @@ def contestant() -> dict[str, Any]:
         return {"model": options.model, "peft_config": lora}
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model, tokenizer = FastLanguageModel.from_pretrained(
-        options.model, max_seq_length=arguments.max_length, dtype=torch.bfloat16, load_in_4bit=False
+        options.model,
+        max_seq_length=arguments.max_length,
+        dtype=getattr(torch, options.dtype),
+        load_in_4bit=False,
     )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0, target_modules=names)
     arguments.model_init_kwargs = None  # the model is there already

@@ -82,6 +82,7 @@ def parse_options() -> argparse.Namespace:
         "--warmup", type=int, default=5, help="steps before the clock starts; forms are compiled then"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
     return parser.parse_args()
@@ -105,7 +106,7 @@ def open_document(
         "base": {"name": options.base, "parameters": prepared["parameters"]},
         "adapter": "LoRA, rank 16, alpha 32, all linear layers but the output head",
         "data": prepared["data"],
-        "settings": {name: getattr(options, name) for name in ("steps", "warmup", "repeats")},
+        "settings": {name: getattr(options, name) for name in ("dtype", "steps", "warmup", "repeats")},
         "left_out": {name: f"{package} is not installed" for name, package in missing.items()},
         "runs": [],
     }
@@ -130,6 +131,7 @@ def measure(
     command = [sys.executable, str(CPU / script), *flags, "--model", prepared["folder"]]
     command += ["--data", str(work / "train.jsonl"), "--work", str(work / name), "--out", str(out)]
     command += ["--threads", str(threads), "--warmup", str(options.warmup), "--steps", str(options.steps)]
+    command += ["--dtype", options.dtype]
     print(f"{name} ...", end=" ", flush=True)
     usage = run_child(command, work / f"{name}.log", threads, {"CUDA_VISIBLE_DEVICES": "0"})
     result = json.loads(out.read_text(encoding="utf-8"))
@@ -147,7 +149,7 @@ def render(document: dict[str, Any]) -> str:
     steps = f"{settings['steps']} steps after {settings['warmup']}"
     lines = [
         f"{data['title']}: {data['rows']:,} rows, {data['tokens_per_row']['mean']:.0f} tokens each on average; "
-        f"{document['base']['name']}; {document['machine']['gpu']}; {steps}, "
+        f"{document['base']['name']}; {document['machine']['gpu']}; {settings['dtype']}; {steps}, "
         f"median of {settings['repeats']} alternating runs, range in brackets; {document['date']}. "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
         + ".",

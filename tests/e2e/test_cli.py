@@ -244,9 +244,30 @@ def test_plan_counts_what_train_trains(
     summary = json.loads((trained / "summary.json").read_text())
     assert planned["parameters"] == summary["trainable_parameters"]
     assert sum(layer["parameters"] for layer in planned["layers"]) == planned["parameters"]
-    assert planned["memory_bytes"]["total"] > planned["bytes"]
+    assert planned["forecast"]["ledger"]["total"] > planned["bytes"]
     error = document(capsys, "plan", "--base", str(tiny_model), "--targets", "q_prj,v_proj", code=2)["error"]
     assert "did you mean 'q_proj'" in error["hint"]
+
+
+def test_plan_foretells_the_run_and_refuses_one_that_does_not_fit(
+    trained: Path, tiny_model: Path, chat_rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    arguments = ["plan", str(chat_rows), "--base", str(tiny_model), *QUICK]
+    found = document(capsys, *arguments)["forecast"]
+    foretold = summary["forecast"]
+    for name in ("steps", "tokens", "tokens_per_micro_batch", "recompute"):
+        assert found[name] == foretold[name]
+    assert foretold["steps"] >= summary["steps"]
+    assert foretold["seconds"] > 0
+    assert (
+        abs(foretold["ledger"]["activations"] - found["ledger"]["activations"])
+        <= 0.05 * found["ledger"]["total"]
+    )
+    assert run([*arguments, "--set", "train.memory_gib=0.01"]) == 5
+    error = capsys.readouterr().err
+    assert "does not fit into 10 MiB" in error
+    assert "train.memory_gib=" in error
 
 
 def test_eval_measures_with_and_without_the_adapter(

@@ -40,6 +40,7 @@ def open_directory(
     dtype: torch.dtype | None = None,
     license_name: str | None = None,
     notes: tuple[str, ...] = (),
+    weightless: bool = False,
 ) -> LoadedBase:
     """Load the model, tokenizer and template in ``folder``.
 
@@ -50,6 +51,8 @@ def open_directory(
         dtype: of the parameters; None keeps the stored one, but widens float16 to float32, which CPUs compute well.
         license_name: for `LoadedBase.license`; None reads it from the folder's README.
         notes: added before the loader's own.
+        weightless: leave dense weights out: the parameters lie on the meta device. Packed weights are mapped, and
+            those of other libraries' quantizers loaded, all the same.
 
     Raises:
         UnsafeError: the folder could run code.
@@ -64,8 +67,11 @@ def open_directory(
     if packed:
         model = _load_packed(folder, config, dtype)
     else:
-        dtype = dtype or _compute_dtype(stored, folder, quantized=hasattr(config, "quantization_config"))
-        model = _load_model(folder, config, kind, dtype, values=values)
+        quantized = hasattr(config, "quantization_config")
+        dtype = dtype or _compute_dtype(stored, folder, quantized=quantized)
+        model = _load_model(
+            folder, config, kind, dtype, values=values, weightless=weightless and not quantized
+        )
     context, context_notes = _context_length(config, tokenizer)
     template = _template(tokenizer) if kind == "causal-lm" else None
     return LoadedBase(
@@ -123,16 +129,20 @@ def _load_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokeniz
 
 
 def _load_model(
-    folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.dtype, *, values: int
+    folder: Path, config: PreTrainedConfig, kind: str, dtype: torch.dtype, *, values: int, weightless: bool
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForCausalLM
+
+    from addenda.bases.empty import empty_model
 
     where = {"folder": folder}
     loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
     with quiet_transformers():
         try:
             _require_size(loader, config, values=values, folder=folder)
+            if weightless:
+                return empty_model(loader, config, dtype)
             model, info = loader.from_pretrained(
                 str(folder),
                 config=config,

@@ -47,6 +47,7 @@ def load_from_hub(
     *,
     dtype: torch.dtype | None = None,
     offline: bool = False,
+    weightless: bool = False,
     on_progress: OnProgress | None = None,
 ) -> LoadedBase:
     """Load ``org/name`` at ``revision`` (a branch, tag or commit; None: the main branch).
@@ -62,7 +63,12 @@ def load_from_hub(
         repository, revision, offline=is_offline(asked=offline), on_progress=on_progress
     )
     return open_directory(
-        folder, name=repository, source=f"{repository}@{folder.name}", dtype=dtype, notes=notes
+        folder,
+        name=repository,
+        source=f"{repository}@{folder.name}",
+        dtype=dtype,
+        notes=notes,
+        weightless=weightless,
     )
 
 

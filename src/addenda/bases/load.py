@@ -49,6 +49,7 @@ def load_base(
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool = False,
     verify: bool = False,
+    weightless: bool = False,
     on_progress: OnProgress | None = None,
 ) -> LoadedBase:
     """Load a base model with its tokenizer and chat template.
@@ -74,6 +75,7 @@ def load_base(
         cache_dir: cache folder for packages and conversions; see `addenda.bases.cache`.
         offline: use only what is on this machine (also: ``HF_HUB_OFFLINE=1``).
         verify: hash every file of a converted model instead of the small ones.
+        weightless: all but the weights, to plan with: dense parameters lie on the meta device, and have shapes only.
         on_progress: watches fetching and converting.
 
     Raises:
@@ -91,11 +93,12 @@ def load_base(
         cache_dir=cache_dir,
         offline=offline,
         verify=verify,
+        weightless=weightless,
         on_progress=on_progress,
     )
     if packs:
         base = _packed_now(base, weights)
-    if str(device) != "cpu":
+    if str(device) != "cpu" and not weightless:
         from addenda.bases.place import move
 
         move(base.model, device)
@@ -111,6 +114,7 @@ def _loaded(
     cache_dir: str | os.PathLike[str] | None,
     offline: bool,
     verify: bool,
+    weightless: bool,
     on_progress: OnProgress | None,
 ) -> LoadedBase:
     """Load from wherever the name leads, onto the CPU; the device only tells which memory has to hold the weights."""
@@ -119,13 +123,14 @@ def _loaded(
         "weights": weights,
         "device": device,
         "verify": verify,
+        "weightless": weightless,
         "on_progress": on_progress,
     }
     if card := find(name):
         return _load_registered(card, cache_root(cache_dir), offline=offline, **options)
     path = Path(name).expanduser()
     if name and path.is_dir():  # an empty path is the working directory
-        return _load_folder(path.absolute(), dtype=dtype, weights=weights)
+        return _load_folder(path.absolute(), dtype=dtype, weights=weights, weightless=weightless)
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path.absolute(), cache_root(cache_dir), **options)
     if (match := _HUB_ID.fullmatch(name)) and not path.exists():
@@ -133,7 +138,12 @@ def _loaded(
 
         _require_form(name, weights, "dense")
         return load_from_hub(
-            match["repo"], match["revision"], dtype=dtype, offline=offline, on_progress=on_progress
+            match["repo"],
+            match["revision"],
+            dtype=dtype,
+            offline=offline,
+            weightless=weightless,
+            on_progress=on_progress,
         )
     raise _unknown(name, path)
 
@@ -206,11 +216,12 @@ def _load_registered(
     weights: Weights,
     device: str | torch.device,
     verify: bool,
+    weightless: bool,
     on_progress: OnProgress | None,
 ) -> LoadedBase:
     def load(form: Form) -> LoadedBase:
         folder = _registered_folder(card, root, form, offline=offline, on_progress=on_progress)
-        return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify)
+        return _open_prepared(folder, name=card.name, dtype=dtype, verify=verify, weightless=weightless)
 
     if not card.file.endswith(".gguf"):
         _require_form(card.name, weights, "dense")
@@ -287,6 +298,7 @@ def _load_gguf(
     weights: Weights,
     device: str | torch.device,
     verify: bool,
+    weightless: bool,
     on_progress: OnProgress | None,
 ) -> LoadedBase:
     header = gguf_file.examine(path)
@@ -294,7 +306,9 @@ def _load_gguf(
 
     def load(form: Form) -> LoadedBase:
         folder = _gguf_folder(path, header, digest, root, form, on_progress)
-        return _open_prepared(folder, name=path.stem, source=str(path), dtype=dtype, verify=verify)
+        return _open_prepared(
+            folder, name=path.stem, source=str(path), dtype=dtype, verify=verify, weightless=weightless
+        )
 
     return _in_form(weights, header.elements, load, dtype=dtype, device=device)
 
@@ -325,7 +339,13 @@ def _gguf_folder(  # noqa: PLR0917
 
 
 def _open_prepared(
-    folder: Path, *, name: str, dtype: torch.dtype | None, verify: bool, source: str | None = None
+    folder: Path,
+    *,
+    name: str,
+    dtype: torch.dtype | None,
+    verify: bool,
+    weightless: bool,
+    source: str | None = None,
 ) -> LoadedBase:
     from addenda.bases.directory import open_directory
 
@@ -337,14 +357,15 @@ def _open_prepared(
         dtype=dtype,
         license_name=facts["license"],
         notes=tuple(facts["notes"]),
+        weightless=weightless,
     )
 
 
-def _load_folder(path: Path, *, dtype: torch.dtype | None, weights: Weights) -> LoadedBase:
+def _load_folder(path: Path, *, dtype: torch.dtype | None, weights: Weights, weightless: bool) -> LoadedBase:
     from addenda.bases.directory import PACKED, open_directory
 
     _require_form(path.name, weights, "packed" if (path / PACKED).is_file() else "dense")
-    return open_directory(path, name=path.name, source=str(path), dtype=dtype)
+    return open_directory(path, name=path.name, source=str(path), dtype=dtype, weightless=weightless)
 
 
 def _unknown(name: str, path: Path) -> NotFoundError:

@@ -20,7 +20,7 @@ from addenda.bases.fast.attention import packed_attention_on
 from addenda.bases.fast.find import find_fusions
 from addenda.bases.fast.flex import BLOCK
 from addenda.bases.fast.fusion import forward_replaced, fused_on
-from addenda.bases.fast.recompute import find_blocks, recomputed
+from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
 from addenda.errors import BaseModelError
@@ -104,8 +104,11 @@ class PackedModel:
 
     @property
     def blocks(self) -> int:
-        """Number of repeated blocks that can keep their input alone; 0 on the general path."""
-        return len(self._blocks) if self.path == "packed" else 0
+        """Number of repeated blocks that can keep their input alone; 0 on the general path.
+
+        Blocks below everything that is trained keep nothing, and do not count.
+        """
+        return len(self._learning()) if self.path == "packed" else 0
 
     def hidden(self, input_ids: Tensor, lengths: Sequence[int], *, recompute: int = 0) -> Tensor:
         """Return the states before the output head, for every token.
@@ -145,9 +148,13 @@ class PackedModel:
         fill = -tokens % (TOKEN_MULTIPLE if input_ids.device.type == "cpu" else BLOCK)
         row = torch.cat([input_ids, input_ids[:1].expand(fill)])
         positions = torch.cat([torch.arange(n, device=row.device) for n in (*segments.lengths, fill)])
-        with self._lean(), recomputed(self._blocks[:recompute], self._lean):
+        with self._lean(), recomputed(self._learning()[:recompute], self._lean):
             states = _states_of(self._decoder, row, position_ids=positions[None], segments=segments)
         return states[:tokens]
+
+    def _learning(self) -> tuple[nn.Module, ...]:
+        assert self._decoder is not None
+        return learning_blocks(self._decoder, self._blocks)
 
     @contextmanager
     def _lean(self) -> Iterator[None]:

@@ -9,15 +9,15 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from addenda.bases import formats
 from addenda.bases.directory import PACKED
+from addenda.bases.empty import empty_model
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
 from addenda.errors import BaseModelError
 from addenda.kernels.library import enable
@@ -54,9 +54,7 @@ def load_packed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
 
     enable()  # without a compiler the plain forms unpack, five to twenty times slower
     tensors, packed = _read(folder)
-    with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
+    model = empty_model(AutoModelForCausalLM, config, dtype)
     try:
         for name, kind in packed.items():
             for path, module in _owners(model, name):
@@ -69,16 +67,6 @@ def load_packed(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> P
     if empty or found.unexpected_keys:
         raise _misfit(folder, f"missing {empty[:3]}, extra {list(found.unexpected_keys)[:3]}")
     return model
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """Weights, which layers make by `torch.empty`, take no memory; what is computed, as rotary tables, is real."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -185,7 +185,6 @@ def pack_linears(model: nn.Module, weight_format: WeightFormat, keep: nn.Module 
     Raises:
         BaseModelError: a weight is not finite.
     """
-    assert weight_format.quantize is not None
     plain = [
         (path, module)
         for path, module in model.named_modules()
@@ -193,10 +192,18 @@ def pack_linears(model: nn.Module, weight_format: WeightFormat, keep: nn.Module 
     ]
     fitting = [(path, m) for path, m in plain if m.in_features % (weight_format.block or 1) == 0]
     for path, module in fitting:
-        raw = weight_format.quantize(module.weight.detach())
+        raw = _quantized(module.weight.detach(), weight_format)
         packed = PackedLinear(raw, weight_format, module.in_features, module.bias, module.weight.dtype)
         model.set_submodule(path, packed.train(module.training))
     return len(fitting)
+
+
+def _quantized(weight: Tensor, weight_format: WeightFormat) -> Tensor:
+    """The raw rows of a weight; of a weight that is not there, as many."""
+    assert weight_format.quantize is not None
+    if weight.is_meta:
+        return weight.new_empty(len(weight), weight_format.row_bytes(weight.shape[1]), dtype=torch.uint8)
+    return weight_format.quantize(weight)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from addenda.cli.console import Console, binary_size
+import click
+
+from addenda.cli.console import Console, binary_size, duration
 from addenda.cli.display import Display
 from addenda.cli.recipe_flags import read_recipe, recipe_flags
 from addenda.cli.verb import verb
 
 if TYPE_CHECKING:
-    from addenda.bases import LoadedBase
-    from addenda.bases.packed import PackedModel
-    from addenda.core import Plan
+    from addenda.recipe import Setup
     from addenda.settings import Recipe
-    from addenda.train.memory import Ledger
 
 __all__ = ["command"]
 
@@ -24,63 +23,79 @@ __all__ = ["command"]
     "plan",
     examples=[
         "addenda plan",
+        "addenda plan rows.jsonl --set train.memory_gib=4",
         "addenda plan --method ia3",
         "addenda plan --targets q_proj,v_proj --set method.rank=4 --json",
     ],
 )
+@click.argument("data", required=False)
 @recipe_flags
-def command(console: Console, **flags: Any) -> None:
-    """Show which layers a method would adapt, the parameters and bytes that takes, and the memory to train it.
+def command(console: Console, *, data: str | None, **flags: Any) -> None:
+    """Show which layers a method would adapt, and the memory, time and energy that training on DATA would take.
 
-    The base is loaded and tried with a short row; nothing is trained or written.
+    A few blocks of the base are timed on this machine for some seconds, with noise for weights; the base itself is not
+    loaded, nothing is trained or written. Without DATA one step on rows of usual length stands for the run.
     """
-    recipe = read_recipe(**flags)
+    recipe = read_recipe(data__path=data, **flags)
+    from addenda.recipe import plan_run
+
     with Display(console) as display:
-        base, planned, memory, packed = _measure(recipe, display)
-    document = {
+        recipe, setup = plan_run(recipe, display)
+    console.result(_document(recipe, setup), lambda: _text(setup, steps_known=bool(recipe.data.path)))
+
+
+def _document(recipe: Recipe, setup: Setup) -> dict[str, Any]:
+    planned, calibration = setup.plan, setup.calibration
+    document: dict[str, Any] = {
         "base": recipe.base.source,
-        "weights": base.weights,
-        "weights_reason": base.weights_reason,
+        "weights": setup.base.weights,
+        "weights_reason": setup.reason,
+        "dtype": setup.dtype,
         "method": recipe.method.name,
         "settings": recipe.method.settings(),
         "parameters": planned.parameters,
         "bytes": planned.bytes,
         "base_parameters": planned.base_parameters,
         "notes": list(planned.notes),
-        "path": {"name": packed.path, "reason": packed.reason},
-        "fused": dict(packed.fused),
-        "not_fused": [{"kind": kind, "reason": why, "count": count} for kind, why, count in packed.unfused],
-        "memory_bytes": {**asdict(memory), "total": memory.total},
         "layers": [asdict(row) for row in planned.rows],
+        "forecast": setup.forecast and setup.forecast.document(),
     }
-    console.result(
-        document,
-        lambda: (
-            f"{_weights(base)}{planned}\n{packed.path} path: {packed.reason}\n{packed.parts}\n{_memory(memory)}"
+    if calibration is not None:
+        document |= {
+            "path": {"name": calibration.path, "reason": calibration.reason},
+            "fused": dict(calibration.fused),
+            "not_fused": [{"kind": kind, "reason": why} for kind, why in calibration.unfused],
+            "calibration_seconds": calibration.seconds,
+        }
+    return document
+
+
+def _text(setup: Setup, *, steps_known: bool) -> str:
+    lines = [f"base weights: {setup.base.weights} {setup.dtype}: {setup.reason}", str(setup.plan)]
+    calibration, found = setup.calibration, setup.forecast
+    if calibration is None or found is None:
+        return "\n".join(lines)
+    fused = ", ".join(f"{count} {kind}" for kind, count in calibration.fused) or "none"
+    lines += [
+        f"{calibration.path} path: {calibration.reason}",
+        f"fused parts: {fused}" + "".join(f"; {kind} not: {why}" for kind, why in calibration.unfused),
+        f"at once: {found.tokens_per_micro_batch:,} tokens"
+        + (
+            f", {found.recompute} of {found.blocks} blocks run again in the backward"
+            if found.recompute
+            else ""
         ),
-    )
-
-
-def _measure(recipe: Recipe, display: Display) -> tuple[LoadedBase, Plan, Ledger, PackedModel]:
-    from addenda.bases.packed import PackedModel
-    from addenda.core import attach, plan
-    from addenda.recipe import number_format, prepare_base
-    from addenda.train.memory import measure_memory
-    from addenda.train.session import TOKENS_ON_GPU, TOKENS_PER_MICRO_BATCH
-
-    base = prepare_base(recipe.base, number_format(recipe.base).dtype, display)
-    planned = plan(base.model, recipe.method, recipe.targets)
-    handle = attach(base.model, recipe.method, recipe.targets, name=recipe.name)
-    on_gpu = base.model.device.type == "cuda"
-    tokens = recipe.train.tokens_per_micro_batch or (TOKENS_ON_GPU if on_gpu else TOKENS_PER_MICRO_BATCH)[0]
-    packed = PackedModel(base.model)
-    return base, planned, measure_memory(handle, packed).ledger(tokens, keeps_memory=True), packed
-
-
-def _weights(base: LoadedBase) -> str:
-    return f"base weights: {base.weights}, {base.weights_reason}\n" if base.weights_reason else ""
-
-
-def _memory(memory: Ledger) -> str:
-    parts = ", ".join(f"{name} {binary_size(size)}" for name, size in asdict(memory).items())
-    return f"memory to train: about {binary_size(memory.total)} ({parts})"
+        f"memory to train: about {binary_size(found.ledger.total)} of {binary_size(found.limit)}",
+        *(f"  {binary_size(size):>10}  {name}" for name, size in asdict(found.ledger).items()),
+        f"speed: about {found.tokens_per_second:,.0f} tokens/s",
+    ]
+    if steps_known:
+        lines.append(
+            f"time: about {duration(found.step_seconds)} for {found.steps:,} steps ({found.tokens:,} tokens), "
+            f"{duration(found.evaluation_seconds)} for evaluations meanwhile"
+        )
+        energy = (
+            "not told by this machine" if found.joules is None else f"about {found.joules / 3600:,.1f} Wh"
+        )
+        lines.append(f"energy of the processor: {energy}")
+    return "\n".join(lines)

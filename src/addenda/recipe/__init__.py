@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from addenda.recipe.adapted import load_adapted
+from addenda.recipe.planner import Setup
 from addenda.recipe.prepare import (
     Note,
     OnRunEvent,
     encode_all,
     encoder_for,
     number_format,
+    plan_run,
     prepare_base,
     prepare_data,
 )
@@ -18,10 +20,12 @@ __all__ = [
     "Note",
     "OnRunEvent",
     "RunSummary",
+    "Setup",
     "encode_all",
     "encoder_for",
     "load_adapted",
     "number_format",
+    "plan_run",
     "prepare_base",
     "prepare_data",
     "run",

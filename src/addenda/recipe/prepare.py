@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
-from addenda.bases import LoadedBase, load_base, with_chat_template
+from addenda.bases import LoadedBase
 from addenda.bases.packed import PackedModel
 from addenda.core import Handle, Plan, Progress, attach, plan
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
-from addenda.errors import BaseModelError, ConfigError, DataError
+from addenda.errors import ConfigError, DataError
+from addenda.recipe.bases import load_causal
+from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.train import Device, Event, Precision, choose_device, choose_precision
 from addenda.train.batches import packed_batch
+from addenda.train.forecast import token_budgets
 from addenda.train.offload import require_offloadable
 from addenda.train.parallel import Parallel
 
@@ -26,6 +29,7 @@ __all__ = [
     "encode_all",
     "encoder_for",
     "number_format",
+    "plan_run",
     "prepare",
     "prepare_base",
     "prepare_data",
@@ -59,6 +63,8 @@ class Prepared:
     handle: Handle
     train: Encoded
     heldout: Encoded
+    forecast: dict[str, Any] | None
+    """What the run will take, as `addenda.train.forecast.Forecast` documents it; None where it cannot be foretold."""
 
 
 def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepared:
@@ -69,6 +75,53 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
         ConfigError: settings that do not fit the base or the data.
         TargetError: a target matches nothing, or an adapter that the probe did not reach.
     """
+    recipe, rows = _rows(recipe, on_event, parallel)
+    recipe, precision, foretold = _settle(recipe, rows, on_event, parallel)
+    base = prepare_base(recipe.base, precision.dtype, on_event)
+    planned = plan(base.model, recipe.method, recipe.targets)
+    on_event(Note(str(planned)))
+    handle = _attach(base, recipe, rows.train)
+    return Prepared(
+        recipe, rows.dataset, rows.split, base, precision, planned, handle, rows.train, rows.heldout, foretold
+    )
+
+
+def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
+    """Work out what a run would take, without loading weights; a recipe without data takes one step on usual rows.
+
+    Returns:
+        The recipe with what was derived on the way, and the setup with its forecast.
+
+    Raises:
+        OutOfMemory: it does not fit.
+        DataError: the data has errors.
+        TargetError: a target matches nothing.
+    """
+    if recipe.data.path:
+        recipe, rows = _rows(recipe, on_event, Parallel())
+        return recipe, choose_setup(
+            recipe, rows.base, row_sizes(rows.train), row_sizes(rows.heldout), on_progress=on_event
+        )
+    precision = choose_precision(recipe.base.dtype or "auto")
+    base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
+    return recipe, choose_setup(recipe, base, on_progress=on_event)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What there is before the weights are."""
+
+    dataset: Dataset
+    split: Split
+    train: Encoded
+    heldout: Encoded
+    base: LoadedBase
+    """Without its dense weights."""
+    precision: Precision
+
+
+def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Recipe, _Rows]:
+    """Read, check, split and encode; of the base only what encodes is used."""
     dataset = prepare_data(recipe.data, on_event)
     parts = split(
         dataset,
@@ -85,22 +138,52 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
     if recipe.base.device == "auto":
         recipe = recipe.derive("base.device", str(device.device), device.reason)
     precision = _same_precision(number_format(recipe.base), parallel)
-    on_event(Note(f"precision: {precision.name}, {precision.reason}"))
-    if recipe.base.dtype is None:
-        recipe = recipe.derive("base.dtype", precision.name, precision.reason)
-    base = prepare_base(recipe.base, precision.dtype, on_event)
-    if recipe.base.weights == "auto":
-        recipe = recipe.derive("base.weights", base.weights, base.weights_reason)
+    base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
     encoder = encoder_for(base, recipe.data)
     if recipe.data.max_tokens is None:
         reason = f"the base's context is {base.context_length:,} tokens, and {LONGEST_ROW:,} are enough"
         recipe = recipe.derive("data.max_tokens", encoder.max_tokens, reason)
     train_rows = _encode(parts.train, encoder, "training", on_event)
     heldout_rows = _encode(parts.heldout, encoder, "held-out", on_event)
-    planned = plan(base.model, recipe.method, recipe.targets)
-    on_event(Note(str(planned)))
-    handle = _attach(base, recipe, train_rows)
-    return Prepared(recipe, dataset, parts, base, precision, planned, handle, train_rows, heldout_rows)
+    return recipe, _Rows(dataset, parts, train_rows, heldout_rows, base, precision)
+
+
+def _settle(
+    recipe: Recipe, rows: _Rows, on_event: OnRunEvent, parallel: Parallel
+) -> tuple[Recipe, Precision, dict[str, Any] | None]:
+    """Derive how the base is held and how much runs at once, where the recipe leaves it open.
+
+    The first process decides for all.
+    """
+    found: dict[str, Any] = {}
+    precision = rows.precision
+    if parallel.first:
+        setup = choose_setup(
+            recipe,
+            rows.base,
+            row_sizes(rows.train),
+            row_sizes(rows.heldout),
+            on_progress=on_event,
+            shared_by=parallel.on_this_machine,
+        )
+        on_event(Note(str(setup)))
+        found = setup.document()
+    found = parallel.agree(found)
+    if found["dtype"] != precision.name:
+        precision = Precision(getattr(torch, found["dtype"]), found["reason"])
+    on_event(Note(f"precision: {precision.name}, {precision.reason}"))
+    if recipe.base.dtype is None:
+        recipe = recipe.derive("base.dtype", precision.name, precision.reason)
+    if recipe.base.weights == "auto":
+        recipe = recipe.derive("base.weights", found["weights"], found["reason"])
+    size = found["forecast"] and found["forecast"]["tokens_per_micro_batch"]
+    if (
+        size
+        and recipe.train.tokens_per_micro_batch is None
+        and size != token_budgets(on_gpu=recipe.base.device.startswith("cuda"))[0]
+    ):
+        recipe = recipe.derive("train.tokens_per_micro_batch", size, "soonest over in the memory there is")
+    return recipe, precision, found["forecast"]
 
 
 def _device_for(recipe: Recipe, parallel: Parallel) -> Device:
@@ -156,22 +239,7 @@ def prepare_base(settings: BaseSettings, dtype: torch.dtype | None, on_event: On
         BaseModelError: it is an encoder, or the template is none.
         ConfigError: its device is not there.
     """
-    base = load_base(
-        settings.source,
-        dtype=dtype,
-        weights=settings.weights,
-        device=choose_device(settings.device).device,
-        on_progress=on_event,
-    )
-    if base.kind != "causal-lm":
-        raise BaseModelError(
-            f"'{base.name}' is an encoder, which answers nothing",
-            hint="choose a causal language model: 'addenda models'",
-        )
-    if settings.template is not None:
-        path = Path(settings.template)
-        text = path.read_text(encoding="utf-8") if path.is_file() else settings.template
-        base = with_chat_template(base, text)
+    base = load_causal(settings, dtype, on_progress=on_event)
     for note in base.notes:
         on_event(Note(f"base: {note}"))
     if settings.weights == "auto":

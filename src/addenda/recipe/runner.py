@@ -123,6 +123,7 @@ def _run(
         samples = _samples(ready, on_event)
         wall = time.monotonic() - started + result.seconds_before
         figures = {**_figures(ready, result, measured, wall), "processes": parallel.size}
+        figures["forecast"] = ready.forecast
         save(
             ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
         )

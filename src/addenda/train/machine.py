@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from addenda import kernels
 from addenda.bases.fast.compiled import why_not_compiled
 
-__all__ = ["Machine", "set_allocator", "use_machine"]
+__all__ = ["Machine", "calibrating", "set_allocator", "use_machine"]
 
 WORTH_COMPILING = 60.0
 """Seconds of a run, by a rough guess, from which on compiling (a few seconds) costs less than the kernels save."""
@@ -102,3 +103,19 @@ def set_allocator(*, keep: bool) -> bool:
         return False
     chosen = KEEPING if keep else GIVING_BACK
     return all(mallopt(what, value) for what, value in chosen) and keep
+
+
+@contextmanager
+def calibrating(threads: int | None) -> Iterator[None]:
+    """Run the block as a training run would, with as many threads and freed memory kept; then give that back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    kept = set_allocator(keep=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if kept:
+            set_allocator(keep=False)
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)

@@ -33,6 +33,7 @@ from addenda.train.checkpoint import (
 )
 from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
+from addenda.train.forecast import token_budgets
 from addenda.train.guards import require_trainable
 from addenda.train.machine import Machine, set_allocator, use_machine
 from addenda.train.memory import MemoryModel, measure_memory, memory_limit
@@ -50,13 +51,6 @@ from addenda.train.state import (
 )
 
 __all__ = ["Session", "begin", "open_session"]
-
-TOKENS_PER_MICRO_BATCH = (1024, 512, 256)
-"""The first is where the speed of a processor levels off; more costs memory in proportion. The others are for machines
-with little of it."""
-
-TOKENS_ON_GPU = (16384, 8192, 4096, 2048, *TOKENS_PER_MICRO_BATCH)
-"""A GPU is kept busy by longer rows."""
 
 
 @dataclass
@@ -264,7 +258,7 @@ def _micro_batch(memory: MemoryModel, limit: int, longest: int, config: TrainCon
         OutOfMemory: the longest row does not fit, whatever is run again.
     """
     wished = config.tokens_per_micro_batch
-    choices = (wished,) if wished else TOKENS_ON_GPU if memory.on_gpu else TOKENS_PER_MICRO_BATCH
+    choices = (wished,) if wished else token_budgets(on_gpu=memory.on_gpu)
     tokens = next((n for n in choices if memory.ledger(n).total <= limit), choices[-1])
     largest = max(tokens, longest)
     if memory.recompute_for(largest, limit) is not None:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from addenda.bases.fast.fusion import forward_replaced
 
-__all__ = ["find_blocks", "recomputed"]
+__all__ = ["find_blocks", "learning_blocks", "recomputed"]
 
 
 def find_blocks(decoder: nn.Module) -> tuple[nn.Module, ...]:
@@ -25,9 +25,24 @@ def find_blocks(decoder: nn.Module) -> tuple[nn.Module, ...]:
         >>> len(find_blocks(nn.Sequential(nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]), nn.Linear(4, 8))))
         3
     """
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module)]
     largest = max(lists, key=_size, default=nn.ModuleList())
     return tuple(largest)
+
+
+def learning_blocks(decoder: nn.Module, blocks: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
+    """Return the blocks that keep something for the backward: those from the first trained parameter on.
+
+    Example:
+        >>> blocks = nn.ModuleList([nn.Linear(2, 2).requires_grad_(n > 0) for n in range(3)])
+        >>> len(learning_blocks(blocks, tuple(blocks)))
+        2
+    """
+    inside = {parameter for block in blocks for parameter in block.parameters()}
+    if any(parameter.requires_grad for parameter in decoder.parameters() if parameter not in inside):
+        return tuple(blocks)
+    learns = (n for n, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+    return tuple(blocks[next(learns, 0) :])
 
 
 def _size(module: nn.Module) -> int:

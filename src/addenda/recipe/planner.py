@@ -1,0 +1,222 @@
+"""Choose how a base is held and how much of a step runs at once, before its weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from addenda.bases import LoadedBase
+from addenda.bases.weights import Weights
+from addenda.core import Plan, plan
+from addenda.core.progress import OnProgress
+from addenda.data import Encoded
+from addenda.errors import BaseModelError, OutOfMemory
+from addenda.recipe.bases import load_causal
+from addenda.settings import Recipe
+from addenda.train import choose_device
+from addenda.train.calibration import Calibration, calibrate
+from addenda.train.forecast import Forecast, RowSize, Workload, forecast, token_budgets
+from addenda.train.machine import calibrating
+from addenda.train.memory import MemoryModel, memory_limit
+
+__all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes"]
+
+USUAL_ROW = RowSize(tokens=180, trained=108)
+"""What rows are taken to be where there are none yet."""
+
+
+_Load = Callable[[Weights, torch.dtype], LoadedBase]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to hold a base, and what a run on it would take."""
+
+    base: LoadedBase
+    """Without its weights."""
+    plan: Plan
+    calibration: Calibration | None
+    """None where the base cannot be cut down to a miniature."""
+    memory: MemoryModel | None
+    forecast: Forecast | None
+    """None where it does not fit, or was not calibrated."""
+    reason: str
+    """Why this way, or why nothing can be foretold."""
+
+    @property
+    def dtype(self) -> str:
+        """Number format of the weights, or to compute in."""
+        return str(self.base.model.dtype).removeprefix("torch.")
+
+    def document(self) -> dict[str, Any]:
+        """What was chosen as plain data."""
+        return {
+            "weights": self.base.weights,
+            "dtype": self.dtype,
+            "reason": self.reason,
+            "forecast": self.forecast and self.forecast.document(),
+        }
+
+    def __str__(self) -> str:
+        return str(self.forecast) if self.forecast else self.reason
+
+
+def row_sizes(rows: Encoded) -> list[RowSize]:
+    """Return what the planner needs to know of rows; those without a trained token are not trained on."""
+    found = (RowSize(len(example), example.trained_tokens) for example in rows.examples)
+    return [size for size in found if size.trained]
+
+
+def choose_setup(
+    recipe: Recipe,
+    base: LoadedBase,
+    rows: Sequence[RowSize] = (),
+    heldout: Sequence[RowSize] = (),
+    *,
+    on_progress: OnProgress | None = None,
+    shared_by: int = 1,
+) -> Setup:
+    """Calibrate, and choose what is over soonest of what fits.
+
+    Other forms of the base are tried only where the given one does not fit with all that its blocks keep.
+
+    Args:
+        recipe: all settings; what it sets is kept.
+        base: the base as it would be loaded, without its weights.
+        rows: the rows to train on; none takes one step of usual ones.
+        heldout: the rows to evaluate on.
+        on_progress: told how the base is converted where another form of it is tried.
+        shared_by: processes of the run that share the machine's memory.
+
+    Raises:
+        OutOfMemory: nothing that may be changed makes it fit; names settings that would.
+        TargetError: a target matches nothing.
+        MethodError: the method cannot stand on one of the layers.
+    """
+    device = choose_device(recipe.base.device).device
+    limit = memory_limit(device, recipe.train.memory_gib, shared_by=shared_by)
+    workload = Workload(recipe.train, rows or [USUAL_ROW] * recipe.train.batch_size, heldout)
+    program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+
+    def tried(candidate: LoadedBase) -> Setup:
+        planned = plan(candidate.model, recipe.method, recipe.targets)
+        budget = recipe.train.tokens_per_micro_batch or token_budgets(on_gpu=device.type == "cuda")[0]
+        try:
+            with calibrating(recipe.train.threads):
+                calibration = calibrate(candidate.model, planned, recipe.train, device=device, tokens=budget)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            reason = f"no forecast: '{base.name}' cannot be tried on a few of its blocks ({error})"
+            return Setup(candidate, planned, None, None, None, reason)
+        present = program + _weight_bytes(candidate) + planned.bytes
+        memory = dataclasses.replace(calibration.memory, present=present)
+        memory = memory.suited(recipe.train.offload, workload.longest, limit)
+        found = forecast(calibration, memory, limit, workload)
+        return Setup(candidate, planned, calibration, memory, found, candidate.weights_reason or "as asked")
+
+    def load(weights: Weights, dtype: torch.dtype) -> LoadedBase:
+        settings = dataclasses.replace(recipe.base, weights=weights)
+        return load_causal(settings, dtype, on_progress=on_progress, weightless=True)
+
+    setups: list[Setup] = []
+    for candidate in _forms(recipe, base, load):
+        setups.append(tried(candidate))
+        found = setups[-1].forecast
+        if setups[-1].calibration is None or (found and not found.recompute and len(setups) == 1):
+            return setups[-1]
+    fitting = [(setup.forecast.seconds, index) for index, setup in enumerate(setups) if setup.forecast]
+    if not fitting:
+        raise _too_large(recipe, setups, load, limit, workload.longest)
+    _, index = min(fitting)
+    return dataclasses.replace(setups[index], reason=_why(setups, index))
+
+
+def _forms(recipe: Recipe, base: LoadedBase, load: _Load) -> Iterator[LoadedBase]:
+    """The given form, the other one of a base that comes packed, and both in bfloat16 where the format is free."""
+    yield base
+    forms: list[Weights] = [base.weights]
+    if recipe.base.weights == "auto":
+        other: Weights = "packed" if base.weights == "dense" else "dense"
+        try:
+            yield load(other, base.model.dtype)
+            forms.append(other)
+        except BaseModelError:  # it comes in one form only
+            pass
+    if recipe.base.dtype is None and base.model.dtype != torch.bfloat16:
+        yield from (load(form, torch.bfloat16) for form in forms)
+
+
+def _weight_bytes(base: LoadedBase) -> int:
+    """Bytes of all weights and tables, those on the meta device as well; what is tied counts once."""
+    every = {id(tensor): tensor.nbytes for tensor in (*base.model.parameters(), *base.model.buffers())}
+    return sum(every.values())
+
+
+def _why(setups: Sequence[Setup], index: int) -> str:
+    chosen = setups[index]
+    others = "; ".join(
+        f"{_name(setup)} {_seconds(setup.forecast)}" for place, setup in enumerate(setups) if place != index
+    )
+    return f"{_name(chosen)} {_seconds(chosen.forecast)}, {others}"
+
+
+def _name(setup: Setup) -> str:
+    return f"{setup.base.weights} {setup.dtype}"
+
+
+def _seconds(found: Forecast | None) -> str:
+    return "does not fit" if found is None else f"takes {found.seconds:,.0f} s"
+
+
+def _too_large(recipe: Recipe, setups: Sequence[Setup], load: _Load, limit: int, longest: int) -> OutOfMemory:
+    """The error that names the smallest need found, and settings with which it fits."""
+    size = recipe.train.tokens_per_micro_batch or token_budgets(on_gpu=False)[-1]
+    largest = max(size, longest)
+    least = min((s for s in setups if s.memory), key=lambda s: _need(s.memory, largest))
+    memory = least.memory
+    assert memory is not None
+    ledger = memory.ledger(largest, memory.blocks)
+    hints = list(_smaller_weights(least, load, limit, largest))
+    most = memory.most_tokens(limit)
+    if longest > most >= 2:
+        hints.append(f"data.max_tokens={most} (longest row now {longest})")
+    if size > most >= 1:
+        hints.append(f"train.tokens_per_micro_batch={most} (now {size})")
+    hints.append(f"train.memory_gib={ledger.total / 2**30 + 0.05:.1f}, if the machine has it")
+    return OutOfMemory(
+        f"a micro-batch of {largest:,} tokens does not fit into {limit / 2**20:,.0f} MiB",
+        where={"needed at least": f"{ledger} with {_name(least)} weights"},
+        hint="set " + "; or ".join(hints) + "; or take a smaller base: 'addenda models'",
+    )
+
+
+def _smaller_weights(least: Setup, load: _Load, limit: int, tokens: int) -> Iterator[str]:
+    """Forms of the base that fit, with what they need; activations are as large in any form of the same dtype."""
+    assert least.memory is not None
+    smaller: tuple[Weights, ...] = ("packed", "nf4")
+    for weights, dtype in itertools.product(smaller, (least.base.model.dtype, torch.bfloat16)):
+        try:
+            base = load(weights, dtype)
+        except BaseModelError:
+            continue
+        narrower = dtype.itemsize / least.base.model.dtype.itemsize
+        memory = dataclasses.replace(
+            least.memory,
+            present=least.memory.present - _weight_bytes(least.base) + _weight_bytes(base),
+            kept_per_token=least.memory.kept_per_token * narrower,
+            least_per_token=least.memory.least_per_token * narrower,
+        )
+        if _need(memory, tokens) <= limit:
+            name = f" base.dtype={str(dtype).removeprefix('torch.')}" if narrower < 1 else ""
+            yield f"base.weights={weights}{name} ({_need(memory, tokens) / 2**20:,.0f} MiB)"
+            return
+
+
+def _need(memory: MemoryModel | None, tokens: int) -> int:
+    assert memory is not None
+    return memory.ledger(tokens, memory.blocks).total
