@@ -178,6 +178,7 @@ def calibrate(
             least_per_token=whole(lambda trial: trial.memory.least_per_token),
             vocabulary=vocabulary_of(base),
             blocks=adapted,
+            on_gpu=one.memory.on_gpu,
         ),
         path=one.packed.path,
         reason=one.packed.reason,

@@ -66,10 +66,10 @@ def test_output_and_gradients_equal_those_of_the_cpu(rule, lengths):
 
 
 def test_layers_of_the_same_window_share_a_mask():
-    segments, tensors = Segments((100, 60)), inputs(160)
+    segments, tensors = Segments((100, 60)), inputs(256)
     for rule in (*RULES.values(), *RULES.values()):
         flex_attend(*tensors, segments, rule)
-    assert set(segments.masks) == {(160, None), (160, 40), (160, 150)}
+    assert set(segments.masks) == {(256, None), (256, 40), (256, 150)}
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 10_000])
