@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from addenda.bases.fast.compiled import compiled, why_not_compiled
+from addenda.bases.fast.compiled import compiled, runs_compiled
 from addenda.bases.fast.segments import Rule, Segments
 
 __all__ = ["BLOCK", "flex_attend", "flex_takes"]
@@ -35,9 +35,9 @@ def flex_takes(query: Tensor, value: Tensor, rule: Rule) -> bool:
 
     A row that is not whole blocks is left out, because every length of that kind would be compiled for itself.
     """
-    if not (query.is_cuda and rule.causal and query.dtype in _DTYPES) or query.shape[1] % BLOCK:
-        return False
-    return min(query.shape[-1], value.shape[-1]) >= NARROWEST and not why_not_compiled()
+    wide = min(query.shape[-1], value.shape[-1]) >= NARROWEST
+    suits = rule.causal and wide and query.dtype in _DTYPES and query.shape[1] % BLOCK == 0
+    return suits and runs_compiled(query)
 
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
@@ -58,8 +58,7 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, r
 
 
 def _flex_on(device: torch.device) -> Callable[..., Tensor]:
-    # Uncompiled it holds all scores, which is for tests.
-    function: Any = flex_attention
+    function: Any = flex_attention  # uncompiled it holds all scores, which is for tests
     return compiled(function) if device.type == "cuda" else function
 
 
