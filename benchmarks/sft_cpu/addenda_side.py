@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clock import StepClock, memory_now, write_result
+from clock import StepClock, gpu_memory, memory_now, write_result
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", required=True, help="base model, as for 'addenda train --base'")
@@ -17,6 +17,7 @@ parser.add_argument("--warmup", type=int, required=True)
 parser.add_argument("--steps", type=int, required=True, help="timed steps after the warm-up")
 parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True, help="of the base")
 parser.add_argument("--train-on", choices=("assistant", "all"), default="assistant")
+parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
 parser.add_argument("--micro-batch", type=int, default=None, help="tokens run at once, if not the default")
 options = parser.parse_args()
 
@@ -40,7 +41,7 @@ def on_event(event: train.Event) -> None:
 
 
 losses: list[float] = []
-base = addenda.load_base(options.model, dtype=getattr(torch, options.dtype))
+base = addenda.load_base(options.model, dtype=getattr(torch, options.dtype), device=options.device)
 handle = addenda.attach(base.model, addenda.LoRA(rank=16), "all-linear")
 encoder = data.Encoder(base.tokenizer, base.chat_template, options.train_on, max_tokens=1024, overflow="cut")
 examples = data.encode_rows(data.read_dataset(options.data).require_clean().conversations, encoder)
@@ -60,6 +61,7 @@ write_result(
     dataset_tokens=examples.tokens,
     loss=round(sum(losses) / len(losses), 4),
     memory_before_training_bytes=memory_before_training,
+    **gpu_memory(),
     settings={
         "rows_per_step": config.batch_size,
         "tokens_per_micro_batch": micro_batches[0],

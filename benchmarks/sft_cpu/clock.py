@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["StepClock", "memory_now", "write_result"]
+__all__ = ["StepClock", "gpu_memory", "memory_now", "write_result"]
 
 
 class StepClock:
@@ -27,6 +27,8 @@ class StepClock:
 
     def step_done(self, tokens: int) -> None:
         """Note that a step over ``tokens`` real tokens (no padding) has just ended."""
+        if torch := _torch_on_gpu():
+            torch.cuda.synchronize()
         self._marks.append(time.perf_counter())
         self._tokens.append(tokens)
 
@@ -49,6 +51,20 @@ def memory_now() -> int:
     """Return the peak resident bytes of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpu_memory() -> dict[str, int]:
+    """Return the most that PyTorch held of the GPU so far, in use and reserved; nothing without a GPU."""
+    torch = _torch_on_gpu()
+    if torch is None:
+        return {}
+    used, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"gpu_peak_bytes": used, "gpu_peak_reserved_bytes": reserved}
+
+
+def _torch_on_gpu() -> Any:
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_available() else None
 
 
 def write_result(path: str, **facts: Any) -> None:

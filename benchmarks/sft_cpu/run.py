@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import machine
 import table
+from child import run_child
+from rows import SUPPORT, prepare
 
 HERE = Path(__file__).resolve().parent
-SUPPORT = HERE.parent.parent / "examples" / "data" / "support.jsonl"
+README = HERE / "README.md"
 CONTESTANTS = {
     "trl": ["trl_peer.py"],
     "trl-packed": ["trl_peer.py", "--packing"],
@@ -48,11 +46,12 @@ def main() -> None:
     if options.dtype == "auto":
         options.dtype = "bfloat16" if machine.multiplies_bfloat16() else "float32"
     if options.readme_from:
-        table.write_readme(json.loads(options.readme_from.read_text(encoding="utf-8")))
+        earlier = json.loads(options.readme_from.read_text(encoding="utf-8"))
+        table.write_readme(README, table.render(earlier))
         return
     with tempfile.TemporaryDirectory(prefix="addenda-bench-") as name:
         work = Path(name)
-        prepared = prepare(options, work)
+        prepared = prepare(options, work, BASE)
         document = open_document(options, prepared)
         for repeat in range(options.repeats):
             for contestant in options.contestants:
@@ -64,7 +63,7 @@ def main() -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {path}")
     if options.write_readme:
-        table.write_readme(document)
+        table.write_readme(README, table.render(document))
 
 
 def parse_options() -> argparse.Namespace:
@@ -92,36 +91,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--write-readme", action="store_true", help="put the table into README.md")
     parser.add_argument("--readme-from", type=Path, help="only put an earlier result into README.md")
     return parser.parse_args()
-
-
-def prepare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Write the rows as chats, and find the model's folder and the number of tokens in a child process."""
-    rows = [as_chat(json.loads(line)) for line in first_lines(options.data, options.rows)]
-    path = work / "train.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [sys.executable, str(HERE / "prepare.py"), BASE, str(path), str(work / "prepared.json")]
-    subprocess.run(command, check=True)
-    prepared: dict[str, Any] = json.loads((work / "prepared.json").read_text(encoding="utf-8"))
-    prepared["data"] |= {
-        "title": options.title or options.data.stem,
-        "sha256_of_chats": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-    return prepared
-
-
-def first_lines(path: Path, count: int) -> list[str]:
-    source = path / "train.jsonl" if path.is_dir() else path
-    with source.open(encoding="utf-8") as lines:
-        return [line for line, _ in zip((line for line in lines if line.strip()), range(count), strict=False)]
-
-
-def as_chat(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as ``messages``, whatever else it holds left out."""
-    if "messages" in row:
-        kept = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        return {"messages": kept}
-    user, assistant = ("user", row["question"]), ("assistant", row["answer"])
-    return {"messages": [{"role": role, "content": text} for role, text in (user, assistant)]}
 
 
 def open_document(options: argparse.Namespace, prepared: dict[str, Any]) -> dict[str, Any]:
@@ -176,37 +145,8 @@ def run_once(
     command += ["--threads", str(options.threads), "--warmup", str(options.warmup), "--steps", str(steps)]
     command += ["--dtype", options.dtype]
     print(f"{name}: {steps} steps ...", end=" ", flush=True)
-    usage = run_child(command, work / f"{name}.log", options.threads)
+    usage = run_child(command, work / f"{name}.log", options.threads, {"CUDA_VISIBLE_DEVICES": ""})
     return {**json.loads(out.read_text(encoding="utf-8")), **usage}
-
-
-def run_child(command: list[str], log: Path, threads: int) -> dict[str, Any]:
-    """Run a command to its end; return its seconds and peak memory, and how busy other programs were."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {
-        **os.environ,
-        **offline,
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    busy, started = machine.busy_seconds(), time.perf_counter()
-    with log.open("wb") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        sys.exit(f"{' '.join(command)}\nfailed with {child.returncode}:\n{log.read_text()[-4000:]}")
-    seconds = time.perf_counter() - started
-    own = usage.ru_utime + usage.ru_stime
-    others = (
-        None if busy is None else round(max(0.0, (machine.busy_seconds() or 0.0) - busy - own) / seconds, 3)
-    )
-    return {
-        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        "process_seconds": round(seconds, 2),
-        "processor_seconds": round(own, 2),
-        "processors_used_by_others": others,
-    }
 
 
 def default_path(document: dict[str, Any]) -> Path:

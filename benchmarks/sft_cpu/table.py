@@ -6,9 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-__all__ = ["render", "summarize", "write_readme"]
+__all__ = ["render", "row", "summarize", "write_readme"]
 
-README = Path(__file__).resolve().parent / "README.md"
 START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 LABELS = {
     "trl": "TRL + PEFT, default",
@@ -22,7 +21,7 @@ TARGETS = {"trl": (5.0, 0.2), "trl-packed": (3.5, 0.5)}
 
 
 def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return medians of speed and peak memory per contestant, and how Addenda compares to each TRL."""
+    """Return medians of speed and peak memory per contestant, and how Addenda compares to each other one."""
     rows: dict[str, Any] = {}
     for name in dict.fromkeys(run["contestant"] for run in runs):
         own = [run for run in runs if run["contestant"] == name]
@@ -39,12 +38,12 @@ def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def render(document: dict[str, Any]) -> str:
     """Return the Markdown table with what it was measured on, and each target with whether it was met."""
     summary, about, data = document["summary"], document["machine"], document["data"]
+    settings = document["settings"]
     lines = [
         f"{data['title']}: {data['rows']:,} rows, {data['tokens_per_row']['mean']:.0f} tokens each on average "
         f"(longest {data['tokens_per_row']['longest']}), {data['share_of_tokens_in_answers']:.0%} of them in answers. "
         f"{about['cores']} cores of {about['cpu']} ({', '.join(about['cpu_features'])}), {about['memory_gib']} GiB; "
-        f"{document['settings']['dtype']}; {document['settings']['threads']} threads; "
-        f"median of {document['settings']['repeats']} alternating runs, "
+        f"{settings['dtype']}; {settings['threads']} threads; median of {settings['repeats']} alternating runs, "
         f"range in brackets; {document['date']}. "
         + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
         + ".",
@@ -52,17 +51,19 @@ def render(document: dict[str, Any]) -> str:
         "| contestant | tokens/s | peak memory, MiB | speed of Addenda to it | memory of Addenda to it |",
         "|---|---:|---:|---:|---:|",
     ]
-    lines += [_row(name, row, summary["ratios"]) for name, row in summary["contestants"].items()]
-    return "\n".join([*lines, "", *_verdicts(summary["ratios"])])
+    ratios = summary["ratios"]
+    rows = summary["contestants"].items()
+    lines += [row(LABELS[name], figures, ratios.get(f"addenda / {name}")) for name, figures in rows]
+    return "\n".join([*lines, "", *_verdicts(ratios)])
 
 
-def write_readme(document: dict[str, Any]) -> None:
-    """Put the table between the two marks in README.md."""
-    text = README.read_text(encoding="utf-8")
+def write_readme(readme: Path, rendered: str) -> None:
+    """Put the table between the two marks in a README."""
+    text = readme.read_text(encoding="utf-8")
     before, rest = text.split(START)
     _, after = rest.split(END)
-    README.write_text(f"{before}{START}\n{render(document)}\n{END}{after}", encoding="utf-8")
-    print(f"written: {README}")
+    readme.write_text(f"{before}{START}\n{rendered}\n{END}{after}", encoding="utf-8")
+    print(f"written: {readme}")
 
 
 def _range(runs: list[dict[str, Any]], field: str) -> list[float]:
@@ -71,7 +72,7 @@ def _range(runs: list[dict[str, Any]], field: str) -> list[float]:
 
 
 def _pairs(rows: dict[str, Any]) -> list[tuple[str, str]]:
-    peers = [name for name in rows if name.startswith("trl")]
+    peers = [name for name in rows if not name.startswith("addenda")]
     return [(ours, peer) for ours in rows if ours.startswith("addenda") for peer in peers]
 
 
@@ -82,14 +83,14 @@ def _ratio(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _row(name: str, row: dict[str, Any], ratios: dict[str, Any]) -> str:
-    slow, fast = row["tokens_per_second_range"]
-    small, large = (value / 2**20 for value in row["peak_memory_bytes_range"])
-    ratio = ratios.get(f"addenda / {name}")
+def row(label: str, figures: dict[str, Any], ratio: dict[str, float] | None) -> str:
+    """Return the table's row of one contestant, with Addenda's ratios to it where there are some."""
+    slow, fast = figures["tokens_per_second_range"]
+    small, large = (value / 2**20 for value in figures["peak_memory_bytes_range"])
     compared = f"{ratio['speed']:.2f}x | {ratio['memory']:.2f}x" if ratio else " | "
     return (
-        f"| {LABELS[name]} | {row['tokens_per_second']:.0f} ({slow:.0f} to {fast:.0f}) "
-        f"| {row['peak_memory_bytes'] / 2**20:.0f} ({small:.0f} to {large:.0f}) | {compared} |"
+        f"| {label} | {figures['tokens_per_second']:.0f} ({slow:.0f} to {fast:.0f}) "
+        f"| {figures['peak_memory_bytes'] / 2**20:.0f} ({small:.0f} to {large:.0f}) | {compared} |"
     )
 
 

@@ -1,11 +1,11 @@
-"""TRL's SFTTrainer with PEFT, as its users run it: all defaults but those set below."""
+"""TRL's SFTTrainer with PEFT or Unsloth, as its users run it: all defaults but those set below."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from clock import StepClock, memory_now, write_result
+from clock import StepClock, gpu_memory, memory_now, write_result
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", required=True, help="model folder")
@@ -18,7 +18,15 @@ parser.add_argument("--steps", type=int, required=True, help="timed steps after 
 parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True, help="of the base")
 parser.add_argument("--packing", action="store_true")
 parser.add_argument("--tuned", action="store_true", help="packed, one pack at a time, activations kept")
+parser.add_argument("--gpu", action="store_true", help="on the GPU, not on the CPU")
+parser.add_argument("--liger", action="store_true", help="with Liger's kernels")
+parser.add_argument(
+    "--unsloth", action="store_true", help="with Unsloth's model and adapter in place of PEFT's"
+)
 options = parser.parse_args()
+
+if options.unsloth:  # wants to be imported before all that it changes
+    from unsloth import FastLanguageModel
 
 import torch  # noqa: E402
 
@@ -61,19 +69,33 @@ arguments = SFTConfig(
     # The default, float32 under bfloat16 autocast, is slower and larger than either.
     model_init_kwargs={"dtype": options.dtype},
     **({"bf16": False} if options.dtype == "float32" else {}),
-    use_cpu=True,  # also where there is a GPU
+    use_cpu=not options.gpu,
+    use_liger_kernel=options.liger,
     report_to="none",
     save_strategy="no",
     **(tuned if options.tuned else {}),
 )
 dataset = load_dataset("json", data_files=options.data, split="train", cache_dir=options.work)
-trainer = Counted(
-    model=options.model,
-    args=arguments,
-    train_dataset=dataset,
-    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-    callbacks=[Stopwatch()],
-)
+
+
+def contestant() -> dict[str, Any]:
+    """The model, and what puts the adapter on it."""
+    if not options.unsloth:
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return {"model": options.model, "peft_config": lora}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        options.model,
+        max_seq_length=arguments.max_length,
+        dtype=getattr(torch, options.dtype),
+        load_in_4bit=False,
+    )
+    model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=32, lora_dropout=0, target_modules=names)
+    arguments.model_init_kwargs = None  # the model is there already
+    return {"model": model, "processing_class": tokenizer}
+
+
+trainer = Counted(**contestant(), args=arguments, train_dataset=dataset, callbacks=[Stopwatch()])
 memory_before_training = memory_now()
 losses = trainer.train()
 
@@ -84,6 +106,7 @@ write_result(
     dataset_tokens=sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
     loss=round(losses.training_loss, 4),
     memory_before_training_bytes=memory_before_training,
+    **gpu_memory(),
     settings={
         "rows_or_packs_at_once": arguments.per_device_train_batch_size,
         "gradient_accumulation_steps": arguments.gradient_accumulation_steps,

@@ -218,6 +218,7 @@ class _Miniatures:
             present=0,
             trained=16 * self._planned.parameters,
             kept_per_token=self.whole(lambda trial: trial.memory.kept_per_token),
+            loose_per_token=self.whole(lambda trial: trial.memory.loose_per_token),
             least_per_token=self.whole(lambda trial: trial.memory.least_per_token),
             vocabulary=vocabulary_of(self._base),
             blocks=self.adapted,

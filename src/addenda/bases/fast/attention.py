@@ -117,17 +117,23 @@ def attend(
     if dropout or query.device.type != "cpu":
         if rotary:
             query, key = turned(query, rotary), turned(key, rotary)
-        if not dropout and flex_takes(query, value, rule):
-            return flex_attend(query, key, value, segments, rule)
-        parts = [
-            _library_attention(query[:, a:b], key[:, a:b], value[:, a:b], rule, dropout)
-            for a, b in segments.bounds
-        ]
-        return functional.pad(torch.cat(parts, dim=1), (0, 0, 0, query.shape[1] - sum(segments.lengths)))
+        return _by_pytorch(query, key, value, segments, rule, dropout=dropout)
     out: Tensor = _SegmentAttention.apply(
         query, key, value, *(rotary or (None, None)), (segments.bounds, rule)
     )
     return out
+
+
+def _by_pytorch(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule, *, dropout: float
+) -> Tensor:
+    if not dropout and flex_takes(query, value, rule):
+        return flex_attend(query, key, value, segments, rule)
+    parts = [
+        _library_attention(query[:, a:b], key[:, a:b], value[:, a:b], rule, dropout)
+        for a, b in segments.bounds
+    ]
+    return functional.pad(torch.cat(parts, dim=1), (0, 0, 0, query.shape[1] - sum(segments.lengths)))
 
 
 def _library_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule, dropout: float) -> Tensor:

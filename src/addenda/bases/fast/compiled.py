@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["SETTINGS", "compiled", "compiled_on_gpu", "why_not_compiled"]
+__all__ = ["SETTINGS", "compiled", "compiled_on_gpu", "runs_compiled", "why_not_compiled"]
 
 SETTINGS: dict[str, Any] = {"recompile_limit": 64, "specialize_float": True}
 """For PyTorch's compiler, while ours are compiled. A function may have so many forms, one for each kind of arguments: a
@@ -33,12 +33,14 @@ def compiled_on_gpu(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        first = args[0]
-        if not isinstance(first, Tensor) or not first.is_cuda or why_not_compiled():
-            return function(*args, **kwargs)
-        return compiled(function)(*args, **kwargs)
+        return compiled(function)(*args, **kwargs) if runs_compiled(args[0]) else function(*args, **kwargs)
 
     return run
+
+
+def runs_compiled(x: Any) -> bool:
+    """Whether work on this tensor is left to PyTorch's compiler."""
+    return isinstance(x, Tensor) and x.is_cuda and not why_not_compiled()
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from addenda.bases.fast.compiled import compiled, why_not_compiled
+from addenda.bases.fast.compiled import compiled, runs_compiled
 from addenda.bases.fast.segments import Rule, Segments
 
 __all__ = ["BLOCK", "flex_attend", "flex_takes"]
@@ -31,14 +31,17 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def flex_takes(query: Tensor, value: Tensor, rule: Rule) -> bool:
-    """Whether the compiled kernel can do this: query (heads, T, d), value (heads, T, d_v)."""
-    if not (query.is_cuda and rule.causal and query.dtype in _DTYPES):
-        return False
-    return min(query.shape[-1], value.shape[-1]) >= NARROWEST and not why_not_compiled()
+    """Whether the compiled kernel can do this: query (heads, T, d), value (heads, T, d_v).
+
+    A row that is not whole blocks is left out, because every length of that kind would be compiled for itself.
+    """
+    wide = min(query.shape[-1], value.shape[-1]) >= NARROWEST
+    suits = rule.causal and wide and query.dtype in _DTYPES and query.shape[1] % BLOCK == 0
+    return suits and runs_compiled(query)
 
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Attention within each segment, as `attend` does it; causal, and without dropout."""
+    """Attention within each segment, as `attend` does it; causal, without dropout, over a row of whole blocks."""
     tokens, used = query.shape[1], sum(segments.lengths)
     if (tokens, rule.window) not in segments.masks:
         segments.masks[tokens, rule.window] = _block_mask(segments, tokens, rule.window, query.device)
@@ -55,8 +58,7 @@ def flex_attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, r
 
 
 def _flex_on(device: torch.device) -> Callable[..., Tensor]:
-    # Uncompiled it holds all scores, which is for tests.
-    function: Any = flex_attention
+    function: Any = flex_attention  # uncompiled it holds all scores, which is for tests
     return compiled(function) if device.type == "cuda" else function
 
 
@@ -69,24 +71,16 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
 
 def _block_mask(segments: Segments, tokens: int, window: int | None, device: torch.device) -> BlockMask:
     first = _first_keys(segments, tokens, window)
-    blocks = -(-tokens // BLOCK)
+    blocks = tokens // BLOCK
     own, every = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
-    starts = first[::BLOCK, None]
-    ends = first[torch.arange(BLOCK, tokens + BLOCK, BLOCK).clamp(max=tokens) - 1, None]
-    seen = (every <= own) & ((every + 1) * BLOCK > starts)
-    whole = (every < own) & (every * BLOCK >= ends)
+    seen = (every <= own) & ((every + 1) * BLOCK > first[::BLOCK, None])
+    whole = (every < own) & (every * BLOCK >= first[BLOCK - 1 :: BLOCK, None])
     on_device = first.to(device)
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= on_device[query]) & (key <= query)
 
-    made = BlockMask.from_kv_blocks(
-        *_listed(seen & ~whole),
-        *_listed(whole),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
-        seq_lengths=(tokens, tokens),
-    )
+    made = BlockMask.from_kv_blocks(*_listed(seen & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees)
     return made.to(device)
 
 

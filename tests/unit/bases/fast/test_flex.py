@@ -66,10 +66,10 @@ def test_output_and_gradients_equal_those_of_the_cpu(rule, lengths):
 
 
 def test_layers_of_the_same_window_share_a_mask():
-    segments, tensors = Segments((100, 60)), inputs(160)
+    segments, tensors = Segments((100, 60)), inputs(256)
     for rule in (*RULES.values(), *RULES.values()):
         flex_attend(*tensors, segments, rule)
-    assert set(segments.masks) == {(160, None), (160, 40), (160, 150)}
+    assert set(segments.masks) == {(256, None), (256, 40), (256, 150)}
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 10_000])
@@ -92,3 +92,26 @@ def test_the_blocks_are_those_that_pytorch_finds_by_looking_at_every_pair(window
 def test_the_cpu_keeps_its_own_form():
     query, _, value = inputs(20, d=16, d_v=16)
     assert not flex_takes(query.float(), value.float(), RULES["plain"])
+
+
+@pytest.mark.parametrize("rule", [RULES["plain"], RULES["both"]], ids=["plain", "both"])
+def test_compiled_whole_it_takes_any_length_after_a_few(rule, monkeypatch):
+    torch._dynamo.reset()
+    form = torch.compile(library.flex_attention, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(flex, "_flex_on", lambda _: form)
+
+    def there_and_back(tokens):
+        tensors = inputs(tokens)
+        lengths = (tokens // 3, tokens - tokens // 3 - 5)
+        ours, theirs = (
+            flex_attend(*tensors, Segments(lengths), rule),
+            attend(*tensors, Segments(lengths), rule),
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        return torch.autograd.grad(ours.sum(), tensors)
+
+    for tokens in (128, 256, 512):
+        there_and_back(tokens)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for tokens in (384, 640, 1024):
+            assert all(bool(x.isfinite().all()) for x in there_and_back(tokens))
