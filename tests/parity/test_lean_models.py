@@ -70,15 +70,15 @@ def batch_of(family: str, lengths=(17, 5, 11)):
     return {"input_ids": torch.randint(1, 96, mask.shape) * mask, "attention_mask": mask}
 
 
-def states_and_gradients(model, batch, handle, form=None):
-    """The states of every token, padding too, and the gradients of a loss that reads them all."""
+def states_and_gradients(model, batch, handle, form=None, *, real=...):
+    """The states of every token, padding too, and the gradients of a loss that reads them all, or the real ones."""
     dtype = next(model.parameters()).dtype
     batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
     wanted = torch.linspace(-1, 1, 64).to(dtype)
     torch.manual_seed(7)
     with form or contextlib.nullcontext():
         states = model(**batch).last_hidden_state
-        loss = functional.mse_loss(states.tanh(), wanted.expand_as(states))
+        loss = functional.mse_loss(states[real].tanh(), wanted.expand_as(states[real]))
         parameters = [p for p in handle.parameters() if p.requires_grad]
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     return states.detach(), [
@@ -121,6 +121,30 @@ def test_states_and_gradients_equal_those_outside_the_block(family, dtype, bound
     assert distance(lean_grads, grads) <= bound
     if dtype == torch.float32:
         assert all(distance([g], [w]) <= bound for g, w in zip(lean_grads, grads, strict=True) if w.any())
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
+def test_without_padding_the_other_tokens_and_their_gradients_are_the_same(family, dtype, bound, mode):
+    model, handle = whole_model(family)
+    model.eval()
+    batch = batch_of(family)
+    batch["attention_mask"][1], batch["input_ids"][1, :6] = (
+        (torch.arange(17) > 5).long(),
+        0,
+    )  # padding in front
+    real = batch["attention_mask"].bool()
+    model.to(dtype).double()
+    states, grads = states_and_gradients(model, batch, handle, real=real)
+    model.to(dtype)
+    form = addenda.lean(model, skip_padding=True)
+    assert dict(form.fused) == {**FAMILIES[family][2], "stack without padding": 1}
+    lean_states, lean_grads = states_and_gradients(model, batch, handle, form, real=real)
+    assert not lean_states[~real].any()
+    assert distance([lean_states[real]], [states[real]]) <= bound
+    assert distance(lean_grads, grads) <= bound
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])

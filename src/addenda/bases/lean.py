@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 from torch import nn
 
-from addenda.bases.fast.find import IN_BATCHES, find_fusions
+from addenda.bases.fast.find import IN_BATCHES, WITHOUT_PADDING, find_fusions
 from addenda.bases.fast.fusion import fused_on
 from addenda.bases.packed import evaluating
 from addenda.core.host import require_module
@@ -26,10 +26,10 @@ class Lean:
     unfused: tuple[tuple[str, str, int], ...]
     """Kinds of parts that run as they are though they look like known ones, why, and how many of each."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, skip_padding: bool) -> None:
         require_module(model)
         with evaluating(model):
-            self._found = find_fusions(model, IN_BATCHES)
+            self._found = find_fusions(model, (*IN_BATCHES, *(WITHOUT_PADDING if skip_padding else ())))
         self.fused, self.unfused = self._found.fused, self._found.unfused
         self._entered: list[ExitStack] = []
 
@@ -47,7 +47,7 @@ class Lean:
         self._entered.pop().close()
 
 
-def lean(model: nn.Module) -> Lean:
+def lean(model: nn.Module, *, skip_padding: bool = False) -> Lean:
     """Find the parts of a model that have a leaner form, and let them take it in a ``with`` block.
 
     The block goes around forward and backward. Within it the model is called as ever, and gives what it gives outside,
@@ -55,13 +55,18 @@ def lean(model: nn.Module) -> Lean:
 
     - Layers that read one tensor (queries, keys and values) are one node: one product with all their A, one gradient.
     - Outputs of norms and activations are made again in the backward, not kept for the adapted layers that read them.
-    - RMS norms and gated MLPs run as in training on packed rows, in kernels where those were enabled.
+    - RMS norms, gated MLPs and activations run in kernels where ``addenda.kernels.enable()`` was called and could
+      compile them, else in plain PyTorch.
 
     Attention stays the model's own, and so do its masks, its dropout and, where it is asked for them, its weights.
     A layer runs as it is where it is watched by a hook of somebody else's, under autocast, and when it is compiled.
 
     Args:
         model: any module; adapters may be attached before, or within the block.
+        skip_padding: do no work for tokens that the attention mask hides, in encoders of text that are known to give
+            the others the same without them. Their states come out as zeros: a loss must not read them. Dropout then
+            draws other numbers, as there are fewer tokens. Calls that ask for the states or the attention weights of
+            each block, and training with gradient checkpointing, take the padding along.
 
     Returns:
         What was found: ``fused``, ``unfused`` and ``describe()`` say it. It acts only within the block, which may be
@@ -82,4 +87,4 @@ def lean(model: nn.Module) -> Lean:
         >>> form.fused
         (('activation', 2), ('layer norm', 5), ('projections of one input', 2))
     """
-    return Lean(model)
+    return Lean(model, skip_padding=skip_padding)

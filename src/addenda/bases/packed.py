@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from addenda.bases.fast.attention import packed_attention_on
 from addenda.bases.fast.find import Found, find_fusions
 from addenda.bases.fast.fusion import forward_replaced, fused_on
+from addenda.bases.fast.padding import TOKEN_MULTIPLE
 from addenda.bases.fast.recompute import find_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
@@ -27,10 +28,6 @@ __all__ = ["PackedModel", "evaluating"]
 
 CROSSED_WINDOW = 1024
 """Sliding windows up to this many tokens are crossed by the probe; of wider ones only the argument is checked."""
-
-TOKEN_MULTIPLE = 64
-"""On a CPU rows are filled up to it with tokens of no sample: every new length costs PyTorch's matrix kernels a
-set-up of several milliseconds for each layer size."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 """Norm of the difference on the probe as a share of the states' own; 0.05 for others (norms run in fp32 in all)."""

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import addenda
@@ -56,7 +57,7 @@ def gradients(module, x):
 
 
 def assert_same(ours, theirs):
-    for got, wanted in zip(ours, theirs, strict=True):
+    for got, wanted in zip(ours, (x.detach() for x in theirs), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -189,3 +190,95 @@ def test_a_tensor_written_to_is_not_made_again():
 def test_a_model_is_needed():
     with pytest.raises(TargetError, match="a model is a torch"):
         addenda.lean("bert")
+
+
+# ------------------------------------------------------------------------------------------------------- padding
+
+
+def classifier(**settings):
+    small = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(**small, intermediate_size=40, pad_token_id=0, **settings)
+    model = transformers.BertForSequenceClassification(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def padded_batch():
+    mask = (torch.arange(12) < torch.tensor([12, 4, 7])[:, None]).long()
+    return {"input_ids": torch.randint(1, 50, (3, 12)) * mask, "attention_mask": mask}
+
+
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """The shapes of the states that went through the first block."""
+    shapes = []
+    own = transformers.models.bert.modeling_bert.BertLayer.forward
+
+    def noting(self, hidden_states, *args, **kwargs):
+        shapes.append(tuple(hidden_states.shape[:2]))
+        return own(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.models.bert.modeling_bert.BertLayer, "forward", noting)
+    return shapes
+
+
+def test_a_classifier_answers_the_same_and_computes_only_real_tokens(rows_seen):
+    model, batch = classifier(), padded_batch()
+    wanted = model(**batch, labels=torch.tensor([0, 1, 1]))
+    form = addenda.lean(model, skip_padding=True)
+    rows_seen.clear()
+    with form:
+        found = model(**batch, labels=torch.tensor([0, 1, 1]))
+    assert rows_seen == [(1, 64)] * 2  # 23 tokens, filled up to 64
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attention_mask": torch.ones(3, 12).long()},
+        {"attention_mask": torch.ones(3, 12).long().index_fill(0, torch.tensor([1]), 0)},
+        {"attention_mask": torch.ones(3, 1, 12, 12).tril().bool()},
+        {"output_hidden_states": True},
+    ],
+    ids=["no padding", "a sample of padding alone", "a mask for each query", "states of each block"],
+)
+def test_padding_is_taken_along_where_leaving_it_out_would_show(change, rows_seen):
+    model, batch = classifier(), {**padded_batch(), **change}
+    wanted, form = model(**batch), addenda.lean(model, skip_padding=True)
+    rows_seen.clear()
+    with form:
+        found = model(**batch)
+    assert rows_seen == [(3, 12)] * 2
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    if "output_hidden_states" in change:
+        assert_same(found.hidden_states, wanted.hidden_states)
+
+
+def test_gradient_checkpointing_takes_the_padding_along(rows_seen):
+    model, batch = (
+        classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train(),
+        padded_batch(),
+    )
+    handle = addenda.attach(model.bert, addenda.LoRA(rank=2), ["query", "value"])
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    wanted = torch.autograd.grad(model(**batch).logits.sum(), list(handle.parameters()))
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    form = addenda.lean(model, skip_padding=True)
+    rows_seen.clear()
+    with form:
+        found = torch.autograd.grad(model(**batch).logits.sum(), list(handle.parameters()))
+    assert set(rows_seen) == {(3, 12)}
+    assert_same(found, wanted)
+
+
+def test_a_causal_stack_keeps_its_padding():
+    model = transformers.BertLMHeadModel(
+        transformers.BertConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40, is_decoder=True
+        )
+    )
+    assert "stack without padding" not in dict(addenda.lean(model, skip_padding=True).fused)

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from addenda.bases.fast.fusion import Fusion, Unproven
 from addenda.bases.fast.gated_mlp import gated_mlp
+from addenda.bases.fast.padding import unpadded
 from addenda.bases.fast.projections import projections
 from addenda.bases.fast.remade import activation, layer_norm
 from addenda.bases.fast.rms_norm import rms_norm
 from addenda.bases.fast.self_attention import own_attention, self_attention
 
-__all__ = ["IN_BATCHES", "IN_PACKED_ROWS", "Found", "Recogniser", "find_fusions"]
+__all__ = ["IN_BATCHES", "IN_PACKED_ROWS", "WITHOUT_PADDING", "Found", "Recogniser", "find_fusions"]
 
 Recogniser = Callable[[nn.Module, Tensor], Fusion | Unproven | None]
 """Looks at one module, with a tensor of the model's dtype and device: gives a proven lean form, or says why a module
@@ -26,6 +27,9 @@ IN_PACKED_ROWS: tuple[Recogniser, ...] = (rms_norm, gated_mlp, self_attention)
 
 IN_BATCHES: tuple[Recogniser, ...] = (rms_norm, layer_norm, gated_mlp, activation, own_attention, projections)
 """Parts of any model, called in any way."""
+
+WITHOUT_PADDING: tuple[Recogniser, ...] = (unpadded,)
+"""Stacks whose states at padding may be zero instead."""
 
 
 class Found(NamedTuple):
