@@ -58,7 +58,8 @@ def lean(model: nn.Module, *, skip_padding: bool = False) -> Lean:
     - RMS norms, gated MLPs and activations run in kernels where ``addenda.kernels.enable()`` was called and could
       compile them, else in plain PyTorch.
 
-    Attention stays the model's own, and so do its masks, its dropout and, where it is asked for them, its weights.
+    Attention stays the model's own, and so do its masks, its dropout and, where it is asked for them, its weights; but
+    where padding is left out each sample attends by itself, as in training on packed rows.
     A layer runs as it is where it is watched by a hook of somebody else's, under autocast, and when it is compiled.
 
     Args:
