@@ -23,7 +23,7 @@ BUDGETS = {
     "kernels": 550,  # Python only: compile, load, call
     "core": 3400,  # layer kinds, packed and quantised too, and their host; shared, tied and computed weights: refusals
     "methods": 800,
-    "bases": 6000,  # four sources, each checked byte by byte before it is opened; packing; lean forms; formats; GPUs
+    "bases": 6900,  # four sources, each checked byte by byte; packing; lean forms, in batches too; formats; GPUs
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
     "train": 4500,  # checkpoints, locks, guards, memory and its offload, processes, forecasts, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text

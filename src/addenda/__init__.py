@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from addenda.bases import LoadedBase, load_base
+    from addenda.bases.lean import lean
     from addenda.core import Handle, Method, Plan, attach, detach, load, plan, save
     from addenda.errors import (
         AddendaError,
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "lean",
     "load",
     "load_base",
     "plan",
@@ -73,6 +75,7 @@ __all__ = [
 
 _ROOMS = {
     "addenda.bases": ("LoadedBase", "load_base"),
+    "addenda.bases.lean": ("lean",),
     "addenda.core": ("Handle", "Method", "Plan", "attach", "detach", "load", "plan", "save"),
     "addenda.methods.bitfit": ("BitFit",),
     "addenda.methods.bottleneck": ("Bottleneck",),

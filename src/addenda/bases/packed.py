@@ -8,7 +8,6 @@ sample at a time, which is slower and always right.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.fast.attention import packed_attention_on
-from addenda.bases.fast.find import find_fusions
+from addenda.bases.fast.find import Found, find_fusions
 from addenda.bases.fast.flex import BLOCK
 from addenda.bases.fast.fusion import forward_replaced, fused_on
+from addenda.bases.fast.padding import TOKEN_MULTIPLE
 from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
@@ -29,10 +29,6 @@ __all__ = ["PackedModel", "evaluating"]
 
 CROSSED_WINDOW = 1024
 """Sliding windows up to this many tokens are crossed by the probe; of wider ones only the argument is checked."""
-
-TOKEN_MULTIPLE = 64
-"""On a CPU rows are filled up to it with tokens of no sample: every new length costs PyTorch's matrix kernels a
-set-up of several milliseconds for each layer size. Elsewhere they are filled up to whole blocks of attention."""
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2}
 """Norm of the difference on the probe as a share of the states' own; 0.05 for others (norms run in fp32 in all)."""
@@ -65,42 +61,33 @@ class PackedModel:
     """``packed``: whole rows at once. ``general``: one sample at a time."""
     reason: str
     """Why this path was taken."""
-    fused: tuple[tuple[str, int], ...]
-    """Kinds of parts that run in a leaner form on the packed path, and how many of each."""
-    unfused: tuple[tuple[str, str, int], ...]
-    """Kinds of parts that run as they are though they look like known ones, why, and how many of each."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         with evaluating(model):
             self._decoder, self._output_class, problem = _headless(model)
-            self._fusions, unproven = find_fusions(self._decoder) if self._decoder else ((), ())
+            found = find_fusions(self._decoder) if self._decoder else Found()
+            self._fusions = found.fusions
             self._blocks = find_blocks(self._decoder) if self._decoder else ()
             problem = problem or _probe_packing(self)
         self.path = "general" if problem else "packed"
-        self.fused = (
-            () if problem else tuple(sorted(Counter(fusion.kind for fusion in self._fusions).items()))
-        )
-        self.unfused = (
-            ()
-            if problem
-            else tuple(
-                (kind, reason, count)
-                for (kind, reason), count in sorted(
-                    Counter((part.kind, part.reason) for part in unproven).items()
-                )
-            )
-        )
+        self._found = Found() if problem else found
         self.reason = problem or "packed rows give what single samples give, proven on a probe"
+
+    @property
+    def fused(self) -> tuple[tuple[str, int], ...]:
+        """Kinds of parts that run in a leaner form on the packed path, and how many of each."""
+        return self._found.fused
+
+    @property
+    def unfused(self) -> tuple[tuple[str, str, int], ...]:
+        """Kinds of parts that run as they are though they look like known ones, why, and how many of each."""
+        return self._found.unfused
 
     @property
     def parts(self) -> str:
         """Which parts run fused, and why others that look alike do not, in words."""
-        if self.path == "general":
-            return "no part runs fused on the general path"
-        fused = ", ".join(f"{count} {kind}" for kind, count in self.fused) or "none"
-        own = "".join(f"; {count} {kind} not: {reason}" for kind, reason, count in self.unfused)
-        return f"fused parts: {fused}{own}"
+        return "no part runs fused on the general path" if self.path == "general" else self._found.parts
 
     @property
     def blocks(self) -> int:

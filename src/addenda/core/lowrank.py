@@ -1,8 +1,9 @@
 """The fused low-rank linear: y = W x + s B A x in one autograd node.
 
-It saves x and A x alone, never forms W + s B A, never makes a gradient for W, and needs only two operations of the
-frozen weight (``linear`` and ``grad_input``), so it works on any weight format that offers them. The thin products
-come first: x Aᵀ has ``rank`` columns, so the extra cost is 2 * rank * (d_in + d_out) FLOP per row and direction.
+It saves x (or what x is made again from) and A x alone, never forms W + s B A, never makes a gradient for W, and needs
+only two operations of the frozen weight (``linear`` and ``grad_input``), so it works on any weight format that offers
+them. The thin products come first: x Aᵀ has ``rank`` columns, so the extra cost is 2 * rank * (d_in + d_out) FLOP per
+row and direction.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from addenda.core.remaking import remade_of
+from addenda.errors import TrainingError
 
 __all__ = ["FrozenLinear", "add_scaled", "frozen_linear", "low_rank_linear"]
 
@@ -39,15 +43,22 @@ class _LowRankLinear(torch.autograd.Function):
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
         h = rows @ A_.t()
         y = add_scaled(base.linear(rows), h, B_, scaling)
-        ctx.save_for_backward(x, h, A, B)
-        ctx.base, ctx.scaling = base, scaling
+        remade = remade_of(x)
+        ctx.save_for_backward(h, A, B, *(remade.tensors if remade else (x,)))
+        ctx.base, ctx.scaling, ctx.shape, ctx.make = base, scaling, x.shape, remade.make if remade else None
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, A, B = ctx.saved_tensors
+        h, A, B, *ingredients = ctx.saved_tensors
+        x = ctx.make(*ingredients) if ctx.make else ingredients[0]
         rows, A_, B_ = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
         if torch.is_grad_enabled():  # for a second derivative, h has to know where it comes from
+            if ctx.make:
+                raise TrainingError(
+                    "a layer whose input is made again gives no second derivative",
+                    hint="take derivatives of derivatives outside addenda.lean",
+                )
             h = rows @ A_.t()
         g = grads[0].reshape(-1, grads[0].shape[-1])
         gB = (g @ B_).mul_(ctx.scaling)
@@ -57,7 +68,7 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dB = (h.t() @ g).t().to(B.dtype).mul_(ctx.scaling)
         if ctx.needs_input_grad[0]:
-            dx = ctx.base.grad_input(g).addmm_(gB, A_).view(x.shape)
+            dx = ctx.base.grad_input(g).addmm_(gB, A_).view(ctx.shape)
         return dx, dA, dB, None, None
 
 

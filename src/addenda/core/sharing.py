@@ -2,13 +2,13 @@
 
 Queries, keys and values share their input, and so do gate and up. Together they cost one thin product with their
 stacked A where each alone costs its own, one gradient of the input instead of three that are added up, and one input
-kept for the backward. An input that can be made again from what is kept anyway (`remakable`) is not kept at all.
+kept for the backward, or none where it can be made again (`addenda.core.remaking`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,11 @@ from torch.autograd.function import once_differentiable
 from addenda.core.host import Host, count_call, sole_adapter
 from addenda.core.lowrank import FrozenLinear, add_scaled
 from addenda.core.packed_layers import PackedLinear, PackedView
+from addenda.core.remaking import Remade, kept
 from addenda.core.views import LinearView
 
 __all__ = [
-    "Remade",
     "Term",
-    "kept",
-    "remakable",
     "shared_linear",
     "term_of",
     "terms_factor_grads",
@@ -78,38 +76,6 @@ def _is_watched(module: nn.Module) -> bool:
     own = getattr(module, "_addenda_hook", None)
     after = [key for key in module._forward_hooks if own is None or key != own.id]
     return bool(before or after or "forward" in vars(module))
-
-
-# ------------------------------------------------------------------------------------------------------ made again
-
-
-@dataclass(frozen=True)
-class Remade:
-    """How a tensor comes out of others that are kept anyway."""
-
-    make: Callable[..., Tensor]
-    """From the detached tensors, the same bits again."""
-    tensors: tuple[Tensor, ...]
-    version: int = 0
-    """How often the tensor had been written to when it was marked."""
-
-
-def remakable(y: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Mark ``y`` as what ``make(*tensors)`` gives, so that a node which needs it later need not keep it."""
-    y.remade = Remade(make, tuple(t.detach() for t in tensors), y._version)  # type: ignore[attr-defined]
-    return y
-
-
-def kept(x: Tensor) -> Remade:
-    """Return what to keep so as to have ``x`` in the backward."""
-    remade: Remade | None = getattr(x, "remade", None)
-    if remade is not None and remade.version == x._version:
-        return remade
-    return Remade(_itself, (x.detach(),))
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 # ---------------------------------------------------------------------------------------------- the products themselves

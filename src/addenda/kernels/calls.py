@@ -18,6 +18,7 @@ from addenda.kernels.library import kernels
 
 __all__ = [
     "AttentionCall",
+    "activation",
     "attention_backward",
     "attention_forward",
     "cross_entropy",
@@ -33,8 +34,8 @@ __all__ = [
 LANES = 16
 """Numbers a kernel works on at once; rows are a multiple of it."""
 
-ACTIVATIONS = {"silu": 0, "gelu-tanh": 1}
-"""What stands for an activation in the call of the gated kernel."""
+ACTIVATIONS = {"silu": 0, "gelu-tanh": 1, "gelu": 2}
+"""What stands for an activation in the call of a kernel."""
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -80,6 +81,13 @@ def rms_norm_backward(x: Tensor, weight: Tensor, scale: Tensor, g: Tensor, offse
     dx = torch.empty_like(x)
     _call("rms_norm_backward", x.dtype, x, weight, scale, g, dx, scale.numel(), x.shape[-1], offset)
     return dx
+
+
+def activation(x: Tensor, name: str, g: Tensor | None = None) -> Tensor:
+    """Return act(x): (...), or, with the gradient ``g`` of that, the gradient of x; a multiple of 16 numbers in all."""
+    y = torch.empty_like(x)
+    _call("activation", x.dtype, x, g, y, x.numel(), ACTIVATIONS[name])
+    return y
 
 
 def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import addenda
 from addenda.core.layers import view_of
 from addenda.core.lowrank import low_rank_linear
+from addenda.core.remaking import remakable
 
 
 def formula(
@@ -106,3 +107,23 @@ def test_under_autocast_and_with_a_trained_weight_the_general_path_gives_the_rig
     model[0].weight.requires_grad_(True)
     model(x).sum().backward()
     torch.testing.assert_close(model[0].weight.grad, x.sum(0).expand(8, 8))
+
+
+def test_an_input_that_can_be_made_again_is_not_kept_and_the_gradients_are_the_same_bits() -> None:
+    layer = nn.Linear(10, 6).requires_grad_(False)
+    view, kept = view_of(layer, "layer"), []
+    z, A, B = (torch.randn(*shape, requires_grad=True) for shape in ((7, 10), (3, 10), (6, 3)))
+
+    def gradients(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = low_rank_linear(x, A, B, scaling=0.5, base=view)
+        return torch.autograd.grad(y.square().sum(), (x, A, B))
+
+    x = z.tanh()
+    wanted = gradients(x)
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
+    kept.clear()
+    ours = gradients(remakable(x, torch.tanh, z))
+    assert not any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
+    for got, same in zip(ours, wanted, strict=True):
+        assert torch.equal(got, same)

@@ -45,12 +45,37 @@ def test_rms_norm(dtype, offset):
     assert_near(calls.rms_norm_backward(x, weight, factors, g, offset), exact_grad)
 
 
+FUNCTIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu-tanh": lambda z: functional.gelu(z, approximate="tanh"),
+}
+
+
+@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("name", calls.ACTIVATIONS)
+def test_activation(dtype, name):
+    x, g = (torch.randn(5, 32).mul(3).to(dtype) for _ in range(2))
+    exact_x = x.double().requires_grad_()
+    exact = FUNCTIONS[name](exact_x)
+    (grad,) = torch.autograd.grad(exact, exact_x, g.double())
+    assert_near(calls.activation(x, name), exact.detach())
+    assert_near(calls.activation(x, name, g), grad, units=2)
+
+
+def test_gelu_is_right_to_its_own_last_digits_far_below_zero_and_near_it():
+    x = torch.cat([torch.linspace(-9, 9, 1600), torch.randn(1600) * 1e-3])
+    exact = x.double() * torch.special.erfc(x.double() / -(2**0.5)) / 2  # not 1 + erf, which cancels
+    torch.testing.assert_close(calls.activation(x, "gelu").double(), exact, rtol=4e-6, atol=0)
+    edges = torch.tensor([1e30, 200.0, 40.0, 14.0, 0.0, -0.0, -14.0, -1e30] * 2)
+    torch.testing.assert_close(calls.activation(edges, "gelu"), functional.gelu(edges), rtol=1e-6, atol=1e-30)
+    assert calls.activation(torch.full((16,), torch.nan), "gelu").isnan().all()
+
+
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("activation", calls.ACTIVATIONS)
 def test_gated(dtype, activation):
-    function = {"silu": functional.silu, "gelu-tanh": lambda z: functional.gelu(z, approximate="tanh")}[
-        activation
-    ]
+    function = FUNCTIONS[activation]
     gate, up, g = (torch.randn(5, 32).mul(3).to(dtype) for _ in range(3))
     exact_gate, exact_up = gate.double().requires_grad_(), up.double().requires_grad_()
     exact = function(exact_gate) * exact_up

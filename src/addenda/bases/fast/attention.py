@@ -39,7 +39,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Segments | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -56,12 +56,12 @@ def packed_attention(
         query: ``(1, heads, T, d)``.
         key: ``(1, key_value_heads, T, d)``.
         value: ``(1, key_value_heads, T, d_v)``.
-        attention_mask: must be None; causality and `segments` say all.
+        attention_mask: None, or the samples of the row in its place: any other function refuses those.
         scaling: factor on the scores; None means ``d ** -0.5``.
         dropout: probability of dropping an attention weight.
         sliding_window: a token sees itself and the ``sliding_window - 1`` before it; None means no limit.
         softcap: scores become ``softcap * tanh(scores / softcap)``; None means as they are.
-        segments: the samples of the row.
+        segments: the samples of the row, where they are not given in the place of the mask.
         is_causal: overrides the layer's own.
         others: arguments of other attention functions; those that would change the result are refused.
 
@@ -71,10 +71,11 @@ def packed_attention(
     Raises:
         BaseModelError: the layer asks for something this function does not do.
     """
+    if isinstance(attention_mask, Segments):
+        segments, attention_mask = attention_mask, None
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     problems = [f"'{name}'" for name in _UNSUPPORTED if others.get(name) is not None]
     problems += ["an attention mask"] if attention_mask is not None else []
-    problems += [] if causal else ["attention that is not causal"]
     if segments is None or problems:
         problems += ["no sample boundaries"] if segments is None else []
         raise BaseModelError(
@@ -83,7 +84,8 @@ def packed_attention(
             hint="the model is run one sample at a time instead, without this function",
         )
     segments.windows.add(sliding_window)
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, softcap, causal=bool(causal))
     out = attend(query[0], key[0], value[0], segments, rule, dropout=dropout)
     return out.transpose(0, 1).unsqueeze(0), None
 

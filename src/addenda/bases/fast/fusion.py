@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fusion", "Unproven", "forward_replaced", "fused_on", "near", "probe", "quietly"]
+__all__ = ["Fusion", "Unproven", "forward_replaced", "fused_on", "linear_layers", "near", "probe", "quietly"]
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ class Fusion:
     """One module and its lean forward."""
 
     kind: str
-    """``RMS norm``, ``gated MLP`` or ``self-attention``."""
+    """``RMS norm``, ``gated MLP`` and so on."""
     module: nn.Module
     """The module, as it is in the model."""
     original: type[nn.Module]
     """Its class when it was proven; under another class (an adapter's host) it is left alone."""
     forward: Callable[..., Any]
     """What it runs instead of its own forward."""
+    covers: tuple[nn.Module, ...] = ()
+    """Modules inside it that it does not call: there a lean form would never run."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 # ------------------------------------------------------------------------------------------------------------- proof
+
+
+def linear_layers(module: nn.Module) -> list[Any]:
+    """The layers right inside a module that are linear, or say so: of any class and any weight format."""
+    return [layer for layer in module.children() if hasattr(layer, "in_features")]
 
 
 def probe(like: Tensor, *shape: int) -> Tensor:

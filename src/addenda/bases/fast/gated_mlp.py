@@ -17,10 +17,9 @@ from torch.nn import functional
 from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
 from addenda.core.host import count_call
+from addenda.core.remaking import Remade, kept
 from addenda.core.sharing import (
-    Remade,
     Term,
-    kept,
     term_of,
     terms_factor_grads,
     terms_forward,
@@ -28,7 +27,7 @@ from addenda.core.sharing import (
 )
 from addenda.kernels import calls
 
-__all__ = ["ACTIVATIONS", "gated_mlp"]
+__all__ = ["ACTIVATIONS", "activation_of", "gated_mlp"]
 
 KIND = "gated MLP"
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -46,6 +45,16 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], _Backward]] = {
 """Activations and their backward, from the gradient and the input."""
 
 
+def activation_of(act: Callable[..., Any], like: Tensor) -> str | None:
+    """Return which of `ACTIVATIONS` computes what `act` does, number by number, or None."""
+    # In fp32, where SiLU and GELU cannot be taken for one another, and as a column: each number by itself.
+    z = probe(like, 64, 1).float() * 4
+    shape = quietly(act, z)
+    return next(
+        (name for name, (function, _) in ACTIVATIONS.items() if near(function(z), shape, units=64)), None
+    )
+
+
 def gated_mlp(module: nn.Module, like: Tensor) -> Fusion | Unproven | None:
     """Recognise ``down(act(gate(x)) * up(x))``."""
     names = {name for name, _ in module.named_children()}
@@ -56,18 +65,13 @@ def gated_mlp(module: nn.Module, like: Tensor) -> Fusion | Unproven | None:
         return None
     if names - {*PARTS, "act_fn"} or not callable(act):
         return Unproven(KIND, module, "it holds more than gate, up, down and an activation")
-    # In fp32, where SiLU and GELU cannot be taken for one another, and as a column: each number by itself.
-    z = probe(like, 64, 1).float() * 4
-    shape = quietly(act, z)
-    name = next(
-        (name for name, (function, _) in ACTIVATIONS.items() if near(function(z), shape, units=64)), None
-    )
+    name = activation_of(act, like)
     if name is None:
         return Unproven(KIND, module, "its activation is none of " + ", ".join(ACTIVATIONS))
     forward, x = _lean(module, name), probe(like, 2, width)
     if not near(quietly(forward, x), quietly(module, x), units=16):
         return Unproven(KIND, module, "it computes something other than down(act(gate) * up)")
-    return Fusion(KIND, module, type(module), forward)
+    return Fusion(KIND, module, type(module), forward, covers=tuple(module.children()))
 
 
 def _lean(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
-from addenda.core.sharing import remakable
+from addenda.core.remaking import remakable
 from addenda.kernels import calls
 
 __all__ = ["rms_norm"]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.fast.attention import attend
-from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
+from addenda.bases.fast.fusion import Fusion, Unproven, linear_layers, near, probe, quietly
 from addenda.bases.fast.segments import Rotary, Rule, Segments
 from addenda.core.sharing import shared_linear
 
-__all__ = ["self_attention"]
+__all__ = ["arguments_of", "own_attention", "self_attention"]
 
 KIND = "self-attention"
 
@@ -164,12 +164,9 @@ def _record(module: Any, x: Tensor, rotary: Rotary | None) -> _Seen | str | None
         seen.append(_asked(layer, query, key, value, asked))
         return _all_heads(value[0], query.shape[1]).transpose(0, 1)[None], None
 
-    named = inspect.signature(type(module).forward).parameters
-    arguments = {name: None for name in ("attention_mask", "position_embeddings") if name in named}
-    if rotary is not None:
-        if "position_embeddings" not in named:
-            return None
-        arguments["position_embeddings"] = tuple(part[None] for part in rotary)  # type: ignore[assignment]
+    arguments = _arguments(module, rotary)
+    if arguments is None:
+        return None
     with _attending_by(module, recording):
         answer = quietly(module, x, **arguments)
     if not seen:
@@ -178,6 +175,24 @@ def _record(module: Any, x: Tensor, rotary: Rotary | None) -> _Seen | str | None
         return "it returns something other than the output and its attention weights"
     last = seen[-1]
     return last if isinstance(last, str) else replace(last, answer=answer[0])
+
+
+def own_attention(module: nn.Module, like: Tensor) -> Unproven | None:
+    """Say by which function a module attends to a batch: its own, which is given its masks, dropout and weights.
+
+    PyTorch's fused attention is as fast there as the kernel for packed rows; what matters is whether it is used.
+    """
+    config: Any = getattr(module, "config", None)
+    layers = linear_layers(module)
+    if not layers or not hasattr(config, "_attn_implementation"):
+        return None
+    x = probe(like, 1, 6, layers[0].in_features)
+    for rotated in _rotary_widths(module):
+        seen = _record(module, x, _positions(like, 6, rotated))
+        if seen is not None:
+            own = f"it runs as the model's own, '{config._attn_implementation}'"
+            return Unproven("attention", module, f"{own}; {seen}" if isinstance(seen, str) else own)
+    return None
 
 
 def _asked(layer: nn.Module, query: Tensor, key: Tensor, value: Tensor, asked: dict[str, Any]) -> _Seen | str:
@@ -215,6 +230,28 @@ def _attending_by(module: Any, function: Callable[..., Any]) -> Iterator[None]:
         module.config._attn_implementation, module.training = former, mode
 
 
+def arguments_of(module: nn.Module, x: Tensor) -> list[dict[str, Any]]:
+    """Return what an attention layer may have to be called with beside its input ``x: (1, T, d)``, likeliest first."""
+    rotaries = [_positions(x, x.shape[1], width) for width in _rotary_widths(module)]
+    found = [_arguments(module, rotary) for rotary in rotaries]
+    return [arguments for arguments in found if arguments is not None]
+
+
+def _arguments(module: nn.Module, rotary: Rotary | None) -> dict[str, Any] | None:
+    """No mask, and these positions; None where the module takes no positions."""
+    named = inspect.signature(type(module).forward).parameters
+    arguments: dict[str, Any] = {
+        name: None for name in ("attention_mask", "position_embeddings") if name in named
+    }
+    if rotary is None:
+        return arguments
+    return (
+        {**arguments, "position_embeddings": tuple(part[None] for part in rotary)}
+        if "position_embeddings" in named
+        else None
+    )
+
+
 def _positions(like: Tensor, tokens: int, width: int) -> Rotary | None:
     """Rotary positions of random angles; None for no width."""
     if not width:
@@ -226,10 +263,11 @@ def _positions(like: Tensor, tokens: int, width: int) -> Rotary | None:
 def _rotary_widths(module: Any) -> list[int]:
     """How many numbers of a head may be turned: all of them, the share its configuration names, or none."""
     query: Any = next(module.children())
-    heads = getattr(module.config, "num_attention_heads", 1)
+    config = getattr(module, "config", None)
+    heads = getattr(config, "num_attention_heads", 1)
     whole = int(getattr(module, "head_dim", 0) or getattr(query, "out_features", heads) // heads)
     own = getattr(module, "rotary_ndims", None)
-    parameters = getattr(module.config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
     share = parameters.get("partial_rotary_factor", 1.0) if isinstance(parameters, dict) else 1.0
     named = [own, int(whole * share) if isinstance(share, float) else None, whole, 0]
     return list(dict.fromkeys(width for width in named if isinstance(width, int) and width % 2 == 0))

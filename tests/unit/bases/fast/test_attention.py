@@ -144,7 +144,6 @@ def test_one_segment_never_sees_another_bit_for_bit():
     [
         ({"segments": None}, "no sample boundaries"),
         ({"attention_mask": torch.zeros(1)}, "an attention mask"),
-        ({"is_causal": False}, "not causal"),
         ({"s_aux": torch.zeros(6)}, "'s_aux'"),
         ({"position_bias": torch.zeros(6)}, "'position_bias'"),
     ],

@@ -1,0 +1,92 @@
+"""A stack of encoder blocks without the padding of its batch: real tokens end to end, each sample by itself.
+
+All of a block but its attention looks at one token at a time, so a token that nobody attends to and nobody reads is
+work for nothing. Where a stack has such tokens it is given one row of the others, whose states are put back in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from addenda.bases.fast.attention import packed_attention_on
+from addenda.bases.fast.fusion import Fusion, near, probe, quietly
+from addenda.bases.fast.segments import Segments
+
+__all__ = ["TOKEN_MULTIPLE", "unpadded"]
+
+TOKEN_MULTIPLE = 64
+"""On a CPU rows are filled up to it with tokens of no sample: every new length costs PyTorch's matrix kernels a
+set-up of several milliseconds for each layer size."""
+
+
+def unpadded(module: nn.Module, like: Tensor) -> Fusion | None:
+    """Recognise a stack that takes hidden states and a mask, and gives every real token the same without the others."""
+    named = list(inspect.signature(type(module).forward).parameters)
+    width = next((layer.in_features for layer in module.modules() if hasattr(layer, "in_features")), 0)
+    stack = any(isinstance(child, nn.ModuleList) and len(child) for child in module.children())
+    if not stack or named[1:2] != ["hidden_states"] or "attention_mask" not in named or not width:
+        return None
+    hidden = probe(like, 3, 7, int(width))  # type: ignore[arg-type]
+    seen = torch.ones(3, 7, dtype=torch.bool, device=like.device)
+    seen[1, 3:], seen[2, :2] = False, False
+    own = quietly(module, hidden, attention_mask=seen[:, None, None].expand(-1, 1, 7, -1))
+    ours = quietly(_packed, module, {"hidden_states": hidden}, seen)
+    if own is None or ours is None or not near(ours[0][seen], own[0][seen], units=1024):
+        return None
+    return Fusion("stack without padding", module, type(module), _lean(module))
+
+
+def _lean(module: nn.Module) -> Callable[..., Any]:
+    own, signature = type(module).forward, inspect.signature(type(module).forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        named = dict(signature.bind(module, *args, **kwargs).arguments)
+        del named["self"]
+        named.update(named.pop("kwargs", {}))
+        seen = _seen(named.pop("attention_mask", None))
+        again = module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
+        if seen is None or again or _more_is_asked(module, named):
+            return own(module, *args, **kwargs)
+        return _packed(module, named, seen)
+
+    return forward
+
+
+def _seen(mask: Any) -> Tensor | None:
+    """(B, T): which tokens the others attend to; None without padding, or where it is not the same for every query."""
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+        return None
+    shown = mask == 0 if mask.is_floating_point() else mask.bool()
+    if mask.ndim == 4:
+        if shown.shape[1] != 1 or not bool((shown == shown[:, :, :1]).all()):
+            return None
+        shown = shown[:, 0, 0]
+    return None if bool(shown.all()) or not bool(shown.any(1).all()) else shown
+
+
+def _more_is_asked(module: Any, named: dict[str, Any]) -> bool:
+    """Whether the call has to do with more than states: other tensors, caches, or what the blocks give inside."""
+    others = [value for name, value in named.items() if name not in ("hidden_states", "return_dict")]
+    config = getattr(module, "config", None)
+    recorded = [getattr(config, f"output_{what}", False) for what in ("attentions", "hidden_states")]
+    return any(value is not None and value is not False for value in (*others, *filter(None, recorded)))
+
+
+def _packed(module: nn.Module, named: dict[str, Any], seen: Tensor) -> Any:
+    hidden: Tensor = named["hidden_states"]
+    (places,) = seen.flatten().nonzero(as_tuple=True)
+    fill = -len(places) % TOKEN_MULTIPLE if hidden.device.type == "cpu" else 0
+    rows = hidden.flatten(0, 1)[torch.cat([places, places[:1].expand(fill)])]
+    # In the place of the mask: were a block run again outside this call, its own attention would refuse them.
+    samples = Segments(tuple(seen.sum(1).tolist()))
+    with packed_attention_on(module):
+        out = type(module).forward(
+            module, **{**named, "hidden_states": rows[None], "attention_mask": samples}
+        )
+    states = hidden.new_zeros(seen.numel(), rows.shape[-1]).index_copy(0, places, out[0][0, : len(places)])
+    return type(out)(last_hidden_state=states.view(hidden.shape))
