@@ -21,6 +21,7 @@ LONG_FUNCTIONS = {"train/loop.py": 120}  # one function there: a training loop i
 BUDGETS = {
     "templates": 650,  # a process, its limits, the environment it renders in; control tokens told from text
     "kernels": 550,  # Python only: compile, load, call
+    "memory": 250,
     "core": 3400,  # layer kinds, packed and quantised too, and their host; shared, tied and computed weights: refusals
     "methods": 800,
     "bases": 6900,  # four sources, each checked byte by byte; packing; lean forms, in batches too; formats; GPUs

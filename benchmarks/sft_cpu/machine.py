@@ -45,10 +45,10 @@ def multiplies_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(describe()["cpu_features"]))
 
 
-def versions() -> dict[str, str]:
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Return the versions of Python and of all packages the contestants stand on."""
     return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
+        name: importlib.metadata.version(name) for name in packages
     }
 
 

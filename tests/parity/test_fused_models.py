@@ -57,9 +57,9 @@ FAMILIES = {
         {**SMALL, "no_rope_layers": [1, 0]},
         {"RMS norm": 5, "gated MLP": 2, "self-attention": 2},
     ),
-    "phi": ("Phi", {**SMALL, "resid_pdrop": 0.0}, {"self-attention": 2}),
-    "phi3": ("Phi3", {**SMALL, "resid_pdrop": 0.0}, {"RMS norm": 5}),
-    "gpt2": ("GPT2", GPT2, {}),
+    "phi": ("Phi", {**SMALL, "resid_pdrop": 0.0}, {"activation": 2, "layer norm": 3, "self-attention": 2}),
+    "phi3": ("Phi3", {**SMALL, "resid_pdrop": 0.0}, {"RMS norm": 5, "activation": 2}),
+    "gpt2": ("GPT2", GPT2, {"activation": 2, "layer norm": 5}),
 }
 LENGTHS = (9, 1, 33, 21)
 

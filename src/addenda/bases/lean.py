@@ -55,9 +55,11 @@ def lean(model: nn.Module, *, skip_padding: bool = False) -> Lean:
 
     - Layers that read one tensor (queries, keys and values) are one node: one product with all their A, one gradient.
     - Outputs of norms and activations are made again in the backward, not kept for the adapted layers that read them.
-    - RMS norms and gated MLPs run as in training on packed rows, in kernels where those were enabled.
+    - RMS norms, gated MLPs and activations run in kernels where ``addenda.kernels.enable()`` was called and could
+      compile them, else in plain PyTorch.
 
-    Attention stays the model's own, and so do its masks, its dropout and, where it is asked for them, its weights.
+    Attention stays the model's own, and so do its masks, its dropout and, where it is asked for them, its weights; but
+    where padding is left out each sample attends by itself, as in training on packed rows.
     A layer runs as it is where it is watched by a hook of somebody else's, under autocast, and when it is compiled.
 
     Args:

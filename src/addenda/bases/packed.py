@@ -156,14 +156,14 @@ class PackedModel:
 
 def _states_of(decoder: nn.Module, input_ids: Tensor, **arguments: Any) -> Tensor:
     states: Tensor = decoder(input_ids=input_ids[None], use_cache=False, **arguments)[0]
-    return states[0]
+    return states.squeeze(0)
 
 
 def _logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
     arguments = {"use_cache": False} if hasattr(model, "config") else {}
     out = model(input_ids=input_ids[None], **arguments)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
-    return logits[0]
+    return logits.squeeze(0)
 
 
 def _head_of(model: nn.Module, decoder: nn.Module, decoded: Any) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from addenda.bases.formats import WeightFormat
 from addenda.core.lowrank import frozen_linear
+from addenda.memory.arena import empty
 
 __all__ = ["PackedEmbedding", "PackedLinear", "pack_linears", "packed_layers"]
 
@@ -114,7 +115,7 @@ class PackedLinear(_Packed):
 
     def linear(self, x: Tensor) -> Tensor:
         """x: (n, d_in) -> W x + b: (n, d_out)."""
-        y = x.new_empty(len(x), self.out_features)
+        y = empty((len(x), self.out_features), x)
         if len(x):
             for span, weight in self._tiles(x.dtype):
                 torch.mm(x, weight.t(), out=y[:, span])

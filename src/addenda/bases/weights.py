@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import psutil
-
 from addenda.bases.gguf_file import Form
+from addenda.memory.available import available_memory
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ def choose(
             the available memory.
         parameters: numbers of the base.
         itemsize: bytes of a dense one.
-        available: bytes of memory there are; None asks the machine.
+        available: bytes of memory there are; None asks the machine and the container.
         device: where the model will run. Its memory counts, and the machine's too, which holds it on the way there.
 
     Example:
@@ -67,7 +66,7 @@ def choose(
 
 
 def _available(device: str | torch.device) -> int:
-    free = int(psutil.virtual_memory().available)
+    free = available_memory()
     if str(device).startswith("cuda"):
         import torch
 

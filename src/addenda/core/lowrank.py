@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from addenda.core.remaking import remade_of
 from addenda.errors import TrainingError
+from addenda.memory.arena import product
 
 __all__ = ["FrozenLinear", "add_scaled", "frozen_linear", "low_rank_linear"]
 
@@ -41,7 +42,7 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         A_, B_ = A.to(x.dtype), B.to(x.dtype)
-        h = rows @ A_.t()
+        h = product(rows, A_.t())
         y = add_scaled(base.linear(rows), h, B_, scaling)
         remade = remade_of(x)
         ctx.save_for_backward(h, A, B, *(remade.tensors if remade else (x,)))

@@ -21,6 +21,7 @@ from addenda.core.lowrank import FrozenLinear, add_scaled
 from addenda.core.packed_layers import PackedLinear, PackedView
 from addenda.core.remaking import Remade, kept
 from addenda.core.views import LinearView
+from addenda.memory.arena import empty, product
 
 __all__ = [
     "Term",
@@ -86,7 +87,7 @@ def terms_forward(rows: Tensor, terms: Sequence[Term]) -> tuple[list[Tensor], Te
     adapted = [term for term in terms if term.A is not None]
     if not adapted:
         return [term.base.linear(rows) for term in terms], rows.new_empty(len(rows), 0)
-    h = rows @ stacked(adapted, rows.dtype).t()
+    h = product(rows, stacked(adapted, rows.dtype).t())
     outputs = []
     for term, span in zip(terms, _spans(terms), strict=True):
         y = term.base.linear(rows)
@@ -114,7 +115,7 @@ def terms_input_grad(
     """
     some = next(g for g in grads if g is not None)
     adapted = [term for term in terms if term.A is not None]
-    inner = some.new_empty(len(some), sum(term.rank for term in terms))
+    inner = empty((len(some), sum(term.rank for term in terms)), some)
     total: Tensor | None = None
     for g, term, span in zip(grads, terms, _spans(terms), strict=True):
         if g is None:

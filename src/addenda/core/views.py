@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
+from addenda.memory.arena import product
 
 __all__ = ["CompressedView", "LayerView", "LinearView"]
 
@@ -137,11 +138,11 @@ class LinearView(LayerView):
 
     def linear(self, x: Tensor) -> Tensor:
         """x: (n, d_in) -> (n, d_out), bias added."""
-        return F.linear(x, self.stored(), self.module.bias)
+        return product(x, self.stored().t(), self.module.bias)
 
     def grad_input(self, g: Tensor) -> Tensor:
         """g: (n, d_out) -> (n, d_in)."""
-        return g @ self.stored()
+        return product(g, self.stored())
 
     def add_grad_input(self, total: Tensor, g: Tensor) -> Tensor:
         """Add the gradient of the input to ``total``: (n, d_in), in place."""

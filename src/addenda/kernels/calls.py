@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from addenda.kernels.library import kernels
+from addenda.memory.arena import empty
 
 __all__ = [
     "AttentionCall",
@@ -71,14 +72,14 @@ def _plain(argument: Any) -> Any:
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """x: (..., d), weight: (d,) -> x / rms(x) * (weight + offset): (..., d), and each row's factor: (...,) fp32."""
-    y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y, scale = empty(x.shape, x), empty(x.shape[:-1], x, torch.float32)
     _call("rms_norm_forward", x.dtype, x, weight, y, scale, scale.numel(), x.shape[-1], eps, offset)
     return y, scale
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, scale: Tensor, g: Tensor, offset: float) -> Tensor:
     """Return the gradient of x: (..., d), from that of the output, g: (..., d), and the forward's scale."""
-    dx = torch.empty_like(x)
+    dx = empty(x.shape, x)
     _call("rms_norm_backward", x.dtype, x, weight, scale, g, dx, scale.numel(), x.shape[-1], offset)
     return dx
 
@@ -92,14 +93,14 @@ def activation(x: Tensor, name: str, g: Tensor | None = None) -> Tensor:
 
 def gated_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """gate, up: (...) -> act(gate) * up: (...); a multiple of 16 numbers in all."""
-    y = torch.empty_like(gate)
+    y = empty(gate.shape, gate)
     _call("gated_forward", gate.dtype, gate, up, y, gate.numel(), ACTIVATIONS[activation])
     return y
 
 
 def gated_backward(gate: Tensor, up: Tensor, g: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of gate and up, and act(gate) * up made again; all of gate's shape."""
-    grad_gate, grad_up, y = (torch.empty_like(gate) for _ in range(3))
+    grad_gate, grad_up, y = (empty(gate.shape, gate) for _ in range(3))
     kind = ACTIVATIONS[activation]
     _call("gated_backward", gate.dtype, gate, up, g, grad_gate, grad_up, y, gate.numel(), kind)
     return grad_gate, grad_up, y
@@ -200,7 +201,7 @@ def attention_forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     query = call.tensors[0]
     assert query is not None
     end = max(call.bounds, default=0)
-    out, log_sums = query.new_empty(call.out_shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    out, log_sums = empty(call.out_shape, query), empty(query.shape[:2], query, torch.float32)
     out[end:], log_sums[:, end:] = 0, 0
     _call(
         "attention_forward", query.dtype, ctypes.byref(call.layer), call.bounds, query.shape[1], *call.tensors,
@@ -217,7 +218,7 @@ def attention_backward(
     assert query is not None
     assert key is not None
     assert value is not None
-    grads = [x.new_empty(x.shape[1], x.shape[0], x.shape[2]) for x in (query, key, value)]
+    grads = [empty((x.shape[1], x.shape[0], x.shape[2]), x) for x in (query, key, value)]
     for made in grads:
         made[max(call.bounds, default=0) :] = 0
     _call(

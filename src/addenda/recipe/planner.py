@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from addenda.errors import BaseModelError, OutOfMemory
 from addenda.recipe.bases import load_causal
 from addenda.settings import Recipe
 from addenda.train import choose_device
+from addenda.train.batches import RowOrder
 from addenda.train.calibration import Calibration, calibrate
 from addenda.train.forecast import Forecast, RowSize, Workload, forecast, token_budgets
-from addenda.train.machine import calibrating
+from addenda.train.machine import calibrating, run_flop, use_machine
 from addenda.train.memory import MemoryModel, memory_limit
 
 __all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes"]
@@ -102,17 +104,21 @@ def choose_setup(
     device = choose_device(recipe.base.device).device
     limit = memory_limit(device, recipe.train.memory_gib, shared_by=shared_by)
     workload = Workload(recipe.train, rows or [USUAL_ROW] * recipe.train.batch_size, heldout)
-    program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    tokens = RowOrder(len(rows), recipe.train).passes * sum(row.tokens for row in rows) if rows else math.inf
+    machine = use_machine(
+        wanted=recipe.train.kernels == "auto", flop=run_flop(base.model, tokens), device=device
+    )
 
     def tried(candidate: LoadedBase) -> Setup:
         planned = plan(candidate.model, recipe.method, recipe.targets)
         budget = recipe.train.tokens_per_micro_batch or token_budgets(on_gpu=device.type == "cuda")[0]
         try:
-            with calibrating(recipe.train.threads):
+            with machine.running(), calibrating(recipe.train.threads):
                 calibration = calibrate(candidate.model, planned, recipe.train, device=device, tokens=budget)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             reason = f"no forecast: '{base.name}' cannot be tried on a few of its blocks ({error})"
             return Setup(candidate, planned, None, None, None, reason)
+        program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
         present = program + _weight_bytes(candidate) + planned.bytes
         memory = dataclasses.replace(calibration.memory, present=present)
         memory = memory.suited(recipe.train.offload, workload.longest, limit)

@@ -93,6 +93,11 @@ class RowOrder:
         return all_epochs if self.config.max_steps is None else min(all_epochs, self.config.max_steps)
 
     @property
+    def passes(self) -> float:
+        """How often the rows are gone through in all."""
+        return self.steps / max(self.steps_per_epoch, 1)
+
+    @property
     def steps_per_evaluation(self) -> int:
         """Optimiser steps from one evaluation to the next."""
         if self.config.eval_every_steps is not None:

@@ -7,6 +7,7 @@ what stands around the blocks. Memory is counted on the same miniatures.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from addenda.train.loss import packed_loss
 from addenda.train.memory import MemoryModel, measure_memory
 from addenda.train.optimizer import clip, make_optimizer
 
-__all__ = ["Calibration", "Cost", "calibrate"]
+__all__ = ["Calibration", "Cost", "calibrate", "count_memory", "pairs_of"]
 
 SHORT_ROW = 128
 REPEATS = 4
@@ -39,6 +40,17 @@ SLOW = 1.0
 """Seconds of one pass with a quarter of the tokens, from which on no more tokens are tried: rates have levelled off."""
 
 
+def pairs_of(lengths: Sequence[int], window: int | None = None) -> int:
+    """Return how many pairs of tokens see each other in rows of these lengths, both orders counted.
+
+    Args:
+        lengths: tokens of each row; a row of n has n x n pairs.
+        window: tokens that a token sees at most, itself included; None for all.
+    """
+    seen = window or max(lengths, default=0)
+    return sum(min(n, seen) * (2 * n - min(n, seen)) for n in lengths)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Seconds of a part in a micro-batch, one way or both."""
@@ -47,7 +59,7 @@ class Cost:
     """For being one."""
     per_token: float = 0.0
     per_pair: float = 0.0
-    """For each token that a token sees, itself and what comes later counted as well: a row of n has n x n pairs."""
+    """For each pair that `pairs_of` counts."""
     window: int | None = None
     """Tokens that a token sees at most; None for all."""
 
@@ -58,9 +70,7 @@ class Cost:
             >>> Cost(1.0, 0.5, 0.25).seconds([2, 4]), Cost(per_pair=1.0, window=3).seconds([2, 4])
             (9.0, 19.0)
         """
-        window = self.window or max(lengths, default=0)
-        pairs = sum(min(n, window) * (2 * n - min(n, window)) for n in lengths)
-        return self.fixed + self.per_token * sum(lengths) + self.per_pair * pairs
+        return self.fixed + self.per_token * sum(lengths) + self.per_pair * pairs_of(lengths, self.window)
 
     def __sub__(self, other: Cost) -> Cost:
         """The cost of what is left without ``other``; nothing costs less than nothing."""
@@ -132,7 +142,7 @@ def calibrate(
     Args:
         base: a causal model of transformers; its dense weights need not be there.
         planned: the adapters it would get.
-        config: for the optimiser and the threads.
+        config: for the optimiser.
         device: where the run will be.
         tokens: of the largest micro-batch to time.
 
@@ -140,70 +150,114 @@ def calibrate(
         ValueError: the base has no repeated blocks, or cannot be cut down to some of them.
     """
     started, meter = time.monotonic(), EnergyMeter()
-    (first, count), *more = _kinds(base, planned).items()
-
-    def trial(*blocks: int) -> _Trial:
-        return _Trial(miniature(base, blocks), planned, config, torch.device(device), tokens)
-
-    one, two = trial(first), trial(first, first)
-    others = [(number, trial(kind)) for kind, number in more]
-    trials = [one, *(other for _, other in others)]
+    small = _Miniatures(base, planned, torch.device(device))
+    for trial in small.all:
+        trial.take_times(config, tokens)
+    one, two = small.one, small.two
     block, forward = two.both - one.both, two.forward - one.forward
     around, around_forward = one.both - block, one.forward - forward
-    rows = [(count, block, forward)]
-    rows += [(number, other.both - around, other.forward - around_forward) for number, other in others]
-    adapted = sum(number for number, _, _ in rows)
-    below = len(block_paths(base)) - adapted
-    if below:  # no gradient goes there
-        rows.append((below, forward, Cost()))
-
-    def whole(value: Callable[[_Trial], float], like_first: int = count) -> float:
-        """What the base has of something, if the miniatures have so much."""
-        at_one, a_block = value(one), value(two) - value(one)
-        return (
-            at_one
-            + (like_first - 1) * a_block
-            + sum(n * (value(other) - at_one + a_block) for n, other in others)
-        )
-
+    rows = [(small.count, block, forward)]
+    rows += [(number, other.both - around, other.forward - around_forward) for number, other in small.others]
+    if small.below:  # no gradient goes there
+        rows.append((small.below, forward, Cost()))
     return Calibration(
         blocks=tuple(rows),
         around=around,
         scores=one.scores(vocabulary_of(base)),
         update=one.update * planned.parameters,
-        memory=MemoryModel(
-            present=0,
-            trained=16 * planned.parameters,
-            kept_per_token=whole(lambda trial: trial.memory.kept_per_token),
-            least_per_token=whole(lambda trial: trial.memory.least_per_token),
-            vocabulary=vocabulary_of(base),
-            blocks=adapted,
-            on_gpu=one.memory.on_gpu,
-        ),
+        memory=small.memory(),
         path=one.packed.path,
         reason=one.packed.reason,
-        fused=tuple((kind, round(whole(_counter(kind), count + below))) for kind, _ in one.packed.fused),
-        unfused=tuple(dict.fromkeys(part[:2] for other in trials for part in other.packed.unfused)),
+        fused=small.fused(),
+        unfused=tuple(dict.fromkeys(part[:2] for trial in small.all for part in trial.packed.unfused)),
         watts=meter.watts(),
         seconds=time.monotonic() - started,
     )
 
 
-class _Trial:
-    """A miniature with its adapters, timed and counted."""
+def count_memory(base: Any, planned: Plan) -> MemoryModel:
+    """Count on miniatures what a token of a micro-batch takes on the CPU; no time is taken.
 
-    def __init__(
-        self, small: Miniature, planned: Plan, config: TrainConfig, device: torch.device, tokens: int
-    ) -> None:
+    Args:
+        base: a causal model of transformers; its dense weights need not be there.
+        planned: the adapters it would get.
+
+    Raises:
+        ValueError: the base has no repeated blocks, or cannot be cut down to some of them.
+    """
+    return _Miniatures(base, planned, torch.device("cpu")).memory()
+
+
+class _Miniatures:
+    """The miniatures of a base: with one block and with two of the first kind, and with one of each other kind."""
+
+    def __init__(self, base: Any, planned: Plan, device: torch.device) -> None:
+        self._base, self._planned = base, planned
+        (first, self.count), *more = _kinds(base, planned).items()
+
+        def trial(*blocks: int) -> _Trial:
+            return _Trial(miniature(base, blocks), planned, device, _window(base, blocks[0]))
+
+        self.one, self.two = trial(first), trial(first, first)
+        self.others = [(number, trial(kind)) for kind, number in more]
+        self.all = [self.one, self.two, *(other for _, other in self.others)]
+        self.adapted = self.count + sum(number for number, _ in self.others)
+        self.below = len(block_paths(base)) - self.adapted
+
+    def whole(self, value: Callable[[_Trial], float], *, below: bool = False) -> float:
+        """What the base has of something, if the miniatures have so much; blocks `below` the adapters may have none."""
+        at_one, a_block = value(self.one), value(self.two) - value(self.one)
+        like_first = self.count + (self.below if below else 0)
+        others = sum(number * (value(other) - at_one + a_block) for number, other in self.others)
+        return at_one + (like_first - 1) * a_block + others
+
+    def memory(self) -> MemoryModel:
+        """What tokens take; what the process holds is left at 0."""
+        return dataclasses.replace(
+            self.one.memory,
+            present=0,
+            trained=16 * self._planned.parameters,
+            kept_per_token=self.whole(lambda trial: trial.memory.kept_per_token),
+            loose_per_token=self.whole(lambda trial: trial.memory.loose_per_token),
+            least_per_token=self.whole(lambda trial: trial.memory.least_per_token),
+            vocabulary=vocabulary_of(self._base),
+            blocks=self.adapted,
+        )
+
+    def fused(self) -> tuple[tuple[str, int], ...]:
+        """Kinds of fused parts, and how many there are of each."""
+        counts = {kind: self.whole(_counter(kind), below=True) for kind, _ in self.one.packed.fused}
+        return tuple((kind, round(count)) for kind, count in counts.items())
+
+
+class _Trial:
+    """A miniature with its adapters: counted when it is made, timed when asked."""
+
+    both: Cost
+    forward: Cost
+    update: float
+    """Seconds of an optimiser step, for each trained number."""
+
+    def __init__(self, small: Miniature, planned: Plan, device: torch.device, window: int | None) -> None:
         move(small.model, device)
-        self._device, self._vocabulary = device, small.vocabulary
+        self._model, self._device, self._vocabulary, self._window = (
+            small.model,
+            device,
+            small.vocabulary,
+            window,
+        )
         paths = [here for row in planned.rows for here in small.paths_of(row.path)]
-        handle = attach_paths(small.model, planned.method, paths, name="trial")
+        self._handle = attach_paths(small.model, planned.method, paths, name="trial")
         self.packed = PackedModel(small.model)
-        with training_mode(small.model, handle):
-            self.memory = measure_memory(handle, self.packed)
+        with training_mode(small.model, self._handle):
+            self.memory = measure_memory(self._handle, self.packed)
+
+    def take_times(self, config: TrainConfig, tokens: int) -> None:
+        """Time both ways, the way forward, and the optimiser."""
+        with training_mode(self._model, self._handle):
             self.both, self.forward = self._costs(tokens)
-            self.update = _seconds_of(_stepping(handle, config)) / max(handle.trainable_parameters, 1)
+            step = _seconds_of(_stepping(self._handle, config))
+        self.update = step / max(self._handle.trainable_parameters, 1)
 
     def scores(self, vocabulary: int) -> Cost:
         """Return the cost of the output head, both ways, for each trained token."""
@@ -229,8 +283,8 @@ class _Trial:
         many = few * (4 if time.monotonic() - started < SLOW else 1)
         plans = (few, many, [sum(many)])
         return (
-            _solved(plans, [_seconds_of(self._both_ways, lengths) for lengths in plans]),
-            _solved(plans, [_seconds_of(self._forward, lengths) for lengths in plans]),
+            _solved(plans, [_seconds_of(self._both_ways, lengths) for lengths in plans], self._window),
+            _solved(plans, [_seconds_of(self._forward, lengths) for lengths in plans], self._window),
         )
 
     def _states(self, lengths: list[int]) -> torch.Tensor:
@@ -251,17 +305,25 @@ def _counter(kind: str) -> Callable[[_Trial], float]:
     return lambda trial: dict(trial.packed.fused).get(kind, 0)
 
 
-def _solved(plans: Sequence[list[int]], seconds: Sequence[float]) -> Cost:
+def _solved(plans: Sequence[list[int]], seconds: Sequence[float], window: int | None = None) -> Cost:
     """The cost that three timings fit; with few tokens as many as many, all of it is laid on the tokens."""
     few, many, one_row = plans
-    pairs = (sum(many) ** 2 - SHORT_ROW**2 * len(many)) or 1
-    per_pair = max(0.0, seconds[2] - seconds[1]) / pairs
-    short, long = (
-        s - per_pair * SHORT_ROW**2 * len(rows) for s, rows in zip(seconds, (few, many), strict=False)
-    )
+    pairs = [pairs_of(lengths, window) for lengths in plans]
+    per_pair = max(0.0, seconds[2] - seconds[1]) / ((pairs[2] - pairs[1]) or 1)
+    short, long = (seconds[n] - per_pair * pairs[n] for n in (0, 1))
     more = sum(many) - sum(few)
     per_token = max(0.0, long - short) / more if more else long / sum(many)
-    return Cost(max(0.0, long - per_token * sum(one_row)), per_token, per_pair)
+    return Cost(max(0.0, long - per_token * sum(one_row)), per_token, per_pair, window)
+
+
+def _window(base: Any, block: int) -> int | None:
+    """Tokens that a token sees at most in a block; None for all."""
+    text = base.config.get_text_config()
+    window, kind = (
+        getattr(text, "sliding_window", None),
+        layer_kinds(base.config, len(block_paths(base)))[block],
+    )
+    return window if isinstance(window, int) and kind in ("", "sliding_attention") else None
 
 
 def _seconds_of(function: Callable[..., object], *arguments: object) -> float:

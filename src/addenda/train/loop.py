@@ -197,12 +197,15 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             seed_generators(config.seed, step, index)
             batch = packed_batch(groups[index], session.device)
             recompute = session.recompute(len(batch.input_ids))
-            with session.offloading():
-                hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
-            # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
-            part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
-            guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)
-            (weight * part).backward()
+            with session.arena.serving():
+                with session.offloading():
+                    hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
+                # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
+                part = packed_loss(
+                    session.packed, hidden, batch.predict_from, batch.targets, denominator=trained
+                )
+                guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)
+                (weight * part).backward()
             loss += weight * float(part.detach())
         if interrupts.requested and parallel.alone:  # give the step up: what it has added is undone
             session.optimizer.zero_grad(set_to_none=True)

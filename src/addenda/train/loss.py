@@ -88,6 +88,7 @@ class _ChunkedNll(torch.autograd.Function):
             total += nll[:real].sum()
             if gradient is not None:
                 gradient[rows] = torch.autograd.grad(logits, x, slope)[0][:real]
+            del logits, slope  # else they would last until the next chunk is made
         ctx.save_for_backward(gradient)
         return total
 

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from addenda import kernels
 from addenda.bases.fast.compiled import why_not_compiled
+from addenda.core.packed_layers import packed_numel
 
-__all__ = ["Machine", "calibrating", "set_allocator", "use_machine"]
+__all__ = ["Machine", "calibrating", "run_flop", "set_allocator", "use_machine"]
 
 WORTH_COMPILING = 60.0
 """Seconds of a run, by a rough guess, from which on compiling (a few seconds) costs less than the kernels save."""
@@ -22,9 +24,10 @@ FLOP_PER_SECOND = 1e11
 """Of one thread, for that guess."""
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
-KEEPING = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26))
+KEEPING = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**20))
 GIVING_BACK = ((_MMAP_MAX, 65536), (_MMAP_THRESHOLD, 2**18), (_TRIM_THRESHOLD, 2**20), (_TOP_PAD, 2**17))
-"""Parameters of glibc's mallopt, and their values."""
+"""Parameters of glibc's mallopt, and their values. Even where blocks are kept, those of 32 MiB and more (scores of the
+vocabulary) are given back: they would be cut up by the small ones, and a new one found no place."""
 
 
 @dataclass
@@ -60,6 +63,11 @@ class Machine:
             return
         with kernels.kernels_off():
             yield
+
+
+def run_flop(model: nn.Module, tokens: float) -> float:
+    """Return roughly what a run takes: a product forward and one backward with every weight, for every token."""
+    return 4.0 * (sum(p.numel() for p in model.parameters()) + packed_numel(model)) * tokens
 
 
 def use_machine(*, wanted: bool, flop: float, device: torch.device) -> Machine:

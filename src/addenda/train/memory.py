@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -19,6 +18,8 @@ from addenda.bases.scores import chunk_bytes
 from addenda.core.handle import Handle
 from addenda.errors import OutOfMemory
 from addenda.kernels import calls
+from addenda.memory.arena import Arena
+from addenda.memory.available import available_memory
 
 __all__ = [
     "Ledger",
@@ -32,8 +33,8 @@ __all__ = [
 SHARE_OF_FREE = 0.9
 """Of the memory that is free now: other programs go on growing."""
 
-FRAGMENTED = 0.5
-"""What glibc's heap holds unused when nothing is given back, as a share of the activations; measured on SmolLM2."""
+FRAGMENTED = 0.3
+"""What glibc's heap holds unused when it keeps freed blocks, as a share of the activations in it; seen on SmolLM2."""
 
 SMALL_THINGS, SMALL_THINGS_ON_GPU = 32 * 2**20, 512 * 2**20
 """Tables of kernels, threads' own buffers, Python's objects of a step; on a GPU the libraries' workspaces, and packed
@@ -41,6 +42,9 @@ weights while they are unpacked. The latter is a guess: no GPU was there to meas
 
 ON_THE_WAY = 3
 """Blocks whose activations are on the GPU where they are offloaded: one computed, one leaving, one coming back."""
+
+SHORT, LONG = 64, 192
+"""Tokens of the rows that are measured; whole multiples of 64, to which rows are filled up."""
 
 _BYTES_ASKED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {"bytes": 1, "": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -107,6 +111,8 @@ class MemoryModel:
     trained: int
     kept_per_token: float
     """Bytes that the forward pass keeps for the backward, of each token of a micro-batch."""
+    loose_per_token: float
+    """Of them, those that no arena holds: they lie on the heap."""
     least_per_token: float
     """The same where every block keeps its input alone."""
     vocabulary: int
@@ -130,7 +136,8 @@ class MemoryModel:
         activations = int(tokens * (self.kept_per_token - recompute * block) * there)
         chunk = min(chunk_bytes(on_gpu=self.on_gpu), 4 * tokens * self.vocabulary)
         at_once = 6 if self.on_gpu else 1 if calls.usable(torch.empty(0)) else 3
-        unused = FRAGMENTED * activations if keeps_memory else 0
+        loose = activations * self.loose_per_token / max(self.kept_per_token, 1.0)
+        unused = FRAGMENTED * loose if keeps_memory else 0
         return Ledger(
             self.present,
             self.trained,
@@ -161,17 +168,17 @@ class MemoryModel:
 
 
 def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
-    """Measure what a token takes, by two short forward passes.
+    """Measure what a token takes, by short forward passes.
 
     Args:
         handle: the adapter; its model must be on the CPU or a GPU, not on the meta device.
         packed: the model as it will be run.
     """
     device = _device(handle)
-    kept, least = (
-        (_saved_bytes(handle, packed, 192, k) - _saved_bytes(handle, packed, 64, k)) / 128
-        for k in (0, packed.blocks)
-    )
+    kept, least = (_saved_per_token(handle, packed, recompute=k) for k in (0, packed.blocks))
+    arena = Arena(int(2 * kept * LONG))
+    with arena.serving():
+        loose = _saved_per_token(handle, packed, outside=arena)
     with torch.no_grad():
         hidden = packed.hidden(torch.zeros(1, dtype=torch.long, device=device), [1])
         vocabulary = packed.logits(hidden).shape[-1]
@@ -180,6 +187,7 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
         present=torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss,
         trained=16 * handle.trainable_parameters,
         kept_per_token=max(0.0, kept),
+        loose_per_token=max(0.0, loose),
         least_per_token=max(0.0, least),
         vocabulary=vocabulary,
         blocks=packed.blocks,
@@ -203,35 +211,34 @@ def memory_limit(device: torch.device, gib: float | None = None, *, shared_by: i
         return int(gib * 2**30)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
-    free = min(psutil.virtual_memory().available, _container_free())
-    return int(free * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
+    return int(available_memory() * SHARE_OF_FREE / shared_by) + psutil.Process().memory_info().rss
 
 
-def _container_free() -> int:
-    """What the control group of this process leaves, by the files of cgroup 2; endless where there is no limit."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
-        return sys.maxsize
-    return max(0, limit - used)
+def _saved_per_token(
+    handle: Handle, packed: PackedModel, *, recompute: int = 0, outside: Arena | None = None
+) -> float:
+    """Return the bytes that a forward pass keeps of each token for its backward pass; `outside` an arena alone."""
+    short, long = (_saved_bytes(handle, packed, tokens, recompute, outside) for tokens in (SHORT, LONG))
+    return (long - short) / (LONG - SHORT)
 
 
-def _saved_bytes(handle: Handle, packed: PackedModel, tokens: int, recompute: int) -> int:
+def _saved_bytes(
+    handle: Handle, packed: PackedModel, tokens: int, recompute: int, outside: Arena | None
+) -> int:
     """Return the bytes that a forward pass keeps for its backward pass, weights left out."""
     weights = {t.untyped_storage().data_ptr() for t in [*handle.model.parameters(), *handle.model.buffers()]}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in weights and not (outside is not None and outside.holds(tensor)):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(tokens, dtype=torch.long, device=_device(handle))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = packed.hidden(ids, [tokens], recompute=recompute)
-    return sum(kept.values()) + hidden.untyped_storage().nbytes()
+        note(packed.hidden(ids, [tokens], recompute=recompute))
+    return sum(kept.values())
 
 
 def _device(handle: Handle) -> torch.device:

@@ -22,7 +22,7 @@ __all__ = ["StepProfile", "StepTimes", "necessary_flop", "product_rate"]
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("_SegmentAttention", "aten::_scaled_dot_product", "aten::_flash")),
     ("norms", ("_RmsNorm", "aten::native_layer_norm")),
-    ("gated MLP, between its products", ("_GatedMLP", "_Gated", "aten::silu", "aten::gelu")),
+    ("gated MLP, between its products", ("_GatedMLP", "_Gated", "_Activation", "aten::silu", "aten::gelu")),
     ("loss, beside its products", ("_ChunkedNll", "aten::_softmax", "aten::_log_softmax", "aten::logsumexp")),
     (
         "matrix products",

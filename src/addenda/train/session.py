@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from addenda.core.handle import Handle
 from addenda.data.pack import plan_batches
 from addenda.data.rows import Example
 from addenda.errors import CheckpointError, ConfigError, DataError, OutOfMemory
+from addenda.memory.arena import Arena
 from addenda.train.batches import RowOrder, UsableRows
 from addenda.train.checkpoint import (
     Checkpoint,
@@ -35,8 +36,8 @@ from addenda.train.config import TrainConfig
 from addenda.train.events import CheckpointEvent, NoticeEvent, OnEvent, ResumeEvent, StartEvent
 from addenda.train.forecast import token_budgets
 from addenda.train.guards import require_trainable
-from addenda.train.machine import Machine, set_allocator, use_machine
-from addenda.train.memory import MemoryModel, measure_memory, memory_limit
+from addenda.train.machine import Machine, run_flop, set_allocator, use_machine
+from addenda.train.memory import Ledger, MemoryModel, measure_memory, memory_limit
 from addenda.train.offload import Offload, require_offloadable
 from addenda.train.optimizer import make_optimizer
 from addenda.train.parallel import Parallel
@@ -81,6 +82,23 @@ class Session:
     best: dict[str, Tensor] | None = None
     saved_step: int | None = None
     saved_at: float = 0.0
+    arena: Arena = field(init=False)
+    """Where a micro-batch's tensors lie; of no size where they lie elsewhere."""
+
+    def __post_init__(self) -> None:
+        self.arena = self._new_arena()
+
+    def _new_arena(self) -> Arena:
+        if self.device.type != "cpu" or self.config.sharding != "none":
+            return Arena(0)
+        ledger = self.ledger()
+        return Arena(ledger.activations + ledger.overhead)
+
+    def ledger(self) -> Ledger:
+        """Return what the largest micro-batch takes."""
+        tokens = max(self.tokens_per_micro_batch, self.rows.longest)
+        recompute = self.recompute(tokens)
+        return self.memory.ledger(tokens, recompute, keeps_memory=self.machine.keeps_memory)
 
     @property
     def epoch(self) -> float:
@@ -164,6 +182,7 @@ class Session:
         self.state, self.best, self.saved_step = state, checkpoint.best, state.step
         # Derived from the memory that was free then; another size would round otherwise.
         self.tokens_per_micro_batch = int(checkpoint.state["tokens_per_micro_batch"])
+        self.arena = self._new_arena()
         if checkpoint.state["versions"].get("kernels") is False:
             self.machine.kernels, self.machine.why = False, "the run began without them"
         for name, now in self._versions().items():
@@ -214,7 +233,8 @@ def open_session(
     load_adapter(handle, parallel.share(adapter_tensors(handle)))
     order, device = RowOrder(len(rows), config), next(handle.parameters()).device
     require_offloadable(config, device)
-    machine = use_machine(wanted=config.kernels == "auto", flop=_flop(model, rows, order), device=device)
+    flop = run_flop(model, order.passes * rows.tokens)
+    machine = use_machine(wanted=config.kernels == "auto", flop=flop, device=device)
     packed = PackedModel(model)
     limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
     offload = config.offload if config.sharding == "none" else "none"
@@ -273,12 +293,6 @@ def _micro_batch(memory: MemoryModel, limit: int, longest: int, config: TrainCon
         + "; or ".join([*smaller, f"train.memory_gib={ledger.total / 2**30:.1f}", "base.dtype=bfloat16"])
         + "; or take a smaller base: 'addenda models'",
     )
-
-
-def _flop(model: nn.Module, rows: UsableRows, order: RowOrder) -> float:
-    """Roughly what the run takes: a product forward and one backward with every weight, for every token."""
-    epochs = order.steps / max(order.steps_per_epoch, 1)
-    return 4.0 * sum(p.numel() for p in model.parameters()) * rows.tokens * epochs
 
 
 def _identity(session: Session) -> dict[str, str]:
@@ -374,9 +388,7 @@ def _start_event(session: Session, *, resumed: bool, heldout_rows: int) -> Start
 
 
 def _memory_in_words(session: Session) -> str:
-    tokens = max(session.tokens_per_micro_batch, session.rows.longest)
-    recompute = session.recompute(tokens)
-    ledger = session.memory.ledger(tokens, recompute, keeps_memory=session.machine.keeps_memory)
+    recompute = session.recompute(max(session.tokens_per_micro_batch, session.rows.longest))
     again = f", {recompute} of {session.memory.blocks} blocks run again in the backward" if recompute else ""
     again += ", activations wait in the machine's memory" if session.offload else ""
-    return f"at most {ledger} of {session.memory_limit / 2**20:,.0f} MiB{again}"
+    return f"at most {session.ledger()} of {session.memory_limit / 2**20:,.0f} MiB{again}"

@@ -57,8 +57,8 @@ def gradients(module, x):
 
 
 def assert_same(ours, theirs):
-    for got, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.detach().abs().max().item())
+    for got, wanted in zip(ours, (x.detach() for x in theirs), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
 def test_gradients_equal_those_outside_the_block_for_a_module_of_ones_own():
@@ -223,8 +223,9 @@ def rows_seen(monkeypatch):
     return shapes
 
 
-def test_a_classifier_answers_the_same_and_computes_only_real_tokens(rows_seen):
-    model, batch = classifier(), padded_batch()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_classifier_answers_the_same_and_computes_only_real_tokens(implementation, rows_seen):
+    model, batch = classifier(attn_implementation=implementation), padded_batch()
     wanted = model(**batch, labels=torch.tensor([0, 1, 1]))
     form = addenda.lean(model, skip_padding=True)
     rows_seen.clear()
@@ -241,9 +242,16 @@ def test_a_classifier_answers_the_same_and_computes_only_real_tokens(rows_seen):
         {"attention_mask": torch.ones(3, 12).long()},
         {"attention_mask": torch.ones(3, 12).long().index_fill(0, torch.tensor([1]), 0)},
         {"attention_mask": torch.ones(3, 1, 12, 12).tril().bool()},
+        {"attention_mask": torch.linspace(-3, 0, 12).expand(3, 1, 12, 12)},
         {"output_hidden_states": True},
     ],
-    ids=["no padding", "a sample of padding alone", "a mask for each query", "states of each block"],
+    ids=[
+        "no padding",
+        "a sample of padding alone",
+        "a mask for each query",
+        "a bias",
+        "states of each block",
+    ],
 )
 def test_padding_is_taken_along_where_leaving_it_out_would_show(change, rows_seen):
     model, batch = classifier(), {**padded_batch(), **change}

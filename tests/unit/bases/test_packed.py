@@ -209,3 +209,18 @@ def test_a_window_too_wide_to_cross_is_trusted_only_where_attention_is_told_of_i
     packed = PackedModel(build(untold, torch.float32))
     assert packed.path == "general"
     assert "4096" in packed.reason
+
+
+def test_the_gradient_of_scores_reaches_the_head_without_a_copy():
+    model = build(PACKABLE["llama"](), torch.float32)
+    packed, seen = PackedModel(model), []
+    logits = packed.logits(torch.randn(5, 32, requires_grad=True))
+    slope = torch.randn_like(logits)
+    # The first node that is no view: the head's product.
+    node = logits.grad_fn
+    while node.name() in {"SqueezeBackward1", "UnsafeViewBackward0", "ViewBackward0", "SelectBackward0"}:
+        node.register_hook(lambda given, _: seen.append(given[0].data_ptr()))
+        node = node.next_functions[0][0]
+    logits.backward(slope)
+    assert seen
+    assert set(seen) == {slope.data_ptr()}

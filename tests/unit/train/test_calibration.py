@@ -86,7 +86,13 @@ def calibration_of(**changes) -> Calibration:
         "scores": Cost(per_token=1e-2),
         "update": 0.5,
         "memory": MemoryModel(
-            present=10**6, trained=0, kept_per_token=1e6, least_per_token=1e5, vocabulary=100, blocks=4
+            present=10**6,
+            trained=0,
+            kept_per_token=1e6,
+            loose_per_token=0.0,
+            least_per_token=1e5,
+            vocabulary=100,
+            blocks=4,
         ),
         "path": "packed",
         "reason": "",

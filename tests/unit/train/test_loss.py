@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -143,3 +145,21 @@ def test_very_sure_scores_give_no_infinity():
     assert loss.item() == 2e4
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert gradient.tolist() == [[1.0, 0.0, -1.0]]
+
+
+def test_one_chunk_of_scores_exists_at_a_time():
+    class Watching:
+        def __init__(self):
+            self.weight, self.made = torch.randn(8, 50), []
+
+        def logits(self, hidden):
+            assert all(earlier() is None for earlier in self.made)
+            scores = hidden @ self.weight
+            if len(hidden):
+                self.made.append(weakref.ref(scores))
+            return scores
+
+    head, hidden = Watching(), torch.randn(40, 8, requires_grad=True)
+    at, targets = torch.arange(30), torch.randint(0, 50, (30,))
+    packed_loss(head, hidden, at, targets, denominator=30, chunk=4).backward()
+    assert len(head.made) == 8

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import addenda
 from addenda.bases.packed import PackedModel
 from addenda.errors import OutOfMemory
-from addenda.train.memory import measure_memory, out_of_memory_named, peak_memory_bytes
+from addenda.train.memory import FRAGMENTED, measure_memory, out_of_memory_named, peak_memory_bytes
 
 SETTINGS = {"train.tokens_per_micro_batch": (1024, 512), "method.rank": (16, 8)}
 
@@ -143,3 +144,14 @@ def test_memory_is_linear_in_the_length(small):
         2 * model.ledger(16_000, 4).activations, rel=1e-6
     )
     assert fixed >= model.present + model.trained
+
+
+def test_a_heap_that_keeps_freed_blocks_costs_only_what_the_arena_does_not_hold(small):
+    _, handle, packed = small
+    model = measure_memory(handle, packed)
+    assert 0 < model.loose_per_token < model.kept_per_token
+    exact, kept_blocks = (model.ledger(50_000, keeps_memory=keeps) for keeps in (False, True))
+    unused = kept_blocks.total - exact.total
+    assert unused == pytest.approx(FRAGMENTED * 50_000 * model.loose_per_token, rel=1e-4)
+    alone = replace(model, loose_per_token=model.kept_per_token)
+    assert alone.ledger(50_000, keeps_memory=True).total > kept_blocks.total

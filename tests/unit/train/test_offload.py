@@ -141,6 +141,7 @@ def test_auto_offloads_where_nothing_else_fits():
         present=2**30,
         trained=0,
         kept_per_token=2.0**20,
+        loose_per_token=0.0,
         least_per_token=2.0**14,
         vocabulary=1000,
         blocks=32,

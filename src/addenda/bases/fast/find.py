@@ -22,7 +22,7 @@ Recogniser = Callable[[nn.Module, Tensor], Fusion | Unproven | None]
 """Looks at one module, with a tensor of the model's dtype and device: gives a proven lean form, or says why a module
 that looks like a known part is none, or gives None."""
 
-IN_PACKED_ROWS: tuple[Recogniser, ...] = (rms_norm, gated_mlp, self_attention)
+IN_PACKED_ROWS: tuple[Recogniser, ...] = (rms_norm, layer_norm, gated_mlp, activation, self_attention)
 """Parts of a causal model that runs over packed rows."""
 
 IN_BATCHES: tuple[Recogniser, ...] = (rms_norm, layer_norm, gated_mlp, activation, own_attention, projections)

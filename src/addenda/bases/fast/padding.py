@@ -40,16 +40,20 @@ def unpadded(module: nn.Module, like: Tensor) -> Fusion | None:
     named = list(inspect.signature(type(module).forward).parameters)
     width = next((layer.in_features for layer in module.modules() if hasattr(layer, "in_features")), 0)
     stack = any(isinstance(child, nn.ModuleList) and len(child) for child in module.children())
-    if not stack or named[1:2] != ["hidden_states"] or "attention_mask" not in named or not width:
+    causal = any(getattr(part, "is_causal", False) for part in module.modules())
+    if not stack or causal or named[1:2] != ["hidden_states"] or "attention_mask" not in named or not width:
         return None
     hidden = probe(like, 3, 7, int(width))  # type: ignore[arg-type]
     seen = torch.ones(3, 7, dtype=torch.bool, device=like.device)
     seen[1, 3:], seen[2, :2] = False, False
-    own = quietly(module, hidden, attention_mask=seen[:, None, None].expand(-1, 1, 7, -1))
+    alone = [
+        quietly(module, x[real][None], attention_mask=None) for x, real in zip(hidden, seen, strict=True)
+    ]
     ours = quietly(_packed, module, {"hidden_states": hidden}, seen)
-    if own is None or ours is None or not near(ours[0][seen], own[0][seen], units=1024):
+    if ours is None or None in alone:
         return None
-    return Fusion("stack without padding", module, type(module), _lean(module))
+    same = near(ours[0][seen], torch.cat([own[0][0] for own in alone]), units=1024)
+    return Fusion("stack without padding", module, type(module), _lean(module)) if same else None
 
 
 def _lean(module: nn.Module) -> Callable[..., Any]:
@@ -70,13 +74,16 @@ def _lean(module: nn.Module) -> Callable[..., Any]:
 
 def _seen(mask: Any) -> Tensor | None:
     """(B, T): which tokens the others attend to; None without padding, or where it is not the same for every query."""
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1:
         return None
-    shown = mask == 0 if mask.is_floating_point() else mask.bool()
-    if mask.ndim == 4:
-        if shown.shape[1] != 1 or not bool((shown == shown[:, :, :1]).all()):
+    if not bool((mask == mask[:, :, :1]).all()):
+        return None
+    shown = mask[:, 0, 0]
+    if shown.is_floating_point():  # what is added to the scores: nothing, or the least number there is
+        if not bool(((shown == 0) | (shown <= torch.finfo(shown.dtype).min / 2)).all()):
             return None
-        shown = shown[:, 0, 0]
+        shown = shown == 0
+    shown = shown.bool()
     return None if bool(shown.all()) or not bool(shown.any(1).all()) else shown
 
 

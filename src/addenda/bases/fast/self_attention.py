@@ -190,7 +190,7 @@ def own_attention(module: nn.Module, like: Tensor) -> Unproven | None:
     for rotated in _rotary_widths(module):
         seen = _record(module, x, _positions(like, 6, rotated))
         if seen is not None:
-            own = f"it runs as the model's own, '{config._attn_implementation}'"
+            own = f"on whole batches it runs as the model's own, '{config._attn_implementation}'"
             return Unproven("attention", module, f"{own}; {seen}" if isinstance(seen, str) else own)
     return None
 
