@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from addenda.bases.fast.attention import packed_attention_on
 from addenda.bases.fast.find import Found, find_fusions
-from addenda.bases.fast.flex import BLOCK
 from addenda.bases.fast.fusion import forward_replaced, fused_on
-from addenda.bases.fast.padding import TOKEN_MULTIPLE
+from addenda.bases.fast.padding import fill_of
 from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
@@ -132,7 +131,7 @@ class PackedModel:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
         assert self._decoder is not None
         tokens = len(input_ids)
-        fill = -tokens % (TOKEN_MULTIPLE if input_ids.device.type == "cpu" else BLOCK)
+        fill = fill_of(tokens, input_ids.device)
         row = torch.cat([input_ids, input_ids[:1].expand(fill)])
         positions = torch.cat([torch.arange(n, device=row.device) for n in (*segments.lengths, fill)])
         with self._lean(), recomputed(self._learning()[:recompute], self._lean):

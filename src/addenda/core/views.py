@@ -13,7 +13,18 @@ from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
 from addenda.memory.arena import product
 
-__all__ = ["CompressedView", "LayerView", "LinearView"]
+__all__ = ["CompressedView", "LayerView", "LinearView", "autocast_on"]
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Whether operations on ``x`` are cast as they run; never on a device that knows no autocast.
+
+    Example:
+        >>> autocast_on(torch.ones(2)), autocast_on(torch.ones(2, device="meta"))
+        (False, False)
+    """
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 class LayerView(Base):
@@ -156,9 +167,7 @@ class LinearView(LayerView):
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""
         # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
-        device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        plain = x.dtype == self.dtype and not x.is_nested and not cast
+        plain = x.dtype == self.dtype and not x.is_nested and not autocast_on(x)
         frozen = not any(p is not None and p.requires_grad for p in self.module._parameters.values())
         return plain and frozen and self._runs_the_plain_product() and not torch.compiler.is_compiling()
 

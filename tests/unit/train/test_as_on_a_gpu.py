@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.attention import flex_attention as library
 
 import addenda
-from addenda.bases import packed as packed_module
-from addenda.bases.fast import attention, compiled, flex, self_attention
+from addenda.bases.fast import attention, compiled, flex, padding, self_attention
 from addenda.bases.fast import segments as segments_module
 from addenda.bases.packed import PackedModel
 from addenda.kernels.library import kernels_off
@@ -77,7 +76,7 @@ def test_states_and_gradients_are_those_of_the_cpus_own_forms(family, recompute,
         for module in (attention, self_attention):
             monkeypatch.setattr(module, "attend", attend_elsewhere)
         monkeypatch.setattr(library, "_validate_device", lambda *_: None)
-        monkeypatch.setattr(packed_module, "TOKEN_MULTIPLE", flex.BLOCK)
+        monkeypatch.setattr(padding, "TOKEN_MULTIPLE", flex.BLOCK)
         monkeypatch.setattr(offload, "LEAST_BYTES", 1)
         ours = step(model, handle, recompute=recompute, hooks=hooks)
     compiled.compiled.cache_clear()

@@ -127,7 +127,7 @@ def attend(
 def _by_pytorch(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule, *, dropout: float
 ) -> Tensor:
-    if not dropout and flex_takes(query, value, rule):
+    if not dropout and flex_takes(query, value):
         return flex_attend(query, key, value, segments, rule)
     parts = [
         _library_attention(query[:, a:b], key[:, a:b], value[:, a:b], rule, dropout)

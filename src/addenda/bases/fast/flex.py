@@ -1,9 +1,9 @@
 """Attention over a packed row on a GPU: one kernel for all samples, which skips the blocks that nobody sees.
 
 `flex_attention` (arXiv:2412.05496) is compiled by PyTorch for the mask and the score it is given. A token of a packed
-row sees an unbroken run of keys that ends with itself, so one number for each token, the first key it sees, says all
-about samples and sliding window; and since that number never falls, which blocks are seen follows from the bounds of
-each block alone. The mask is made on the CPU, where the lengths are, and once for all layers of the same window.
+row sees an unbroken run of keys around itself, so two numbers for each token, the first and the last key it sees, say
+all about samples, direction and sliding window; and since they never fall, which blocks are seen follows from the first
+and the last token of each block. The mask is made on the CPU, where the lengths are, and once for all layers alike.
 """
 
 from __future__ import annotations
@@ -30,27 +30,28 @@ NARROWEST = 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def flex_takes(query: Tensor, value: Tensor, rule: Rule) -> bool:
+def flex_takes(query: Tensor, value: Tensor) -> bool:
     """Whether the compiled kernel can do this: query (heads, T, d), value (heads, T, d_v).
 
     A row that is not whole blocks is left out, because every length of that kind would be compiled for itself.
     """
     wide = min(query.shape[-1], value.shape[-1]) >= NARROWEST
-    suits = rule.causal and wide and query.dtype in _DTYPES and query.shape[1] % BLOCK == 0
+    suits = wide and query.dtype in _DTYPES and query.shape[1] % BLOCK == 0
     return suits and runs_compiled(query)
 
 
 def flex_attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Attention within each segment, as `attend` does it; causal, without dropout, over a row of whole blocks."""
+    """Attention within each segment, as `attend` does it; without dropout, over a row of whole blocks."""
     tokens, used = query.shape[1], sum(segments.lengths)
-    if (tokens, rule.window) not in segments.masks:
-        segments.masks[tokens, rule.window] = _block_mask(segments, tokens, rule.window, query.device)
+    seen = (tokens, rule.window, rule.causal)
+    if seen not in segments.masks:
+        segments.masks[seen] = _block_mask(segments, tokens, rule, query.device)
     out = _flex_on(query.device)(
         query[None],
         key[None],
         value[None],
         score_mod=None if rule.softcap is None else _capped(rule.softcap),
-        block_mask=segments.masks[tokens, rule.window],
+        block_mask=segments.masks[seen],
         scale=rule.scaling,
         enable_gqa=True,
     )[0]
@@ -69,29 +70,29 @@ def _capped(softcap: float) -> Callable[..., Tensor]:
     return capped
 
 
-def _block_mask(segments: Segments, tokens: int, window: int | None, device: torch.device) -> BlockMask:
-    first = _first_keys(segments, tokens, window)
-    blocks = tokens // BLOCK
-    own, every = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
-    seen = (every <= own) & ((every + 1) * BLOCK > first[::BLOCK, None])
-    whole = (every < own) & (every * BLOCK >= first[BLOCK - 1 :: BLOCK, None])
-    on_device = first.to(device)
+def _block_mask(segments: Segments, tokens: int, rule: Rule, device: torch.device) -> BlockMask:
+    first, last = _keys_seen(segments, tokens, rule)
+    starts = torch.arange(0, tokens, BLOCK)[None, :]
+    ends = starts + BLOCK - 1
+    of_first, of_last = slice(0, None, BLOCK), slice(BLOCK - 1, None, BLOCK)
+    seen = (starts <= last[of_last, None]) & (ends >= first[of_first, None])
+    whole = (starts >= first[of_last, None]) & (ends <= last[of_first, None])
+    from_key, to_key = first.to(device), last.to(device)
 
     def sees(_: Tensor, __: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= on_device[query]) & (key <= query)
+        return (key >= from_key[query]) & (key <= to_key[query])
 
     made = BlockMask.from_kv_blocks(*_listed(seen & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=sees)
     return made.to(device)
 
 
-def _first_keys(segments: Segments, tokens: int, window: int | None) -> Tensor:
-    """The first key that each token sees, (tokens,) int32; tokens behind the last sample are one of their own."""
-    lengths = (*segments.lengths, tokens - sum(segments.lengths))
-    starts = torch.tensor([start for start, _ in segments.bounds] + [sum(segments.lengths)])
-    first = starts.repeat_interleave(torch.tensor(lengths))
-    if window is not None:
-        first = torch.maximum(first, torch.arange(tokens) - window + 1)
-    return first.int()
+def _keys_seen(segments: Segments, tokens: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """The first and the last key that each token sees, (tokens,) int32; tokens behind all samples see one another."""
+    bounds = torch.tensor([*segments.bounds, (sum(segments.lengths), tokens)])
+    starts, stops = bounds.repeat_interleave(bounds[:, 1] - bounds[:, 0], dim=0).unbind(1)
+    place = torch.arange(tokens)
+    first = starts if rule.window is None else torch.maximum(starts, place - rule.window + 1)
+    return first.int(), (place if rule.causal else stops - 1).int()
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.fast.attention import packed_attention_on
+from addenda.bases.fast.flex import BLOCK
 from addenda.bases.fast.fusion import Fusion, near, probe, quietly
 from addenda.bases.fast.segments import Segments
 
-__all__ = ["TOKEN_MULTIPLE", "unpadded"]
+__all__ = ["fill_of", "unpadded"]
 
 TOKEN_MULTIPLE = 64
 """On a CPU rows are filled up to it with tokens of no sample: every new length costs PyTorch's matrix kernels a
-set-up of several milliseconds for each layer size."""
+set-up of several milliseconds for each layer size. Elsewhere they are filled up to whole blocks of attention."""
+
+
+def fill_of(tokens: int, device: torch.device) -> int:
+    """Return how many tokens of no sample to put behind so many of a row.
+
+    Example:
+        >>> fill_of(70, torch.device("cpu"))
+        58
+    """
+    return -tokens % (TOKEN_MULTIPLE if device.type == "cpu" else BLOCK)
 
 
 def unpadded(module: nn.Module, like: Tensor) -> Fusion | None:
@@ -87,7 +98,7 @@ def _more_is_asked(module: Any, named: dict[str, Any]) -> bool:
 def _packed(module: nn.Module, named: dict[str, Any], seen: Tensor) -> Any:
     hidden: Tensor = named["hidden_states"]
     (places,) = seen.flatten().nonzero(as_tuple=True)
-    fill = -len(places) % TOKEN_MULTIPLE if hidden.device.type == "cpu" else 0
+    fill = fill_of(len(places), hidden.device)
     rows = hidden.flatten(0, 1)[torch.cat([places, places[:1].expand(fill)])]
     # In the place of the mask: were a block run again outside this call, its own attention would refuse them.
     samples = Segments(tuple(seen.sum(1).tolist()))

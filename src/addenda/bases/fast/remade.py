@@ -17,6 +17,7 @@ from torch.nn import functional
 from addenda.bases.fast.fusion import Fusion
 from addenda.bases.fast.gated_mlp import ACTIVATIONS, activation_of
 from addenda.core.remaking import remakable
+from addenda.core.views import autocast_on
 from addenda.kernels import calls
 
 __all__ = ["activation", "layer_norm"]
@@ -83,5 +84,5 @@ class _Activation(torch.autograd.Function):
 
 def _marked(y: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Mark `y` where something will be kept for a backward, and where the backward makes the same bits."""
-    plain = not torch.is_autocast_enabled(y.device.type) and not torch.compiler.is_compiling()
+    plain = not autocast_on(y) and not torch.compiler.is_compiling()
     return remakable(y, make, *tensors) if y.requires_grad and plain else y

@@ -27,8 +27,8 @@ class Segments:
     """Tokens of each sample, in order; all positive. Tokens of the row behind them belong to no sample."""
     windows: set[int | None] = field(default_factory=set)
     """Sliding windows the layers asked for, collected while they ran."""
-    masks: dict[tuple[int, int | None], Any] = field(default_factory=dict)
-    """What attention on a GPU has worked out for the layers: by the row's tokens and the window."""
+    masks: dict[tuple[int, int | None, bool], Any] = field(default_factory=dict)
+    """What attention on a GPU has worked out for the layers: by the row's tokens, the window and the direction."""
 
     @property
     def bounds(self) -> tuple[tuple[int, int], ...]:

@@ -22,6 +22,8 @@ RULES = {
     "window": Rule(0.35, window=40),
     "softcap": Rule(0.35, softcap=2.0),
     "both": Rule(0.3, window=150, softcap=5.0),
+    "both ways": Rule(0.35, causal=False),
+    "both ways, window": Rule(0.35, window=40, causal=False),
 }
 LENGTHS = {
     "one block": (5, 1, 12, 3),
@@ -69,14 +71,21 @@ def test_layers_of_the_same_window_share_a_mask():
     segments, tensors = Segments((100, 60)), inputs(256)
     for rule in (*RULES.values(), *RULES.values()):
         flex_attend(*tensors, segments, rule)
-    assert set(segments.masks) == {(256, None), (256, 40), (256, 150)}
+    assert set(segments.masks) == {
+        (256, None, True),
+        (256, 40, True),
+        (256, 150, True),
+        (256, None, False),
+        (256, 40, False),
+    }
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 10_000])
-def test_the_blocks_are_those_that_pytorch_finds_by_looking_at_every_pair(window):
+def test_the_blocks_are_those_that_pytorch_finds_by_looking_at_every_pair(window, causal):
     lengths = tuple(torch.randint(1, 200, (9,)).tolist())
     tokens = -(-sum(lengths) // BLOCK) * BLOCK
-    made = flex._block_mask(Segments(lengths), tokens, window, torch.device("cpu"))
+    made = flex._block_mask(Segments(lengths), tokens, Rule(1.0, window, causal=causal), torch.device("cpu"))
     found = library.create_block_mask(
         made.mask_mod, None, None, tokens, tokens, device="cpu", BLOCK_SIZE=BLOCK
     )
@@ -91,7 +100,7 @@ def test_the_blocks_are_those_that_pytorch_finds_by_looking_at_every_pair(window
 
 def test_the_cpu_keeps_its_own_form():
     query, _, value = inputs(20, d=16, d_v=16)
-    assert not flex_takes(query.float(), value.float(), RULES["plain"])
+    assert not flex_takes(query.float(), value.float())
 
 
 @pytest.mark.parametrize("rule", [RULES["plain"], RULES["both"]], ids=["plain", "both"])
