@@ -17,7 +17,6 @@ from addenda.recipe.bases import load_causal
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.train import Device, Event, Precision, choose_device, choose_precision
-from addenda.train.batches import packed_batch
 from addenda.train.forecast import token_budgets
 from addenda.train.offload import require_offloadable
 from addenda.train.parallel import Parallel
@@ -34,6 +33,9 @@ __all__ = [
     "prepare_base",
     "prepare_data",
 ]
+
+PROBE_TOKENS = 32
+"""Of each row that proves an adapter; whole rows would take more memory than training on them."""
 
 LONGEST_ROW = 2048
 """Tokens of the longest row where neither the recipe nor the base says less."""
@@ -277,13 +279,13 @@ def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> E
 
 
 def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
-    """Attach with a probe on real rows, run as training will run them."""
+    """Attach with a probe on the beginnings of real rows, run as training will run them."""
     packed = PackedModel(base.model)
-    few = [rows.examples[index] for index in range(min(2, len(rows.examples)))]
-    batch = packed_batch(few, base.model.device)
+    few = [rows.examples[index].input_ids[:PROBE_TOKENS] for index in range(min(2, len(rows.examples)))]
+    ids = torch.tensor([token for row in few for token in row], device=base.model.device)
 
     def probe(_: torch.nn.Module) -> torch.Tensor:
-        return packed.logits(packed.hidden(batch.input_ids, batch.lengths)[batch.predict_from])
+        return packed.logits(packed.hidden(ids, [len(row) for row in few]))
 
     return attach(
         base.model, recipe.method, recipe.targets, name=recipe.name, seed=recipe.train.seed, probe=probe

@@ -104,7 +104,7 @@ def _scored(head: Head, x: Tensor) -> tuple[Tensor, bool]:
 
     def note(kept: Tensor) -> Tensor:
         used.add(kept.untyped_storage().data_ptr())
-        return kept
+        return kept.detach()  # an output of the head would hold the node that keeps it
 
     with (
         torch.set_grad_enabled(x.requires_grad),

@@ -233,7 +233,7 @@ def _saved_bytes(
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights and not (outside is not None and outside.holds(tensor)):
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output would hold the node that keeps it, and neither would ever be freed
 
     ids = torch.zeros(tokens, dtype=torch.long, device=_device(handle))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import addenda
 from addenda.bases.packed import PackedModel
 from addenda.errors import OutOfMemory
+from addenda.memory.arena import Arena
 from addenda.train.memory import FRAGMENTED, measure_memory, out_of_memory_named, peak_memory_bytes
 
 SETTINGS = {"train.tokens_per_micro_batch": (1024, 512), "method.rank": (16, 8)}
@@ -155,3 +157,21 @@ def test_a_heap_that_keeps_freed_blocks_costs_only_what_the_arena_does_not_hold(
     assert unused == pytest.approx(FRAGMENTED * 50_000 * model.loose_per_token, rel=1e-4)
     alone = replace(model, loose_per_token=model.kept_per_token)
     assert alone.ledger(50_000, keeps_memory=True).total > kept_blocks.total
+
+
+def test_measuring_leaves_nothing_behind(monkeypatch):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config).eval()
+    handle = addenda.attach(model, addenda.LoRA(rank=2), "all-linear")
+    made = []
+
+    def arena(size):
+        made.append(Arena(size))
+        return made[-1]
+
+    monkeypatch.setattr(memory, "Arena", arena)
+    measure_memory(handle, PackedModel(model))
+    gc.collect()
+    assert [(one.most > 0, one.used) for one in made] == [(True, 0)]
