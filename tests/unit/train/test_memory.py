@@ -13,6 +13,7 @@ import addenda
 from addenda.bases.packed import PackedModel
 from addenda.errors import OutOfMemory
 from addenda.memory.arena import Arena
+from addenda.train import memory
 from addenda.train.memory import FRAGMENTED, measure_memory, out_of_memory_named, peak_memory_bytes
 
 SETTINGS = {"train.tokens_per_micro_batch": (1024, 512), "method.rank": (16, 8)}
@@ -20,6 +21,7 @@ SETTINGS = {"train.tokens_per_micro_batch": (1024, 512), "method.rank": (16, 8)}
 
 def test_the_peak_grows_by_what_was_held():
     code = """
+from addenda.train import memory
 from addenda.train.memory import peak_memory_bytes
 before = peak_memory_bytes()["rss"]
 block = bytearray(200_000_000)
@@ -174,4 +176,4 @@ def test_measuring_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(memory, "Arena", arena)
     measure_memory(handle, PackedModel(model))
     gc.collect()
-    assert [(one.most > 0, one.used) for one in made] == [(True, 0)]
+    assert [one.used for one in made] == [0]
