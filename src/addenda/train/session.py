@@ -391,4 +391,5 @@ def _memory_in_words(session: Session) -> str:
     recompute = session.recompute(max(session.tokens_per_micro_batch, session.rows.longest))
     again = f", {recompute} of {session.memory.blocks} blocks run again in the backward" if recompute else ""
     again += ", activations wait in the machine's memory" if session.offload else ""
-    return f"at most {session.ledger()} of {session.memory_limit / 2**20:,.0f} MiB{again}"
+    arena = f", an arena of {session.arena.size / 2**20:,.0f} MiB among it" if session.arena.size else ""
+    return f"at most {session.ledger()} of {session.memory_limit / 2**20:,.0f} MiB{arena}{again}"
