@@ -6,7 +6,13 @@ Importing this package imports nothing heavy: each name below is fetched from it
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# GNU's OpenMP, which PyTorch on Linux runs on, lets a thread that waits for the others spin for milliseconds. Where other
+# programs want the processor too, it spins away the time that the thread it waits for would need, thousands of times in a
+# step. OpenMP reads this once, when PyTorch is imported; who set it, or imported PyTorch before, has decided.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:
     from addenda.bases import LoadedBase, load_base
