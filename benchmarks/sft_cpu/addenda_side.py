@@ -18,6 +18,7 @@ parser.add_argument("--steps", type=int, required=True, help="timed steps after 
 parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True, help="of the base")
 parser.add_argument("--train-on", choices=("assistant", "all"), default="assistant")
 parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+parser.add_argument("--packed", metavar="NAME", help="in place of --model, this registered one, kept packed")
 parser.add_argument("--micro-batch", type=int, default=None, help="tokens run at once, if not the default")
 options = parser.parse_args()
 
@@ -41,7 +42,12 @@ def on_event(event: train.Event) -> None:
 
 
 losses: list[float] = []
-base = addenda.load_base(options.model, dtype=getattr(torch, options.dtype), device=options.device)
+base = addenda.load_base(
+    options.packed or options.model,
+    dtype=getattr(torch, options.dtype),
+    device=options.device,
+    weights="packed" if options.packed else "auto",
+)
 handle = addenda.attach(base.model, addenda.LoRA(rank=16), "all-linear")
 encoder = data.Encoder(base.tokenizer, base.chat_template, options.train_on, max_tokens=1024, overflow="cut")
 examples = data.encode_rows(data.read_dataset(options.data).require_clean().conversations, encoder)
@@ -67,7 +73,7 @@ write_result(
         "tokens_per_micro_batch": micro_batches[0],
         "train_on": options.train_on,
         "share_of_tokens_trained": round(examples.trained_tokens / examples.tokens, 3),
-        "weights": str(base.model.dtype),
+        "weights": f"{base.weights} {base.model.dtype}",
         "threads": torch.get_num_threads(),
     },
 )

@@ -32,8 +32,9 @@ CONTESTANTS = {
     "trl-tuned": ["trl_peer.py", "--tuned"],
     "addenda": ["addenda_side.py"],
     "addenda-all": ["addenda_side.py", "--train-on", "all"],
+    "addenda-small": ["addenda_side.py", "--packed", "smollm2-135m-instruct", "--micro-batch", "512"],
 }
-ROWS_PER_STEP = {"trl": 8, "addenda": 16, "addenda-all": 16}
+ROWS_PER_STEP = {"trl": 8, "addenda": 16, "addenda-all": 16, "addenda-small": 16}
 PACKED_TOKENS_PER_STEP = 8 * 1024  # both packed ones
 ATTEMPTS = 10
 """Runs of one contestant before giving up on a busy machine."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ LABELS = {
     "trl-tuned": "TRL + PEFT, packed, tuned by hand",
     "addenda": "Addenda, default",
     "addenda-all": "Addenda, loss on every token",
+    "addenda-small": "Addenda, packed base, 512 tokens at once",
 }
 TARGETS = {"trl": (5.0, 0.2), "trl-packed": (3.5, 0.5)}
 """Least ratio of the speeds and largest ratio of the peaks, by peer."""
@@ -96,12 +98,12 @@ def row(label: str, figures: dict[str, Any], ratio: dict[str, float] | None) -> 
 
 def _verdicts(ratios: dict[str, Any]) -> list[str]:
     lines = []
-    for peer, (least, largest) in TARGETS.items():
-        if ratio := ratios.get(f"addenda / {peer}"):
+    for ours, (peer, (least, largest)) in itertools.product(("addenda", "addenda-small"), TARGETS.items()):
+        if ratio := ratios.get(f"{ours} / {peer}"):
             speed = "met" if ratio["speed"] >= least else "missed"
             memory = "met" if ratio["memory"] <= largest else "missed"
             lines.append(
-                f"- against {LABELS[peer]}: speed {ratio['speed']:.2f}x, target {least:g}x: {speed}; "
+                f"- {LABELS[ours]} against {LABELS[peer]}: speed {ratio['speed']:.2f}x, target {least:g}x: {speed}; "
                 f"memory {ratio['memory']:.2f}x, target at most {largest:g}x: {memory}"
             )
     return lines
