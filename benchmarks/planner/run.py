@@ -77,7 +77,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="jsonl of question and answer")
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps, the first not timed")
+    parser.add_argument("--steps", type=int, default=3, help="optimiser steps, the first not timed")
     parser.add_argument("--dtype", default=None, help="of the base; default: what suits the machine")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations, from 0")
     parser.add_argument("--write-readme", action="store_true")
@@ -90,7 +90,7 @@ def measure(
     """Run one configuration in a process of its own."""
     data = joined(options.data, configuration["characters"], work)
     # About two micro-batches a step.
-    rows = 8 if not configuration["characters"] else 4 if configuration["characters"] <= 2000 else 2
+    rows = {0: 8, 2000: 3, 6000: 1}[configuration["characters"]]
     settings = {
         "base.source": configuration["base"],
         "base.weights": configuration["weights"],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 # GNU's OpenMP, which PyTorch on Linux runs on, lets a thread that waits for the others spin for milliseconds. Where
 # other programs want the processor too, it spins away the time that the thread it waits for would need, thousands of
-# times in a step. OpenMP reads this once, when PyTorch is imported; whoever set it, or imported PyTorch before, decides.
+# times in a step. OpenMP reads this once, when PyTorch is imported; who set it or imported PyTorch before decides.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 if TYPE_CHECKING:

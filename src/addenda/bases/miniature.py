@@ -117,14 +117,15 @@ def _cut(config: Any, blocks: Sequence[int], *, depth: int, vocabulary: int | No
 
 
 def _filled(layer: PackedLinear | PackedEmbedding) -> PackedLinear | PackedEmbedding:
-    """A packed layer on the base's own rows; on zeros where those are not there."""
-    twin = copy.copy(layer)
-    vars(twin)["_buffers"] = {
-        name: torch.zeros_like(tensor, device="cpu") if tensor is not None and tensor.is_meta else tensor
-        for name, tensor in layer._buffers.items()
-    }
-    vars(twin)["_parameters"], vars(twin)["_modules"] = dict(layer._parameters), {}
-    return twin
+    """A packed layer on the base's own rows; on packed noise where those are not there."""
+    raw = layer.raw
+    if raw.is_meta:  # only layers that are packed at the load come without their rows
+        quantize = layer.weight_format.quantize
+        assert quantize is not None
+        raw = quantize(torch.empty(len(raw), layer.width).normal_(0.0, SPREAD))
+    if isinstance(layer, PackedLinear):
+        return PackedLinear(raw, layer.weight_format, layer.width, layer.bias, layer.compute_dtype)
+    return PackedEmbedding(raw, layer.weight_format, layer.width, layer.scale, layer.compute_dtype)
 
 
 def _give_weights(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from addenda.train.calibration import Calibration, calibrate
 from addenda.train.forecast import Forecast, RowSize, Workload, forecast, token_budgets
 from addenda.train.machine import calibrating, run_flop, use_machine
 from addenda.train.memory import MemoryModel, memory_limit
+from addenda.train.parallel import Parallel
 
 __all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes"]
 
@@ -82,7 +83,7 @@ def choose_setup(
     heldout: Sequence[RowSize] = (),
     *,
     on_progress: OnProgress | None = None,
-    shared_by: int = 1,
+    parallel: Parallel | None = None,
 ) -> Setup:
     """Calibrate, and choose what is over soonest of what fits.
 
@@ -94,7 +95,7 @@ def choose_setup(
         rows: the rows to train on; none takes one step of usual ones.
         heldout: the rows to evaluate on.
         on_progress: told how the base is converted where another form of it is tried.
-        shared_by: processes of the run that share the machine's memory.
+        parallel: the processes that will train together; None for one alone.
 
     Raises:
         OutOfMemory: nothing that may be changed makes it fit; names settings that would.
@@ -102,8 +103,11 @@ def choose_setup(
         MethodError: the method cannot stand on one of the layers.
     """
     device = choose_device(recipe.base.device).device
-    limit = memory_limit(device, recipe.train.memory_gib, shared_by=shared_by)
-    workload = Workload(recipe.train, rows or [USUAL_ROW] * recipe.train.batch_size, heldout)
+    together = parallel or Parallel()
+    limit = memory_limit(device, recipe.train.memory_gib, shared_by=together.on_this_machine)
+    workload = Workload(
+        recipe.train, rows or [USUAL_ROW] * recipe.train.batch_size, heldout, processes=together.size
+    )
     tokens = RowOrder(len(rows), recipe.train).passes * sum(row.tokens for row in rows) if rows else math.inf
     machine = use_machine(
         wanted=recipe.train.kernels == "auto", flop=run_flop(base.model, tokens), device=device

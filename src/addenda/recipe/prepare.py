@@ -166,7 +166,7 @@ def _settle(
             row_sizes(rows.train),
             row_sizes(rows.heldout),
             on_progress=on_event,
-            shared_by=parallel.on_this_machine,
+            parallel=parallel,
         )
         on_event(Note(str(setup)))
         found = setup.document()

@@ -12,6 +12,7 @@ from addenda.train.batches import RowOrder
 from addenda.train.calibration import Calibration
 from addenda.train.config import TrainConfig
 from addenda.train.memory import Ledger, MemoryModel
+from addenda.train.parallel import Parallel
 
 __all__ = ["Forecast", "RowSize", "Workload", "forecast", "token_budgets"]
 
@@ -47,6 +48,8 @@ class Workload:
     """To train on; at least one."""
     heldout: Sequence[RowSize] = ()
     """To evaluate on."""
+    processes: int = 1
+    """Processes that share the micro-batches of a step, each on processors of its own."""
 
     @property
     def longest(self) -> int:
@@ -137,14 +140,12 @@ def _with(
     for step in tried:
         chosen = [rows[row] for row in order.rows_of(step)]
         seconds += calibration.update
-        for group in _groups(chosen, size):
-            lengths, trained = [row.tokens for row in group], sum(row.trained for row in group)
-            tokens += sum(lengths)
-            seconds += calibration.micro_batch(lengths, trained, recompute(sum(lengths)) or 0)
-    once = sum(
-        calibration.evaluation([row.tokens for row in group], sum(row.trained for row in group))
-        for group in _groups(heldout, size)
-    )
+        groups = [_sizes_of(group) for group in _groups(chosen, size)]
+        tokens += sum(sum(lengths) for lengths, _ in groups)
+        costs = [calibration.micro_batch(*group, recompute(sum(group[0])) or 0) for group in groups]
+        seconds += _shared(costs, groups, workload.processes)
+    groups = [_sizes_of(group) for group in _groups(heldout, size)]
+    once = _shared([calibration.evaluation(*group) for group in groups], groups, workload.processes)
     evaluations = sum(order.evaluates_at(step) for step in range(order.steps + 1))
     share = order.steps / len(tried)
     keeps = memory.ledger(largest, keeps_memory=True).total <= limit
@@ -159,6 +160,21 @@ def _with(
         step_seconds=seconds * share,
         evaluation_seconds=once * evaluations,
         watts=calibration.watts,
+    )
+
+
+def _sizes_of(group: Sequence[RowSize]) -> tuple[list[int], int]:
+    """Tokens of each row of a micro-batch, and its trained tokens."""
+    return [row.tokens for row in group], sum(row.trained for row in group)
+
+
+def _shared(costs: Sequence[float], groups: Sequence[tuple[list[int], int]], processes: int) -> float:
+    """The time until the last process is done, when micro-batches are dealt out as in training."""
+    if not costs:
+        return 0.0
+    sizes = [sum(lengths) for lengths, _ in groups]
+    return max(
+        sum(costs[index] for index, _ in Parallel(rank, processes).turns(sizes)) for rank in range(processes)
     )
 
 

@@ -22,6 +22,7 @@ from addenda.memory.arena import Arena
 from addenda.memory.available import available_memory
 
 __all__ = [
+    "BYTES_PER_TRAINED",
     "Ledger",
     "MemoryModel",
     "measure_memory",
@@ -42,6 +43,9 @@ weights while they are unpacked. The latter is a guess: no GPU was there to meas
 
 ON_THE_WAY = 3
 """Blocks whose activations are on the GPU where they are offloaded: one computed, one leaving, one coming back."""
+
+BYTES_PER_TRAINED, BYTES_COPIED = 16, 12
+"""Of each trained number, while training and while a checkpoint is written."""
 
 SHORT, LONG = 64, 192
 """Tokens of the rows that are measured; whole multiples of 64, to which rows are filled up."""
@@ -91,7 +95,8 @@ class Ledger:
     scores: int
     """Chunks of scores over the vocabulary, and their gradient."""
     overhead: int
-    """What passes through the largest block, and what the allocator holds without using it."""
+    """What passes through the largest block, and what the allocator holds without using it; or, where that is more,
+    what a checkpoint copies while it is written: the trained numbers and their averages."""
 
     @property
     def total(self) -> int:
@@ -138,14 +143,11 @@ class MemoryModel:
         at_once = 6 if self.on_gpu else 1 if calls.usable(torch.empty(0)) else 3
         loose = activations * self.loose_per_token / max(self.kept_per_token, 1.0)
         unused = FRAGMENTED * loose if keeps_memory else 0
-        return Ledger(
-            self.present,
-            self.trained,
-            activations,
-            at_once * chunk,
-            int(block * tokens * (1.5 if recompute else 0.5) + unused)
-            + (SMALL_THINGS_ON_GPU if self.on_gpu else SMALL_THINGS),
-        )
+        scores = at_once * chunk
+        small = SMALL_THINGS_ON_GPU if self.on_gpu else SMALL_THINGS
+        overhead = int(block * tokens * (1.5 if recompute else 0.5) + unused) + small
+        copied = self.trained * BYTES_COPIED // BYTES_PER_TRAINED
+        return Ledger(self.present, self.trained, activations, scores, max(overhead, copied - scores))
 
     def recompute_for(self, tokens: int, limit: int) -> int | None:
         """Return the fewest blocks to run again so that a micro-batch fits into `limit` bytes; None: it never does."""
@@ -185,7 +187,7 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
     on_gpu = device.type == "cuda"
     return MemoryModel(
         present=torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss,
-        trained=16 * handle.trainable_parameters,
+        trained=BYTES_PER_TRAINED * handle.trainable_parameters,
         kept_per_token=max(0.0, kept),
         loose_per_token=max(0.0, loose),
         least_per_token=max(0.0, least),

@@ -118,6 +118,20 @@ def test_a_forecast_adds_up_micro_batches_steps_and_evaluations() -> None:
     assert found.document()["ledger"]["total"] == found.ledger.total
 
 
+def test_processes_deal_the_micro_batches_out_among_them() -> None:
+    costs = calibration_of(around=Cost(), scores=Cost(), update=0.0)
+    rows = [RowSize(400, 10), RowSize(300, 10), RowSize(200, 10)]
+    config = TrainConfig(epochs=1, batch_size=3, tokens_per_micro_batch=400)
+    alone, together = (
+        forecast(costs, costs.memory, 2**40, Workload(config, rows, processes=n)) for n in (1, 2)
+    )
+    assert alone is not None
+    assert together is not None
+    assert alone.step_seconds == pytest.approx(4 * 0.9)
+    assert together.step_seconds == pytest.approx(4 * 0.5)
+    assert together.tokens == alone.tokens == 900
+
+
 def test_scarce_memory_is_answered_by_what_is_soonest_over() -> None:
     costs = calibration_of()
     memory = costs.memory
