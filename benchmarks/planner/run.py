@@ -56,15 +56,20 @@ def main() -> None:
         "versions": machine.versions(("addenda", "torch", "transformers")),
         "runs": [],
     }
-    chosen = [c for n, c in enumerate(CONFIGURATIONS) if not options.only or n in options.only]
+    chosen = {n: c for n, c in enumerate(CONFIGURATIONS) if not options.only or n in options.only}
+    if options.again:
+        document = json.loads(options.again.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(prefix="addenda-planner-") as name:
-        for number, configuration in enumerate(chosen):
-            result = measure(configuration, options, Path(name), number)
-            document["runs"].append({**configuration, **result})
-            print(row(document["runs"][-1]), flush=True)
+        for number, configuration in chosen.items():
+            run = {**configuration, **measure(configuration, options, Path(name), number)}
+            print(row(run), flush=True)
+            document["runs"][number : number + 1] = [run]
     print("\n" + render(document))
-    if not options.only:
-        path = HERE / "results" / f"{document['date']}-{document['machine']['cores']}-cores.json"
+    if options.again or not options.only:
+        path = (
+            options.again
+            or HERE / "results" / f"{document['date']}-{document['machine']['cores']}-cores.json"
+        )
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         print(f"\nwritten: {path}")
@@ -80,6 +85,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps, the first not timed")
     parser.add_argument("--dtype", default=None, help="of the base; default: what suits the machine")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of configurations, from 0")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="replace what --only measures in this earlier result"
+    )
     parser.add_argument("--write-readme", action="store_true")
     return parser.parse_args()
 

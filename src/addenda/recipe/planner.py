@@ -136,9 +136,9 @@ def choose_setup(
     setups: list[Setup] = []
     for candidate in _forms(recipe, base, load):
         setups.append(tried(candidate))
-        found = setups[-1].forecast
-        if setups[-1].calibration is None or (found and not found.recompute and len(setups) == 1):
-            return setups[-1]
+        first = setups[0]
+        if first.calibration is None or (first.forecast and not first.forecast.recompute):
+            return first
     fitting = [(setup.forecast.seconds, index) for index, setup in enumerate(setups) if setup.forecast]
     if not fitting:
         raise _too_large(recipe, setups, load, limit, workload.longest)

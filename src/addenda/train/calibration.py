@@ -20,6 +20,7 @@ from addenda.bases.loaded import vocabulary_of
 from addenda.bases.miniature import Miniature, block_paths, layer_kinds, miniature
 from addenda.bases.packed import PackedModel
 from addenda.bases.place import move
+from addenda.bases.scores import chunk_bytes
 from addenda.core import Handle, Plan
 from addenda.core.attaching import attach_paths
 from addenda.train.config import TrainConfig
@@ -263,14 +264,16 @@ class _Trial:
         self.update = step / max(self._handle.trainable_parameters, 1)
 
     def scores(self, vocabulary: int) -> Cost:
-        """Return the cost of the output head, both ways, for each trained token."""
+        """Return the cost of the output head, both ways, for each trained token of a base with so large a vocabulary."""
         few, many = 128, 512
         states = self._states([many]).detach().requires_grad_()
+        # As many rows at once as the base will score: with few the head is read often.
+        chunk = max(1, chunk_bytes(on_gpu=states.is_cuda) // (vocabulary * states.element_size()))
         targets = torch.zeros(many, dtype=torch.long, device=self._device)
 
         def run(count: int) -> None:
             places = torch.arange(count, device=self._device)
-            packed_loss(self.packed, states, places, targets[:count], denominator=1.0).backward()
+            packed_loss(self.packed, states, places, targets[:count], denominator=1.0, chunk=chunk).backward()
 
         short, long = (_seconds_of(run, count) for count in (few, many))
         per_token = max(0.0, long - short) / (many - few)
