@@ -264,7 +264,7 @@ class _Trial:
         self.update = step / max(self._handle.trainable_parameters, 1)
 
     def scores(self, vocabulary: int) -> Cost:
-        """Return the cost of the output head, both ways, for each trained token of a base with so large a vocabulary."""
+        """Return the cost of the output head of a base with this vocabulary, both ways; a token is a trained one."""
         few, many = 128, 512
         states = self._states([many]).detach().requires_grad_()
         # As many rows at once as the base will score: with few the head is read often.
