@@ -59,19 +59,19 @@ def main() -> None:
     chosen = {n: c for n, c in enumerate(CONFIGURATIONS) if not options.only or n in options.only}
     if options.again:
         document = json.loads(options.again.read_text(encoding="utf-8"))
+    path = options.again
+    if path is None and not options.only:
+        path = HERE / "results" / f"{document['date']}-{document['machine']['cores']}-cores.json"
+        path.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="addenda-planner-") as name:
         for number, configuration in chosen.items():
             run = {**configuration, **measure(configuration, options, Path(name), number)}
             print(row(run), flush=True)
             document["runs"][number : number + 1] = [run]
+            if path is not None:  # after each, so that an end half-way loses nothing
+                path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print("\n" + render(document))
-    if options.again or not options.only:
-        path = (
-            options.again
-            or HERE / "results" / f"{document['date']}-{document['machine']['cores']}-cores.json"
-        )
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if path is not None:
         print(f"\nwritten: {path}")
         if options.write_readme:
             write_readme(document)
@@ -121,7 +121,8 @@ def measure(
     command += [f"--set={key}={value}" for key, value in settings.items() if value is not None]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+        print(done.stderr[-3000:], file=sys.stderr)
+        return {"failed": done.stderr.strip().splitlines()[-1]}
     result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return result
 
@@ -155,6 +156,10 @@ def off(run: dict[str, Any]) -> tuple[float, float]:
 
 
 def row(run: dict[str, Any]) -> str:
+    """One line of the table."""
+    if "failed" in run:
+        named = " | ".join(str(run[key]) for key in ("base", "weights", "method", "characters"))
+        return f"| {named} | ended with: {run['failed']} |"
     memory, time = off(run)
     foretold = run["forecast"]
     rank = "" if run["rank"] is None else f" {run['rank']}"
@@ -170,7 +175,7 @@ def row(run: dict[str, Any]) -> str:
 def render(document: dict[str, Any]) -> str:
     """Return the table, and how often the planner kept its word."""
     about, runs = document["machine"], document["runs"]
-    errors = [off(run) for run in runs]
+    errors = [off(run) for run in runs if "failed" not in run]
     near = [sum(abs(e[n]) <= bound for e in errors) for n, bound in enumerate((MEMORY, TIME))]
     lines = [
         f"{about['cores']} cores of {about['cpu']}, {about['memory_gib']} GiB, {runs[0]['dtype']}, {document['date']}. "

@@ -30,6 +30,9 @@ from addenda.train.parallel import Parallel
 
 __all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes"]
 
+LEFT_BY_LOADING = 64 * 2**20
+"""Bytes that remain in the heap when dense weights have been read; 50 to 90 MiB were seen."""
+
 USUAL_ROW = RowSize(tokens=180, trained=108)
 """What rows are taken to be where there are none yet."""
 
@@ -123,6 +126,7 @@ def choose_setup(
             reason = f"no forecast: '{base.name}' cannot be tried on a few of its blocks ({error})"
             return Setup(candidate, planned, None, None, None, reason)
         program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+        program += LEFT_BY_LOADING if device.type == "cpu" and candidate.weights != "packed" else 0
         present = program + _weight_bytes(candidate) + planned.bytes
         memory = dataclasses.replace(calibration.memory, present=present)
         memory = memory.suited(recipe.train.offload, workload.longest, limit)
