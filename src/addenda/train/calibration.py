@@ -23,6 +23,7 @@ from addenda.bases.place import move
 from addenda.bases.scores import chunk_bytes
 from addenda.core import Handle, Plan
 from addenda.core.attaching import attach_paths
+from addenda.memory.arena import Arena
 from addenda.train.config import TrainConfig
 from addenda.train.energy import EnergyMeter
 from addenda.train.evaluation import training_mode
@@ -258,7 +259,9 @@ class _Trial:
 
     def take_times(self, config: TrainConfig, tokens: int) -> None:
         """Time both ways, the way forward, and the optimiser."""
-        with training_mode(self._model, self._handle):
+        ledger = self.memory.ledger(tokens)
+        arena = Arena(ledger.activations + ledger.overhead)  # as the run will have
+        with training_mode(self._model, self._handle), arena.serving():
             self.both, self.forward = self._costs(tokens)
             step = _seconds_of(_stepping(self._handle, config))
         self.update = step / max(self._handle.trainable_parameters, 1)
@@ -299,7 +302,7 @@ class _Trial:
 
     def _both_ways(self, lengths: list[int]) -> None:
         hidden = self._states(lengths)
-        hidden.backward(torch.full_like(hidden, 1e-3))
+        hidden.backward(torch.randn_like(hidden))  # small ones would meet denormal numbers, which are slow
 
     def _forward(self, lengths: list[int]) -> None:
         with torch.no_grad():
