@@ -19,7 +19,6 @@ import addenda
 from addenda.bases import formats
 from addenda.bases.empty import empty_model
 from addenda.bases.packed_layers import pack_linears
-from addenda.core.packed_layers import packed_numel
 from addenda.kernels import enable
 from addenda.train.calibration import count_memory
 from addenda.train.memory import MemoryModel
@@ -80,11 +79,10 @@ def rows(name: str) -> list[str]:
     shape = dict(SHAPES[name])
     config = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
     model = empty_model(transformers.AutoModelForCausalLM, config, torch.bfloat16)
-    dense = size_of(model)
+    dense, billions = size_of(model), sum(p.numel() for p in model.parameters()) / 1e9
     pack_linears(model, formats.get("NF4"), keep=model.get_output_embeddings())
     planned = addenda.plan(model, addenda.LoRA(rank=16), "all-linear")
     counted = count_memory(model, planned)
-    billions = (sum(p.numel() for p in model.parameters()) + packed_numel(model)) / 1e9
     found = []
     for weights, size in (("bfloat16", dense), ("nf4", size_of(model))):
         memory = dataclasses.replace(counted, present=PROGRAM + size + planned.bytes)
