@@ -22,8 +22,11 @@ from typing import Any
 from step import FORMS, MODELS
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "sft_cpu"))
+
+import table  # noqa: E402
+
 README = HERE / "README.md"
-START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 NAMES = {"own": "as it is", "lean": "lean", "unpadded": "lean, no padding"}
 
 
@@ -106,9 +109,7 @@ def main() -> None:
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(render(document))
     if options.out is None:
-        before, rest = README.read_text(encoding="utf-8").split(START)
-        text = f"{before}{START}\n{render(document)}\n{END}{rest.split(END)[1]}"
-        README.write_text(text, encoding="utf-8")
+        table.write_readme(README, render(document))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from addenda.bases import formats
 from addenda.bases.empty import empty_model
 from addenda.bases.packed_layers import pack_linears
 from addenda.kernels import enable
+from addenda.recipe.planner import weight_bytes
 from addenda.train.calibration import count_memory
 from addenda.train.memory import MemoryModel
 
@@ -79,12 +80,12 @@ def rows(name: str) -> list[str]:
     shape = dict(SHAPES[name])
     config = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
     model = empty_model(transformers.AutoModelForCausalLM, config, torch.bfloat16)
-    dense, billions = size_of(model), sum(p.numel() for p in model.parameters()) / 1e9
+    dense, billions = weight_bytes(model), sum(p.numel() for p in model.parameters()) / 1e9
     pack_linears(model, formats.get("NF4"), keep=model.get_output_embeddings())
     planned = addenda.plan(model, addenda.LoRA(rank=16), "all-linear")
     counted = count_memory(model, planned)
     found = []
-    for weights, size in (("bfloat16", dense), ("nf4", size_of(model))):
+    for weights, size in (("bfloat16", dense), ("nf4", weight_bytes(model))):
         memory = dataclasses.replace(counted, present=PROGRAM + size + planned.bytes)
         cells = " | ".join(cell(memory, gib) for gib in GIB)
         found.append(
@@ -92,10 +93,6 @@ def rows(name: str) -> list[str]:
             f"| {counted.kept_per_token / 2**10:,.0f} | {cells} |"
         )
     return found
-
-
-def size_of(model: torch.nn.Module) -> int:
-    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def cell(memory: MemoryModel, gib: int) -> str:

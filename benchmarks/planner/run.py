@@ -22,8 +22,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "sft_cpu"))
 
 import machine  # noqa: E402
+import table  # noqa: E402
 
-README, START, END = HERE / "README.md", "<!-- results: written by run.py -->", "<!-- end of results -->"
+README = HERE / "README.md"
 MEMORY, TIME, COVERAGE = 0.10, 0.20, 0.90
 SMOLLM2, GEMMA3, QWEN2 = "smollm2-135m-instruct", "gemma3-270m", "qwen2.5-coder-0.5b-instruct"
 
@@ -74,7 +75,7 @@ def main() -> None:
     if path is not None:
         print(f"\nwritten: {path}")
         if options.write_readme:
-            write_readme(document)
+            table.write_readme(README, render(document))
 
 
 def parse_options() -> argparse.Namespace:
@@ -194,13 +195,6 @@ def render(document: dict[str, Any]) -> str:
             f"- {what} within {bound:.0%}: {count} of {len(runs)} configurations; target {COVERAGE:.0%} of them: {met}"
         )
     return "\n".join(lines)
-
-
-def write_readme(document: dict[str, Any]) -> None:
-    """Put the table between the two marks in README.md."""
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{START}\n{render(document)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

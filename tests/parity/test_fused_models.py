@@ -8,7 +8,6 @@ import transformers
 from torch.nn import functional
 
 import addenda
-from addenda import kernels
 from addenda.bases.packed import PackedModel
 from addenda.train.loss import packed_loss
 
@@ -104,17 +103,6 @@ def fused_loss(packed, samples):
     places = torch.cat([torch.arange(a, a + len(s) - 1) for a, s in zip(starts, samples, strict=True)])
     hidden = packed.hidden(row, [len(sample) for sample in samples])
     return packed_loss(packed, hidden, places, row[places + 1], denominator=len(places))
-
-
-@pytest.fixture(params=["kernels", "plain"])
-def mode(request):
-    if request.param == "kernels":
-        if not kernels.enable():
-            pytest.skip(f"no kernels on this machine: {kernels.state()}")
-        yield request.param
-        return
-    with kernels.kernels_off():
-        yield request.param
 
 
 @pytest.mark.parametrize("family", FAMILIES)

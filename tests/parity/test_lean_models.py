@@ -10,7 +10,6 @@ import transformers
 from torch.nn import functional
 
 import addenda
-from addenda import kernels
 
 TEXT = {
     "vocab_size": 96,
@@ -89,17 +88,6 @@ def states_and_gradients(model, batch, handle, form=None, *, real=...):
 def distance(ours, truth):
     ours, truth = (torch.cat([x.detach().double().flatten() for x in y]) for y in (ours, truth))
     return float((ours - truth).norm() / truth.norm())
-
-
-@pytest.fixture(params=["kernels", "plain"])
-def mode(request):
-    if request.param == "kernels":
-        if not kernels.enable():
-            pytest.skip(f"no kernels on this machine: {kernels.state()}")
-        yield request.param
-        return
-    with kernels.kernels_off():
-        yield request.param
 
 
 @pytest.mark.parametrize("lengths", [(17, 5, 11), (9, 9)], ids=["padded", "full"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from addenda.bases import LoadedBase
 from addenda.bases.weights import Weights
@@ -28,7 +29,7 @@ from addenda.train.machine import calibrating, run_flop, use_machine
 from addenda.train.memory import MemoryModel, memory_limit
 from addenda.train.parallel import Parallel
 
-__all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes"]
+__all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes", "weight_bytes"]
 
 LEFT_BY_LOADING = 64 * 2**20
 """Bytes that remain in the heap when dense weights have been read; 50 to 90 MiB were seen."""
@@ -127,7 +128,7 @@ def choose_setup(
             return Setup(candidate, planned, None, None, None, reason)
         program = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
         program += LEFT_BY_LOADING if device.type == "cpu" and candidate.weights != "packed" else 0
-        present = program + _weight_bytes(candidate) + planned.bytes
+        present = program + weight_bytes(candidate.model) + planned.bytes
         memory = dataclasses.replace(calibration.memory, present=present)
         memory = memory.suited(recipe.train.offload, workload.longest, limit)
         found = forecast(calibration, memory, limit, workload)
@@ -165,9 +166,9 @@ def _forms(recipe: Recipe, base: LoadedBase, load: _Load) -> Iterator[LoadedBase
         yield from (load(form, torch.bfloat16) for form in forms)
 
 
-def _weight_bytes(base: LoadedBase) -> int:
-    """Bytes of all weights and tables, those on the meta device as well; what is tied counts once."""
-    every = {id(tensor): tensor.nbytes for tensor in (*base.model.parameters(), *base.model.buffers())}
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of all weights and tables, those on the meta device as well; what is tied counts once."""
+    every = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     return sum(every.values())
 
 
@@ -221,7 +222,7 @@ def _smaller_weights(least: Setup, load: _Load, limit: int, tokens: int) -> Iter
         narrower = dtype.itemsize / least.base.model.dtype.itemsize
         memory = dataclasses.replace(
             least.memory,
-            present=least.memory.present - _weight_bytes(least.base) + _weight_bytes(base),
+            present=least.memory.present - weight_bytes(least.base.model) + weight_bytes(base.model),
             kept_per_token=least.memory.kept_per_token * narrower,
             least_per_token=least.memory.least_per_token * narrower,
         )

@@ -104,8 +104,7 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
         return recipe, choose_setup(
             recipe, rows.base, row_sizes(rows.train), row_sizes(rows.heldout), on_progress=on_event
         )
-    precision = choose_precision(recipe.base.dtype or "auto")
-    base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
+    base = load_causal(recipe.base, number_format(recipe.base).dtype, on_progress=on_event, weightless=True)
     return recipe, choose_setup(recipe, base, on_progress=on_event)
 
 
