@@ -96,11 +96,22 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
     if name not in __all__:
-        raise AttributeError(f"module 'addenda' has no attribute {name!r}")
+        return _method(name)
     room = next((room for room, names in _ROOMS.items() if name in names), "addenda.errors")
     value = getattr(importlib.import_module(room), name)
     globals()[name] = value
     return value
+
+
+def _method(name: str) -> Any:
+    """Return the method of that class name: a new one, an outside package's too, is offered without being listed."""
+    if name[:1].isupper():
+        from addenda.core import registry
+
+        for each in registry.names():
+            if registry.get(each).__name__ == name:
+                return registry.get(each)
+    raise AttributeError(f"module 'addenda' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

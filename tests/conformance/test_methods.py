@@ -267,11 +267,11 @@ def test_save_and_load_are_bitwise(
     model, batch = case
     handle = stirred(addenda.attach(model, method, "layer", name="mine"))
     expected = model(batch)
-    saved = {name: p.detach().clone() for name, p in handle.named_parameters()}
+    saved = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
     addenda.save(model, f"{tmp_path}/adapter")
     handle.detach()
     loaded = addenda.load(model, f"{tmp_path}/adapter")
-    assert same({name: p.detach() for name, p in loaded.named_parameters()}, saved)
+    assert same({name: tensor.detach() for name, tensor in loaded.tensors().items()}, saved)
     assert torch.equal(model(batch), expected)
     assert (loaded.name, loaded.method) == ("mine", method)
 
@@ -297,7 +297,7 @@ def test_parameter_count_equals_the_plan(method: Method, layer: str, case: tuple
     planned = addenda.plan(model, method, "layer")
     handle = addenda.attach(model, method, "layer")
     assert handle.trainable_parameters == planned.parameters
-    assert sum(p.numel() * p.element_size() for p in handle.parameters()) == planned.bytes
+    assert sum(t.numel() * t.element_size() for t in handle.tensors().values()) == planned.bytes
     assert torch.equal(torch.get_rng_state(), state), "attaching must not draw from the global generator"
 
 
@@ -391,3 +391,60 @@ def test_compiled_equals_eager(method: Method, layer: str, case: tuple[nn.Module
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+class Pair(nn.Module):
+    """Two linear layers of different sizes in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 20), nn.Linear(20, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+LAYERS_OF_THE_PAIR = ["first", "second"]
+ON_LINEAR = [pytest.param(case.values[0], id=case.id) for case in CASES if case.values[1] == "linear"]
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
+    model, batch = Pair(), torch.randn(4, 5, 24)
+    planned = addenda.plan(model, method, LAYERS_OF_THE_PAIR)
+    handle = stirred(addenda.attach(model, method, LAYERS_OF_THE_PAIR))
+    commons = [adapter.common for adapter in handle.adapters.values()]
+    assert commons[0] is commons[1]
+    assert handle.trainable_parameters == planned.parameters
+    held = {id(tensor) for tensor in handle.tensors().values()}
+    assert len(held) == len(handle.tensors())
+    model.double().float()
+    twin = copy.deepcopy(model)
+    assert len({id(a.common) for a in addenda.core.handles(twin)["default"].adapters.values()}) == 1
+    assert {id(tensor) for tensor in handle.tensors().values()} >= {id(p) for p in handle.parameters()}
+    expected = model(batch)
+    assert torch.equal(twin(batch), expected)
+    addenda.save(model, f"{tmp_path}/adapter")
+    handle.detach()
+    loaded = addenda.load(model, f"{tmp_path}/adapter")
+    assert torch.equal(model(batch), expected)
+    assert len({id(adapter.common) for adapter in loaded.adapters.values()}) == 1
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
+    model, batch = Pair().double(), torch.randn(4, 5, 24).double()
+    handle = stirred(addenda.attach(model, method, LAYERS_OF_THE_PAIR))
+    model(batch).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
+    shared = next(iter(handle.adapters.values())).common
+    for parameter in shared.parameters() if shared is not None else ():
+        flat, grad, size = parameter.data.view(-1), parameter.grad.view(-1), 1e-6
+        place = int(grad.abs().argmax())
+        sides = []
+        for step in (size, -2 * size):
+            flat[place] += step
+            sides.append(float(model(batch).square().sum()))
+        torch.testing.assert_close(
+            torch.tensor((sides[0] - sides[1]) / (2 * size)), grad[place].float(), rtol=1e-4, atol=1e-6
+        )

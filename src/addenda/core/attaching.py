@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from torch import nn
 
+from addenda.core.building import build_adapters
 from addenda.core.contract import Adapter, Method
 from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
@@ -76,17 +78,26 @@ def attach_paths(
     name: str,
     seed: int = 0,
     probe: Probe | None = None,
+    fill: Callable[[Handle], None] | None = None,
 ) -> Handle:
-    """Attach to exactly these layers; for callers that have resolved the targets already."""
+    """Attach to exactly these layers; for callers that have resolved the targets already.
+
+    With ``fill``, which writes saved values into the adapter, nothing is initialized, and the probe asks only whether
+    every adapter is called: a trained one may well have a gradient of zero.
+    """
     _require_free(model, name, paths)
-    views = {path: view_of(model.get_submodule(path), path, seed=seed) for path in paths}
-    adapters = {path: method.build(view) for path, view in views.items()}
+    views = {
+        path: view_of(model.get_submodule(path), path, seed=seed, initialize=fill is None) for path in paths
+    }
+    adapters = build_adapters(method, views)
     handle = _install(model, method, name, views, adapters)
     try:
+        if fill is not None:
+            fill(handle)
         if probe is None:
-            prove_by_own_batch(handle)
+            prove_by_own_batch(handle, gradients=fill is None)
         else:
-            prove(handle, probe)
+            prove(handle, probe, gradients=fill is None)
     except BaseException:
         handle.detach()
         raise

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from addenda.core.building import COMMON
 from addenda.core.contract import Adapter, Method
 from addenda.core.host import Host, HostState, adapter_prefixes, remove, require_module
 from addenda.errors import MethodError
@@ -81,10 +82,39 @@ class Handle:
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield ``("<layer path>.<parameter>", parameter)``, layer by layer."""
+        """Yield ``("<layer path>.<parameter>", parameter)``, layer by layer.
+
+        One that all layers share comes once, as ``"*.<parameter>"``.
+        """
+        return ((name, value) for name, value in self.tensors().items() if isinstance(value, nn.Parameter))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise."""
+        found: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
-            for name, parameter in adapter.named_parameters():
-                yield f"{path}.{name}", parameter
+            for name, value in adapter.state_dict(keep_vars=True).items():
+                first, _, rest = name.partition(".")
+                found[f"*.{rest}" if first == COMMON and rest else f"{path}.{name}"] = value
+        return found
+
+    def rate_of(self, name: str) -> float:
+        """Return the method's factor on the learning rate for the parameter of this name."""
+        path = next((p for p in self._hosts if name.startswith(f"{p}.")), "*")
+        return self.method.rate_of(name[len(path) + 1 :])
+
+    def penalty(self) -> Tensor | None:
+        """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
+        return self.method.penalty(self.adapters)
+
+    def after_update(self, *, step: int, of_steps: int) -> None:
+        """Let the method change the adapter after an optimiser step, while the step's gradients are still there.
+
+        Args:
+            step: the step that was done, counted from 1.
+            of_steps: how many there will be.
+        """
+        with torch.no_grad():
+            self.method.after_update(self.adapters, step=step, of_steps=of_steps)
 
     def enable(self) -> None:
         """Let the adapter run again, in its place in the order of attaching."""
