@@ -17,7 +17,27 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 if TYPE_CHECKING:
     from addenda.bases import LoadedBase, load_base
     from addenda.bases.lean import lean
-    from addenda.core import Handle, Method, Plan, attach, detach, load, plan, save
+    from addenda.core import (
+        Handle,
+        Method,
+        Plan,
+        Rows,
+        Stack,
+        Sum,
+        activate,
+        activated,
+        attach,
+        average,
+        combine,
+        detach,
+        handles,
+        load,
+        load_all,
+        parallel,
+        plan,
+        save,
+        save_all,
+    )
     from addenda.errors import (
         AddendaError,
         BaseModelError,
@@ -64,25 +84,56 @@ __all__ = [
     "OutOfMemory",
     "Plan",
     "Recipe",
+    "Rows",
+    "Stack",
+    "Sum",
     "TargetError",
     "TrainingError",
     "UnsafeError",
     "__version__",
+    "activate",
+    "activated",
     "attach",
+    "average",
+    "combine",
     "detach",
+    "handles",
     "lean",
     "load",
+    "load_all",
     "load_base",
+    "parallel",
     "plan",
     "resolve",
     "run",
     "save",
+    "save_all",
 ]
 
 _ROOMS = {
     "addenda.bases": ("LoadedBase", "load_base"),
     "addenda.bases.lean": ("lean",),
-    "addenda.core": ("Handle", "Method", "Plan", "attach", "detach", "load", "plan", "save"),
+    "addenda.core": (
+        "Handle",
+        "Method",
+        "Plan",
+        "Rows",
+        "Stack",
+        "Sum",
+        "activate",
+        "activated",
+        "attach",
+        "average",
+        "combine",
+        "detach",
+        "handles",
+        "load",
+        "load_all",
+        "parallel",
+        "plan",
+        "save",
+        "save_all",
+    ),
     "addenda.methods.bitfit": ("BitFit",),
     "addenda.methods.bottleneck": ("Bottleneck",),
     "addenda.methods.ia3": ("IA3",),
@@ -96,11 +147,22 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version()
     if name not in __all__:
-        raise AttributeError(f"module 'addenda' has no attribute {name!r}")
+        return _method(name)
     room = next((room for room, names in _ROOMS.items() if name in names), "addenda.errors")
     value = getattr(importlib.import_module(room), name)
     globals()[name] = value
     return value
+
+
+def _method(name: str) -> Any:
+    """Return the method of that class name: a new one, an outside package's too, is offered without being listed."""
+    if name[:1].isupper():
+        from addenda.core import registry
+
+        for each in registry.names():
+            if registry.get(each).__name__ == name:
+                return registry.get(each)
+    raise AttributeError(f"module 'addenda' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

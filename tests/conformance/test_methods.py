@@ -267,11 +267,11 @@ def test_save_and_load_are_bitwise(
     model, batch = case
     handle = stirred(addenda.attach(model, method, "layer", name="mine"))
     expected = model(batch)
-    saved = {name: p.detach().clone() for name, p in handle.named_parameters()}
+    saved = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
     addenda.save(model, f"{tmp_path}/adapter")
     handle.detach()
     loaded = addenda.load(model, f"{tmp_path}/adapter")
-    assert same({name: p.detach() for name, p in loaded.named_parameters()}, saved)
+    assert same({name: tensor.detach() for name, tensor in loaded.tensors().items()}, saved)
     assert torch.equal(model(batch), expected)
     assert (loaded.name, loaded.method) == ("mine", method)
 
@@ -297,7 +297,7 @@ def test_parameter_count_equals_the_plan(method: Method, layer: str, case: tuple
     planned = addenda.plan(model, method, "layer")
     handle = addenda.attach(model, method, "layer")
     assert handle.trainable_parameters == planned.parameters
-    assert sum(p.numel() * p.element_size() for p in handle.parameters()) == planned.bytes
+    assert sum(t.numel() * t.element_size() for t in handle.tensors().values()) == planned.bytes
     assert torch.equal(torch.get_rng_state(), state), "attaching must not draw from the global generator"
 
 
@@ -370,7 +370,7 @@ def test_what_is_declared_additive_commutes(
     if not model.layer.adapters["first"].additive:
         return
     before = model(batch)
-    model.layer._addenda.active.reverse()
+    addenda.activate(model, ["second", "first"])
     torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
     x = model.before(batch) if hasattr(model, "before") else batch
     term = model.layer(x) - model.layer.original_class.forward(model.layer, x)
@@ -391,3 +391,107 @@ def test_compiled_equals_eager(method: Method, layer: str, case: tuple[nn.Module
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+class Pair(nn.Module):
+    """Two linear layers of different sizes in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Module(), nn.Module()
+        self.first.layer, self.second.layer = nn.Linear(24, 20), nn.Linear(20, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second.layer(torch.tanh(self.first.layer(x)))
+
+
+ON_LINEAR = [pytest.param(case.values[0], id=case.id) for case in CASES if case.values[1] == "linear"]
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
+    model, batch = Pair(), torch.randn(4, 5, 24)
+    planned = addenda.plan(model, method, "layer")
+    handle = stirred(addenda.attach(model, method, "layer"))
+    commons = [adapter.common for adapter in handle.adapters.values()]
+    assert commons[0] is commons[1]
+    assert handle.trainable_parameters == planned.parameters
+    held = {id(tensor) for tensor in handle.tensors().values()}
+    assert len(held) == len(handle.tensors())
+    model.double().float()
+    twin = copy.deepcopy(model)
+    assert len({id(a.common) for a in addenda.core.handles(twin)["default"].adapters.values()}) == 1
+    assert {id(tensor) for tensor in handle.tensors().values()} >= {id(p) for p in handle.parameters()}
+    expected = model(batch)
+    assert torch.equal(twin(batch), expected)
+    addenda.save(model, f"{tmp_path}/adapter")
+    handle.detach()
+    loaded = addenda.load(model, f"{tmp_path}/adapter")
+    assert torch.equal(model(batch), expected)
+    assert len({id(adapter.common) for adapter in loaded.adapters.values()}) == 1
+
+
+@pytest.mark.parametrize("method", ON_LINEAR)
+def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
+    model, batch = Pair().double(), torch.randn(4, 5, 24).double()
+    handle = stirred(addenda.attach(model, method, "layer"))
+    model(batch).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
+    shared = next(iter(handle.adapters.values())).common
+    for parameter in shared.parameters() if shared is not None else ():
+        flat, grad, size = parameter.data.view(-1), parameter.grad.view(-1), 1e-6
+        place = int(grad.abs().argmax())
+        sides = []
+        for step in (size, -2 * size):
+            flat[place] += step
+            sides.append(float(model(batch).square().sum()))
+        torch.testing.assert_close(
+            torch.tensor((sides[0] - sides[1]) / (2 * size)), grad[place].float(), rtol=1e-4, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    rows = batch.repeat(2, *[1] * (batch.dim() - 1))[:4]
+    names = ["a", None, "b", "a"]
+    loaded = {name: stirred(addenda.attach(model, method, "layer", name=name)) for name in ("a", "b")}
+
+    def alone(name: str | None) -> Tensor:
+        with addenda.activated(model, name):
+            return model(rows)
+
+    weight = torch.randn_like(alone(None))
+    with addenda.activated(model, addenda.Rows(tuple(names))):
+        routed = model(rows)
+        (routed * weight).sum().backward()
+    for place, name in enumerate(names):
+        torch.testing.assert_close(routed[place], alone(name)[place], rtol=1e-4, atol=1e-5)
+    mixed = {name: [p.grad for p in handle.parameters()] for name, handle in loaded.items()}
+    model.zero_grad()
+    for name in loaded:
+        own = torch.tensor([other == name for other in names])
+        with addenda.activated(model, name):
+            (model(rows) * weight)[own].sum().backward()
+        for parameter, grad in zip(loaded[name].parameters(), mixed[name], strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_a_weighted_sum_adds_what_each_alone_changes(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    x = model.before(batch) if hasattr(model, "before") else batch
+    for name in ("a", "b"):
+        stirred(addenda.attach(model, method, "layer", name=name))
+
+    def under(wanted: object) -> Tensor:
+        with addenda.activated(model, wanted):
+            return model.layer(x)
+
+    base = under(None)
+    wanted = base + 0.7 * (under("a") - base) - 0.4 * (under("b") - base)
+    torch.testing.assert_close(under(addenda.Sum({"a": 0.7, "b": -0.4})), wanted, rtol=1e-4, atol=1e-4)

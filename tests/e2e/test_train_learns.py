@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from addenda import LoRA
 from addenda.errors import ConfigError, DataError, OutOfMemory, TrainingError
 from addenda.train.batches import RowOrder
 from addenda.train.config import TrainConfig
@@ -251,6 +252,27 @@ def test_the_methods_own_learning_rate_is_taken(tmp_path):
     go(tmp_path, base, handle, tiny.make_rows(4), events=events, epochs=4)
     assert events[0].learning_rate == handle.method.learning_rate
     assert max(e.lr for e in events if isinstance(e, StepEvent)) == handle.method.learning_rate
+
+
+def test_a_methods_hooks_run_at_every_update(tmp_path, monkeypatch):
+    base, events, updates = tiny.make_base(), [], []
+    handle = tiny.attach(base)
+    before = {name: p.detach().clone() for name, p in handle.named_parameters()}
+
+    def after_update(_, adapters, *, step, of_steps):
+        there = all(p.grad is not None for adapter in adapters.values() for p in adapter.parameters())
+        updates.append((step, of_steps, there))
+
+    monkeypatch.setattr(LoRA, "penalty", lambda _, adapters: 1e6 * sum(a.A.sum() for a in adapters.values()))
+    monkeypatch.setattr(LoRA, "rate_of", lambda _, parameter: {"A": 0.0}.get(parameter, 1.0))
+    monkeypatch.setattr(LoRA, "after_update", after_update)
+    go(tmp_path, base, handle, tiny.make_rows(10), events=events, epochs=2, clip_norm=None)
+    steps = [event for event in events if isinstance(event, StepEvent)]
+    assert updates == [(event.step, len(steps), True) for event in steps]
+    assert all(event.grad_norm > 1e6 for event in steps), "the penalty's gradient is part of the step's"
+    assert all(event.loss < 100 for event in steps), "the loss that is told is that of the data"
+    moved = {name for name, p in handle.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.endswith(".B")}, "a rate of 0 moves nothing"
 
 
 def test_rows_without_a_trained_token_are_left_out_and_said(tmp_path):

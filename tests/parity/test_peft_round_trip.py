@@ -1,16 +1,21 @@
-"""Adapters go to PEFT and come back: the same logits to 1e-5 in float32, on random tiny models."""
+"""Adapters go to PEFT and come back: the same logits to 1e-5 in float32, on random tiny models.
+
+``peft_cases/`` has one file for each method: ``OURS`` makes methods of ours, ``THEIRS`` configurations of PEFT's.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from addenda import IA3, LoRA, attach
+from addenda import LoRA, Method, attach
 from addenda.core import Handle
 from addenda.export.peft import import_peft, write_peft
 
@@ -57,28 +62,29 @@ def written(handle: Handle, folder: Path) -> Path:
     return folder
 
 
-PER_LAYER = {
-    "llama": {"ranks": {"0.mlp.down_proj": 2, "v_proj": 7}, "alphas": {"q_proj": 3.5}},
-    "gpt2": {"ranks": {"c_fc": 3}, "alphas": {"c_attn": 11.0}},
-}
-METHODS = {
-    "plain": lambda _: LoRA(rank=4),
-    "rank-stabilized": lambda _: LoRA(rank=6, alpha=5.0, rank_stabilized=True),
-    "per-layer": lambda kind: LoRA(rank=4, **PER_LAYER[kind]),
-    "per-layer-stabilized": lambda kind: LoRA(rank=4, **PER_LAYER[kind], rank_stabilized=True, dropout=0.1),
-    "ia3": lambda kind: IA3(feed_forward=(SIZES[kind][-1],)),
-}
+def cases(table: str) -> list[Any]:
+    """Every case of a table of ``peft_cases/``, one file a method, on both kinds of model."""
+    found = []
+    for path in sorted(Path(__file__).with_name("peft_cases").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"peft_cases_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kinds = getattr(module, "KINDS", tuple(SIZES))
+        found += [
+            pytest.param(kind, make, id=f"{path.stem}-{name}-{kind}")
+            for name, make in getattr(module, table).items()
+            for kind in kinds
+        ]
+    return found
 
 
-@pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize("settings", METHODS)
+@pytest.mark.parametrize(("kind", "make"), cases("OURS"))
 def test_our_adapter_answers_the_same_under_peft(
-    kind: str, settings: str, tmp_path: Path, seeded: int
+    kind: str, make: Callable[[str], Method], tmp_path: Path, seeded: int
 ) -> None:
-    method = METHODS[settings](kind)
     ours = tiny(kind, seeded)
     before = logits(ours)
-    handle = attach(ours, method, targets=list(SIZES[kind]))
+    handle = attach(ours, make(kind), targets=list(SIZES[kind]))
     randomize(handle.parameters())
     wanted = logits(ours)
     folder = written(handle, tmp_path / "out")
@@ -90,49 +96,22 @@ def test_our_adapter_answers_the_same_under_peft(
     assert torch.equal(logits(again), wanted)
 
 
-@pytest.mark.parametrize("kind", SIZES)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"r": 4, "lora_alpha": 9},
-        {"r": 4, "lora_alpha": 9, "use_rslora": True, "init_lora_weights": "gaussian"},
-        {
-            "r": 4,
-            "rank_pattern": {"down_proj": 2, "v_proj": 5, "c_fc": 7},
-            "alpha_pattern": {"q_proj": 3, "c_attn": 2},
-        },
-    ],
-    ids=["plain", "rank-stabilized", "per-layer"],
-)
-def test_their_lora_answers_the_same_here(kind: str, settings: dict, tmp_path: Path, seeded: int) -> None:
+@pytest.mark.parametrize(("kind", "make"), cases("THEIRS"))
+def test_their_adapter_answers_the_same_here(
+    kind: str, make: Callable[..., Any], tmp_path: Path, seeded: int
+) -> None:
     model = tiny(kind, seeded)
-    tables = {key: dict(value) for key, value in settings.items() if isinstance(value, dict)}
-    for table in tables.values():
-        for name in [name for name in table if name not in SIZES[kind]]:
-            del table[name]
-    config = peft.LoraConfig(
-        target_modules=list(SIZES[kind]), fan_in_fan_out=kind == "gpt2", **{**settings, **tables}
-    )
-    theirs = peft.get_peft_model(model, config).eval()
-    randomize(p for name, p in theirs.named_parameters() if "lora_" in name)
+    before = logits(model)
+    targets = {"target_modules": list(SIZES[kind]), "fan_in_fan_out": kind == "gpt2"}
+    theirs = peft.get_peft_model(model, make(kind, **targets)).eval()
+    randomize(p for p in theirs.parameters() if p.requires_grad)
     wanted = logits(theirs)
     theirs.save_pretrained(tmp_path / "out")
     ours = tiny(kind, seeded)
-    before = logits(ours)
     handle = import_peft(ours, tmp_path / "out")
     assert (logits(ours) - wanted).abs().max() <= TOLERANCE
     assert (wanted - before).abs().max() > 1e-2
     assert not any(p.requires_grad for p in handle.parameters())
-
-
-def test_their_ia3_answers_the_same_here(tmp_path: Path, seeded: int) -> None:
-    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    theirs = peft.get_peft_model(tiny("llama", seeded), config).eval()
-    randomize(p for name, p in theirs.named_parameters() if "ia3_" in name)
-    theirs.save_pretrained(tmp_path / "out")
-    ours = tiny("llama", seeded)
-    import_peft(ours, tmp_path / "out")
-    assert (logits(ours) - logits(theirs)).abs().max() <= TOLERANCE
 
 
 def test_targets_are_short_names_only_where_they_name_exactly_the_adapted_layers(tmp_path: Path) -> None:

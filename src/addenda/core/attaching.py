@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from torch import nn
 
+from addenda.core.building import build_adapters
+from addenda.core.composition import Stack
 from addenda.core.contract import Adapter, Method
 from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
@@ -76,17 +79,26 @@ def attach_paths(
     name: str,
     seed: int = 0,
     probe: Probe | None = None,
+    fill: Callable[[Handle], None] | None = None,
 ) -> Handle:
-    """Attach to exactly these layers; for callers that have resolved the targets already."""
+    """Attach to exactly these layers; for callers that have resolved the targets already.
+
+    With ``fill``, which writes saved values into the adapter, nothing is initialized, and the probe asks only whether
+    every adapter is called: a trained one may well have a gradient of zero.
+    """
     _require_free(model, name, paths)
-    views = {path: view_of(model.get_submodule(path), path, seed=seed) for path in paths}
-    adapters = {path: method.build(view) for path, view in views.items()}
+    views = {
+        path: view_of(model.get_submodule(path), path, seed=seed, initialize=fill is None) for path in paths
+    }
+    adapters = build_adapters(method, views)
     handle = _install(model, method, name, views, adapters)
     try:
+        if fill is not None:
+            fill(handle)
         if probe is None:
-            prove_by_own_batch(handle)
+            prove_by_own_batch(handle, gradients=fill is None)
         else:
-            prove(handle, probe)
+            prove(handle, probe, gradients=fill is None)
     except BaseException:
         handle.detach()
         raise
@@ -127,9 +139,10 @@ def _install(
     keep_layout(model)
     registry = _registry(model)
     for path, view in views.items():
-        install(view.module, view, name, adapters[path])
+        install(view.module, view, name, adapters[path], registry.selection)
     handle = Handle(model, method, name, {path: view.module for path, view in views.items()})
     registry.handles[name] = handle
+    registry.selection.composition = Stack((*registry.selection.composition.names, name))
     return handle
 
 
@@ -141,6 +154,12 @@ def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
             "use themselves, such as 'keys' or 'training', are not free",
         )
     taken = handles(model)
+    if taken and not isinstance(_registry(model).selection.composition, Stack):
+        raise TargetError(
+            f"cannot attach '{name}' while {_registry(model).selection.composition} is active",
+            where={"adapters": " ".join(taken)},
+            hint="activate a stack first, such as addenda.activate(model, [])",
+        )
     if name in taken:
         raise TargetError(
             f"the model already carries an adapter '{name}'",

@@ -18,10 +18,43 @@ from torch import Tensor, nn
 
 from addenda.errors import ConfigError, MethodError, nearest
 
-__all__ = ["Adapter", "Base", "Initializer", "Method"]
+__all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
 Initializer = Callable[[Tensor, torch.Generator], object]
-"""Fills a tensor in place, drawing all randomness from the generator."""
+"""Fills a tensor in place, drawing all randomness from the generator; not called where saved values will follow."""
+
+
+class ParameterSource:
+    """Makes an adapter's tensors, on one device, in one dtype.
+
+    Random values depend on the seed, the label and the order of the calls only, never on the global generator.
+    """
+
+    def __init__(
+        self, seed: int, label: str, *, device: torch.device, dtype: torch.dtype, initialize: bool = True
+    ) -> None:
+        self._seed, self._label = seed, label
+        self.device, self.dtype = device, dtype
+        self._initialize = initialize
+        self._drawn = 0
+
+    def parameter(self, *shape: int, init: Initializer | float = 0.0) -> nn.Parameter:
+        """Make a tensor that is trained."""
+        return nn.Parameter(self.constant(*shape, init=init))
+
+    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
+        """Make a tensor that is not trained, for ``register_buffer``."""
+        self._drawn += 1
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        value = torch.zeros(shape, dtype=self.dtype)
+        if not self._initialize:  # saved values will be written over it
+            return value.to(self.device)
+        if callable(init):
+            init(value, _generator(self._seed, self._label, self._drawn))
+        else:
+            value.fill_(init)
+        return value.to(self.device)
 
 
 class Base(ABC):
@@ -36,11 +69,18 @@ class Base(ABC):
     """Dotted path of the layer in its model."""
     kind: str
     """Name of the layer kind, as in ``core/layers.py``."""
+    common: nn.Module | None
+    """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
 
-    def __init__(self, *, seed: int = 0, parameter_device: torch.device | None = None) -> None:
+    def __init__(
+        self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
+    ) -> None:
         self._seed = seed
-        self._drawn = 0
         self._parameter_device = parameter_device
+        self.initialize = initialize
+        """Whether the adapter's values count; False where saved ones are about to be written over them."""
+        self._source: ParameterSource | None = None
+        self.common = None
 
     @property
     @abstractmethod
@@ -129,19 +169,30 @@ class Base(ABC):
         values depend on the seed, the layer's path and the order of the calls only, never on other layers or on the
         global generator.
         """
+        return self.source().parameter(*shape, init=init)
+
+    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
+        """Make a tensor likewise that is kept beside the parameters and not trained, for ``register_buffer``."""
+        return self.source().constant(*shape, init=init)
+
+    def source(self, label: str | None = None) -> ParameterSource:
+        """Return what makes the adapter's tensors on this layer, or with a label a new one of its own."""
+        if label is None and self._source is not None:
+            return self._source
         device = self._parameter_device or self.device
         dtype = (
             torch.promote_types(self.dtype, torch.float32) if self.dtype.is_floating_point else torch.float32
         )
-        self._drawn += 1
-        if device.type == "meta":
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
-        value = torch.zeros(shape, dtype=dtype)
-        if callable(init):
-            init(value, _generator(self._seed, self.path, self._drawn))
-        else:
-            value.fill_(init)
-        return nn.Parameter(value.to(device))
+        made = ParameterSource(
+            self._seed,
+            self.path if label is None else label,
+            device=device,
+            dtype=dtype,
+            initialize=self.initialize,
+        )
+        if label is None:
+            self._source = made
+        return made
 
 
 def _generator(seed: int, path: str, drawn: int) -> torch.Generator:
@@ -155,6 +206,8 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
+    common: nn.Module | None
+    """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
@@ -209,6 +262,29 @@ class Method(ABC):
     @abstractmethod
     def build(self, base: Base) -> Adapter:
         """Make the adapter for one layer; all parameters come from ``base.parameter``."""
+
+    def build_common(self, bases: Sequence[Base], source: ParameterSource) -> nn.Module | None:
+        """Make what the adapters of all these layers share, or None; its tensors come from ``source``.
+
+        Called once before ``build``, which finds it as ``base.common``. It is counted, saved and trained once.
+        """
+        return None
+
+    def rate_of(self, parameter: str) -> float:
+        """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
+        return 1.0
+
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """Return a scalar whose gradient joins that of the loss in each step, given the adapters by path; or None."""
+        return None
+
+    def after_update(  # noqa: B027  (most methods have nothing to do here)
+        self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int
+    ) -> None:
+        """Change the adapters after optimiser step ``step``, counted from 1; the step's gradients are still there.
+
+        What it has to remember lies in buffers of the adapters, so that a resumed run goes on with the same bits.
+        """
 
     def problems(self) -> list[str]:
         """Return what is wrong with the settings themselves, one short sentence each."""

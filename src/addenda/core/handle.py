@@ -10,8 +10,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from addenda.core.building import COMMON
+from addenda.core.composition import Stack
 from addenda.core.contract import Adapter, Method
-from addenda.core.host import Host, HostState, adapter_prefixes, remove, require_module
+from addenda.core.host import (
+    Host,
+    HostState,
+    Selection,
+    adapter_prefixes,
+    remove,
+    require_module,
+    running_on,
+)
 from addenda.errors import MethodError
 
 __all__ = ["Handle", "handles"]
@@ -69,7 +79,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the adapter changes what the model computes, by running or by being merged."""
-        return self.merged or any(self.name in state.active for state in self._states())
+        return self.merged or (bool(self._hosts) and self.name in self._selection.composition.names)
 
     @property
     def merged(self) -> bool:
@@ -81,37 +91,70 @@ class Handle:
         return (parameter for _, parameter in self.named_parameters())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield ``("<layer path>.<parameter>", parameter)``, layer by layer."""
+        """Yield ``("<layer path>.<parameter>", parameter)``, layer by layer.
+
+        One that all layers share comes once, as ``"*.<parameter>"``.
+        """
+        return ((name, value) for name, value in self.tensors().items() if isinstance(value, nn.Parameter))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise."""
+        found: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
-            for name, parameter in adapter.named_parameters():
-                yield f"{path}.{name}", parameter
+            for name, value in adapter.state_dict(keep_vars=True).items():
+                first, _, rest = name.partition(".")
+                found[f"*.{rest}" if first == COMMON and rest else f"{path}.{name}"] = value
+        return found
+
+    def rate_of(self, name: str) -> float:
+        """Return the method's factor on the learning rate for the parameter of this name."""
+        path = next((p for p in self._hosts if name.startswith(f"{p}.")), "*")
+        return self.method.rate_of(name[len(path) + 1 :])
+
+    def penalty(self) -> Tensor | None:
+        """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
+        return self.method.penalty(self.adapters)
+
+    def after_update(self, *, step: int, of_steps: int) -> None:
+        """Let the method change the adapter after an optimiser step, while the step's gradients are still there.
+
+        Args:
+            step: the step that was done, counted from 1.
+            of_steps: how many there will be.
+        """
+        with torch.no_grad():
+            self.method.after_update(self.adapters, step=step, of_steps=of_steps)
 
     def enable(self) -> None:
-        """Let the adapter run again, in its place in the order of attaching."""
+        """Let the adapter run again, in its place in the order of attaching.
+
+        Raises:
+            MethodError: it is merged or detached, or the active adapters are not a stack.
+        """
         self._require_unmerged("enable")
+        stack = self._stack("enable")
         self._require_order("enable", merged=False)
-        for path in self._hosts:
-            host = self._host(path)
-            active = {*host._addenda.active, self.name}
-            host._addenda.active = [n for n in host.adapters if n in active]
+        if self.name not in stack:
+            attached = list(handles(self.model))
+            later = attached[attached.index(self.name) + 1 :]
+            place = next((i for i, name in enumerate(stack) if name in later), len(stack))
+            self._selection.composition = Stack((*stack[:place], self.name, *stack[place:]))
 
     def disable(self) -> None:
         """Stop the adapter from running: the model computes what it would without it, bit for bit."""
         self._require_unmerged("disable")
-        for state in self._states():
-            if self.name in state.active:
-                state.active.remove(self.name)
+        self._selection.composition = self._selection.composition.without(self.name)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable the adapter inside a ``with`` block."""
-        was_active = self.active
+        self._require_unmerged("disable")
+        before = self._selection.composition
         self.disable()
         try:
             yield
         finally:
-            if was_active:
-                self.enable()
+            self._selection.composition = before
 
     def merge(self) -> None:
         """Fold the adapter into the base's weights; the original weights are kept for :meth:`unmerge`.
@@ -122,6 +165,7 @@ class Handle:
                 it was.
         """
         self._require_unmerged("merge")
+        self._stack("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
         folded = {path: self.folded(path) for path in self._hosts}
@@ -131,8 +175,7 @@ class Handle:
                 state.kept = _copy_of(self._hosts[path])
             _write(self._hosts[path], weight, bias)
             state.merged.append(self.name)
-            if self.name in state.active:
-                state.active.remove(self.name)
+        self._selection.composition = self._selection.composition.without(self.name)
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again, and let it run; with the last one out they are as they were.
@@ -153,10 +196,11 @@ class Handle:
         self._require_attached("detach")
         if self.merged:
             self._unfold()
+        registry = _registry(self.model)
+        registry.selection.composition = registry.selection.composition.without(self.name)
         for module in self._hosts.values():
             remove(module, self.name)
         self._hosts = {}
-        registry = _registry(self.model)
         registry.handles.pop(self.name, None)
         if not registry.handles:
             _thaw(self.model, registry.thawed)
@@ -239,7 +283,7 @@ class Handle:
         for path in self._hosts:
             host = self._host(path)
             folded = [n for n in host._addenda.merged if n != self.name] + [self.name] * merged
-            running = {*host._addenda.active, self.name} - set(folded)
+            running = {*running_on(host), self.name} - set(folded)
             order = list(host.adapters)
             effect = [*folded, *(n for n in order if n in running)]
             for first, second in itertools.combinations(effect, 2):
@@ -250,6 +294,21 @@ class Handle:
                         where={"layer": path, "order of attaching": " ".join(order)},
                         hint="merge in the order of attaching and unmerge in the reverse one, or disable the other",
                     )
+
+    def _stack(self, verb: str) -> tuple[str, ...]:
+        """The active adapters, if they are stacked in the order of attaching."""
+        composition = self._selection.composition
+        attached = [name for name in handles(self.model) if name in composition.names]
+        if not isinstance(composition, Stack) or list(composition.names) != attached:
+            raise MethodError(
+                f"cannot {verb} '{self.name}' while {composition} is active",
+                hint="activate the adapters as a stack in the order of attaching first: addenda.activate(model, [...])",
+            )
+        return composition.names
+
+    @property
+    def _selection(self) -> Selection:
+        return _registry(self.model).selection
 
     def _require_attached(self, verb: str) -> None:
         if not self._hosts:
@@ -273,10 +332,11 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, and which base parameters were trainable."""
+    """What a model remembers of its adapters: the handles, which run, and which base parameters were trainable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
+        self.selection = Selection()
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 

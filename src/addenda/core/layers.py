@@ -278,10 +278,13 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return next((k for k in KINDS if k.matches(module)), None)
 
 
-def view_of(
-    module: nn.Module, path: str, *, seed: int = 0, parameter_device: torch.device | None = None
-) -> LayerView:
+def view_of(module: nn.Module, path: str, **settings: Any) -> LayerView:
     """Return the module as a method sees it.
+
+    Args:
+        module: a layer.
+        path: where it is in its model.
+        settings: how an adapter's tensors are made on it, as for `addenda.core.contract.Base`.
 
     Raises:
         MethodError: the module is of no known kind.
@@ -293,4 +296,4 @@ def view_of(
             where={"kinds": " ".join(k.name for k in KINDS)},
             hint="a new kind is one class and one row in addenda/core/layers.py",
         )
-    return kind.view(module, path, seed=seed, parameter_device=parameter_device)
+    return kind.view(module, path, **settings)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from addenda.core.contract import Base, Method
+from addenda.core.building import build_adapters
+from addenda.core.contract import Method
 from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
 from addenda.core.packed_layers import packed_numel
@@ -19,7 +20,7 @@ from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
 from addenda.core.views import LayerView
 from addenda.errors import MethodError
 
-__all__ = ["Plan", "PlannedLayer", "plan"]
+__all__ = ["Plan", "PlannedLayer", "plan", "require_possible"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class PlannedLayer:
     weight_shape: tuple[int, int]
     """(d_out, d_in) of the base layer's weight as a matrix."""
     parameters: int
-    """Trainable numbers the adapter adds."""
+    """Trainable numbers the adapter adds, without those that it shares."""
     bytes: int
-    """Their size in memory."""
+    """Size of what it adds in memory, frozen tensors too."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,20 @@ class Plan:
     rows: tuple[PlannedLayer, ...]
     base_parameters: int
     notes: tuple[str, ...] = ()
+    shared_parameters: int = 0
+    """Trainable numbers that the layers share."""
+    shared_bytes: int = 0
+    """Size of what they share in memory, frozen tensors too."""
 
     @property
     def parameters(self) -> int:
         """Trainable numbers in all."""
-        return sum(row.parameters for row in self.rows)
+        return self.shared_parameters + sum(row.parameters for row in self.rows)
 
     @property
     def bytes(self) -> int:
-        """Size of the adapters' parameters in memory."""
-        return sum(row.bytes for row in self.rows)
+        """Size of the adapters' tensors in memory."""
+        return self.shared_bytes + sum(row.bytes for row in self.rows)
 
     def __str__(self) -> str:
         share = 100 * self.parameters / max(1, self.base_parameters)
@@ -75,6 +80,8 @@ class Plan:
             f"  {count:>4} x {name:<16} {kind:<18} {d_in:>7,} -> {d_out:<7,} {each:>10,} each"
             for (name, kind, d_in, d_out, each), count in groups.items()
         ]
+        if self.shared_bytes:
+            lines.append(f"  shared by all of them: {self.shared_parameters:,} trainable parameters")
         return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -104,7 +111,7 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
         )
     wanted = default_targets(model, method) if targets is None else targets
     layers = resolve(model, wanted, kinds=method.layer_kinds())
-    rows = planned_rows(method, layers)
+    rows, shared = _planned(method, _possible_views(method, layers))
     notes = _notes(model, wanted, list(layers))
     if (
         targets is None
@@ -112,18 +119,23 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
         and type(method).default_targets is not Method.default_targets
     ):
         notes.insert(0, f"no layer has a name that {method.name} goes by: all linear layers instead")
-    return Plan(method, rows, _base_parameters(model), tuple(notes))
+    return Plan(method, rows, _base_parameters(model), tuple(notes), *shared)
 
 
-def planned_rows(method: Method, layers: Mapping[str, nn.Module]) -> tuple[PlannedLayer, ...]:
-    """Return what the method would add to each of these layers.
+def require_possible(method: Method, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers on which the method cannot stand.
 
     Raises:
         MethodError: the method cannot stand on one of them; all problems are reported.
     """
-    views = [view_of(module, path, parameter_device=torch.device("meta")) for path, module in layers.items()]
-    _require_possible(method, views)
-    return tuple(_planned(method, view) for view in views)
+    _possible_views(method, layers)
+
+
+def _possible_views(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, LayerView]:
+    meta = torch.device("meta")
+    views = {path: view_of(module, path, parameter_device=meta) for path, module in layers.items()}
+    _require_possible(method, list(views.values()))
+    return views
 
 
 def default_targets(model: nn.Module, method: Method) -> Targets:
@@ -158,15 +170,25 @@ def _some(paths: list[str]) -> str:
     return f"'{paths[0]}'{more}"
 
 
-def _planned(method: Method, view: Base) -> PlannedLayer:
-    made = list(method.build(view).parameters())
-    return PlannedLayer(
-        path=view.path,
-        kind=view.kind,
-        weight_shape=(view.d_out, view.d_in),
-        parameters=sum(p.numel() for p in made),
-        bytes=sum(p.numel() * p.element_size() for p in made),
+def _planned(
+    method: Method, views: Mapping[str, LayerView]
+) -> tuple[tuple[PlannedLayer, ...], tuple[int, int]]:
+    """Return the row of each layer, and the parameters and bytes of what all share."""
+    adapters = build_adapters(method, views)
+    shared = next(iter(adapters.values())).common
+    rows = tuple(
+        PlannedLayer(view.path, view.kind, (view.d_out, view.d_in), *_size(adapters[path], without=shared))
+        for path, view in views.items()
     )
+    return rows, (0, 0) if shared is None else _size(shared)
+
+
+def _size(made: nn.Module, *, without: nn.Module | None = None) -> tuple[int, int]:
+    """Trainable numbers, and bytes with the frozen tensors."""
+    shared = {id(t) for t in (*without.parameters(), *without.buffers())} if without is not None else set()
+    own = [p for p in made.parameters() if id(p) not in shared]
+    kept = [b for b in made.buffers() if id(b) not in shared]
+    return sum(p.numel() for p in own), sum(t.numel() * t.element_size() for t in (*own, *kept))
 
 
 def _base_parameters(model: nn.Module) -> int:

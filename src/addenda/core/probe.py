@@ -45,7 +45,7 @@ def _rows_of_the_embedding(model: nn.Module) -> int | None:
     return getattr(embedding, "num_embeddings", None)
 
 
-def prove_by_own_batch(handle: Handle) -> None:
+def prove_by_own_batch(handle: Handle, *, gradients: bool = True) -> None:
     """Prove by the batch that the model carries, if it carries one that its base can run.
 
     A vision model, for example, inherits a batch of tokens: the handle then says that the probe was not run.
@@ -54,7 +54,7 @@ def prove_by_own_batch(handle: Handle) -> None:
     if batch is None:
         return
     try:
-        prove(handle, batch)
+        prove(handle, batch, gradients=gradients)
     except TargetError:
         raise
     except Exception as problem:
@@ -67,11 +67,11 @@ def prove_by_own_batch(handle: Handle) -> None:
         raise
 
 
-def prove(handle: Handle, batch: Probe) -> None:
+def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
     """Run one batch forward and backward, and check that each adapter was called and got a gradient.
 
-    The model is in evaluation mode meanwhile, so that nothing is dropped and no running statistic moves. Gradients,
-    modes and the global random generator are as before afterwards.
+    Without ``gradients``, it is enough to be called. The model is in evaluation mode meanwhile, so that nothing is
+    dropped and no running statistic moves. Gradients, modes and the global random generator are as before afterwards.
 
     Raises:
         TargetError: an adapter was not called, or got no gradient; all of them are named.
@@ -83,18 +83,16 @@ def prove(handle: Handle, batch: Probe) -> None:
     with torch.enable_grad(), _undisturbed(handle.model):
         loss = _scalar(_output(handle.model, batch))
         trained = [p for p in parameters.values() if p.requires_grad]
-        gradients = (
+        found = (
             torch.autograd.grad(loss, trained, allow_unused=True)
-            if loss.requires_grad
+            if loss.requires_grad and gradients
             else [None] * len(trained)
         )
-    moved = {
-        id(p) for p, g in zip(trained, gradients, strict=True) if g is not None and bool(g.abs().sum() != 0)
-    }
+    moved = {id(p) for p, g in zip(trained, found, strict=True) if g is not None and bool(g.abs().sum() != 0)}
     silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
     still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
-    _report(handle, silent, [path for path in still if path not in silent])
-    handle.probed = f"all {len(counts)} adapters were called and received a gradient"
+    _report(handle, silent, [path for path in still if gradients and path not in silent])
+    handle.probed = f"all {len(counts)} adapters were called" + " and received a gradient" * gradients
 
 
 @contextlib.contextmanager

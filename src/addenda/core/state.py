@@ -21,11 +21,11 @@ from addenda.core.attaching import attach_paths
 from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
 from addenda.core.host import require_module
-from addenda.core.planning import planned_rows
+from addenda.core.planning import require_possible
 from addenda.core.targets import exact
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
-__all__ = ["FORMAT_VERSION", "load", "read_manifest", "save"]
+__all__ = ["FORMAT_VERSION", "load", "publish", "read_manifest", "save"]
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "adapter.safetensors", "adapter.json"
@@ -78,7 +78,7 @@ def save(
         (beside / _MANIFEST).write_text(
             json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )
-        _publish(beside, target)
+        publish(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
@@ -117,19 +117,20 @@ def load(
     try:
         method = registry.get(manifest["method"]).from_settings(manifest["settings"])
         layers = exact(model, manifest["layers"], kinds=method.layer_kinds())
-        paths = [row.path for row in planned_rows(method, layers)]
+        require_possible(method, layers)
     except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
         raise CheckpointError(
             f"the adapter's settings do not fit: {problem.message}",
             where={"folder": source},
             hint=problem.hint,
         ) from problem
-    handle = attach_paths(model, method, paths, name=name or manifest["name"])
-    try:
-        _fill(handle, tensors, source)
-    except BaseException:
-        handle.detach()
-        raise
+    handle = attach_paths(
+        model,
+        method,
+        list(layers),
+        name=name or manifest["name"],
+        fill=lambda made: _fill(made, tensors, source),
+    )
     for parameter in handle.parameters():
         parameter.requires_grad_(trainable)
     return handle
@@ -215,11 +216,7 @@ def _the_one(model: nn.Module, name: str | None) -> Handle:
 
 
 def _tensors(handle: Handle) -> dict[str, Tensor]:
-    return {
-        f"{path}.{key}": value.detach().cpu().contiguous()
-        for path, adapter in handle.adapters.items()
-        for key, value in adapter.state_dict().items()
-    }
+    return {name: value.detach().cpu().contiguous() for name, value in handle.tensors().items()}
 
 
 def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,9 +286,7 @@ def _refuse(problem: str, place: Path, *, unless: bool) -> None:
 
 
 def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
-    wanted = {
-        f"{path}.{key}": value for path, a in handle.adapters.items() for key, value in a.state_dict().items()
-    }
+    wanted = handle.tensors()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     _refuse(f"{len(missing)} tensors are missing, first '{(missing or [''])[0]}'", source, unless=not missing)
     _refuse(f"{len(extra)} tensors belong to nothing, first '{(extra or [''])[0]}'", source, unless=not extra)
@@ -338,9 +333,9 @@ def _require_replaceable(target: Path) -> None:
         )
 
 
-def _publish(beside: Path, target: Path) -> None:
+def publish(beside: Path, target: Path) -> None:
     """Flush the new folder to disk, then put it in the place of the old one."""
-    for file in beside.iterdir():
+    for file in (path for path in beside.rglob("*") if path.is_file()):
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
     beside.chmod(0o755)

@@ -35,10 +35,8 @@ class LayerView(Base):
     writable: ClassVar[bool] = True
     """Whether a merge may write the layer's weight."""
 
-    def __init__(
-        self, module: nn.Module, path: str, *, seed: int = 0, parameter_device: torch.device | None = None
-    ):
-        super().__init__(seed=seed, parameter_device=parameter_device)
+    def __init__(self, module: nn.Module, path: str, **settings: Any):
+        super().__init__(**settings)
         self.module: Any = module
         self.path = path
         self.original: Any = getattr(type(module), "original_class", type(module))

@@ -212,6 +212,10 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             continue
 
         parallel.add_gradients(parameters)
+        if (
+            penalty := handle.penalty()
+        ) is not None:  # every process adds it whole, after the sum over processes
+            penalty.backward()
         [loss] = parallel.total(loss)
         norm = clip(parameters, config.clip_norm)
         guards.require_finite_gradients(handle, norm, step=step, rows=refs)
@@ -223,6 +227,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
         set_learning_rate(session.optimizer, session.learning_rate * factor)
         failpoint("step.before_update")
         session.optimizer.step()
+        handle.after_update(step=step, of_steps=order.steps)
         session.optimizer.zero_grad(set_to_none=True)
         guards.require_finite_adapter(handle, step=step, rows=refs)
         state.enter_step(loss, tokens=tokens, trained_tokens=trained, seconds=time.monotonic() - started)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,19 +18,36 @@ FEWEST_WARMUP_STEPS = 3
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainConfig, learning_rate: float
+    parameters: Iterable[nn.Parameter],
+    config: TrainConfig,
+    learning_rate: float,
+    *,
+    rate_of: Callable[[nn.Parameter], float] = lambda _: 1.0,
 ) -> torch.optim.Optimizer:
-    """Make AdamW over the adapter's parameters; vectors (biases, scales) are in a group without weight decay.
+    """Make AdamW over the adapter's parameters; vectors (biases, scales) are in groups without weight decay.
+
+    Args:
+        parameters: what is trained.
+        config: betas, weight decay, and which optimiser.
+        learning_rate: of a parameter whose rate is 1.
+        rate_of: factor on the learning rate of a parameter; those of a rate are in groups of their own.
 
     Raises:
         MissingDependencyError: 8 bits were asked for, and bitsandbytes is not installed.
     """
     every = list(parameters)
+    by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in every:
+        by_kind.setdefault((rate_of(parameter), parameter.ndim < 2), []).append(parameter)
     groups = [
-        {"params": [p for p in every if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": by_kind[kind],
+            "weight_decay": 0.0 if kind[1] else config.weight_decay,
+            "rate": kind[0],
+            "lr": learning_rate * kind[0],
+        }
+        for kind in sorted(by_kind)
     ]
-    groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": learning_rate, "betas": config.betas, "eps": config.eps}
     if config.optimizer == "adamw8bit":
         made: torch.optim.Optimizer = _bitsandbytes().optim.AdamW8bit(groups, **options)
@@ -83,9 +100,9 @@ def learning_rate_factor(step: int, *, total: int, warmup: int, schedule: str, f
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, by its rate."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("rate", 1.0)
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float | None) -> Tensor:

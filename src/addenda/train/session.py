@@ -249,7 +249,7 @@ def open_session(
         model=model,
         handle=handle,
         packed=packed,
-        optimizer=make_optimizer((p for p in handle.parameters() if p.requires_grad), config, learning_rate),
+        optimizer=_optimizer(handle, config, learning_rate),
         rows=rows,
         order=order,
         config=config,
@@ -269,6 +269,11 @@ def open_session(
     )
     session.identity.update(_identity(session))
     return session
+
+
+def _optimizer(handle: Handle, config: TrainConfig, learning_rate: float) -> torch.optim.Optimizer:
+    names = {p: name for name, p in handle.named_parameters() if p.requires_grad}
+    return make_optimizer(names, config, learning_rate, rate_of=lambda p: handle.rate_of(names[p]))
 
 
 def _micro_batch(memory: MemoryModel, limit: int, longest: int, config: TrainConfig) -> int:

@@ -95,7 +95,7 @@ class RunState:
 
 def adapter_tensors(handle: Handle) -> dict[str, Tensor]:
     """Return copies on the CPU of all the adapter's parameters and buffers, as ``<layer path>.<name>``."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in _live(handle).items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in handle.tensors().items()}
 
 
 def load_adapter(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
@@ -104,17 +104,12 @@ def load_adapter(handle: Handle, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes are not the adapter's.
     """
-    live = _live(handle)
+    live = handle.tensors()
     _require_names(set(live), set(tensors), "adapter")
     for name, value in live.items():
         _require_shape(value, tensors[name], name)
         with torch.no_grad():
             value.copy_(tensors[name])
-
-
-def _live(handle: Handle) -> dict[str, Tensor]:
-    adapters = handle.adapters.items()
-    return {f"{path}.{name}": value for path, a in adapters for name, value in a.state_dict().items()}
 
 
 _SHAPED = ("exp_avg", "exp_avg_sq", "state1", "state2")

@@ -1,0 +1,205 @@
+"""Writing PEFT's folder, and the proof that what was written answers like the adapted model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from addenda.bases import LoadedBase
+from addenda.bases.registry import find
+from addenda.core.handle import Handle
+from addenda.core.layers import kind_of
+from addenda.core.progress import OnProgress
+from addenda.errors import ExportError
+from addenda.export.card import model_card
+from addenda.export.folder import new_folder, write_record
+from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
+from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
+from addenda.export.peft.reading import import_peft, view_at
+
+__all__ = ["export_peft", "write_peft"]
+
+_USAGE = """
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({source!r})
+model = PeftModel.from_pretrained(base, "this folder")
+"""
+
+_USAGE_REGISTERED = """
+import addenda
+from peft import PeftModel
+
+base = addenda.load_base({source!r})
+model = PeftModel.from_pretrained(base.model, "this folder")
+"""
+
+
+def export_peft(
+    base: LoadedBase,
+    handle: Handle,
+    folder: str | os.PathLike[str],
+    *,
+    provenance: Mapping[str, Any] | None = None,
+    on_progress: OnProgress | None = None,
+) -> Parity:
+    """Write an adapter as a PEFT folder with tokenizer, chat template, card and ``export.json``.
+
+    The folder is read again, by PEFT where it is installed and by `import_peft` otherwise, and must answer like the
+    adapted model before it appears under its name. The model in memory stays as it was.
+
+    Args:
+        base: the loaded base, in float32, carrying the adapter.
+        handle: an adapter of a method that PEFT has too.
+        folder: the new folder; must not exist, or be empty.
+        provenance: what the adapter's manifest says of its training.
+        on_progress: told of the steps.
+
+    Raises:
+        ExportError: PEFT has no form for the adapter, or the export answers otherwise.
+        BusyError: the folder exists and is not empty.
+    """
+    facts = dict(provenance or {})
+    registered = find(base.name) is not None
+    source, _, revision = (base.name if registered else base.source).partition("@")
+    with new_folder(folder) as work:
+        write_peft(handle, work, base_name=source, revision=revision or None)
+        rows = probe_rows(base)
+        wanted = logits_of(base.model, rows, on_progress=on_progress)
+        with handle.disabled():
+            reader, found = _read_again(base.model, work, rows, on_progress)
+        parity = require_parity(wanted, found, reader=reader)
+        base.tokenizer.save_pretrained(work)
+        write_record(work, form="peft", parity=parity, provenance=facts)
+        card = model_card(
+            title=f"Adapter '{handle.name}' for {base.name}",
+            library="peft",
+            tags=["addenda", handle.method.name],
+            usage=(_USAGE_REGISTERED if registered else _USAGE).format(source=source),
+            provenance=facts,
+            parity=parity,
+        )
+        (work / "README.md").write_text(card, encoding="utf-8")
+    return parity
+
+
+def _read_again(
+    model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
+) -> tuple[str, list[Tensor]]:
+    """Load the folder onto the bare model, run it, and take it off again."""
+    if importlib.util.find_spec("peft") is None:
+        again = import_peft(model, folder, name="export-gate")
+        try:
+            return "addenda's own reader (peft is not installed)", logits_of(
+                model, rows, on_progress=on_progress
+            )
+        finally:
+            again.detach()
+    import peft
+
+    with warnings.catch_warnings():
+        # PEFT asks transformers for properties that transformers has renamed; nothing the user can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = peft.PeftModel.from_pretrained(model, folder)
+    try:
+        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+    finally:
+        theirs.unload()
+
+
+def write_peft(
+    handle: Handle,
+    folder: str | os.PathLike[str],
+    *,
+    base_name: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write the adapter's two files into ``folder``, which exists, as PEFT's own ``save_pretrained`` would.
+
+    Args:
+        handle: an adapter of a method that PEFT has too.
+        folder: where the files go.
+        base_name: what PEFT should load as the base: best a hub id.
+        revision: the base's commit, if it has one.
+
+    Raises:
+        ExportError: PEFT has no form for this method, or for one of its layers.
+    """
+    form = _require_expressible(handle)
+    config: dict[str, Any] = {
+        "base_model_name_or_path": base_name,
+        "fan_in_fan_out": any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths),
+        "inference_mode": True,
+        "modules_to_save": None,
+        "revision": revision,
+        "target_modules": _targets(handle.model, handle.paths),
+        "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
+    }
+    config.update(form.settings(handle), peft_type=form.peft_type)
+    path = Path(folder)
+    (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})
+
+
+def _require_expressible(handle: Handle) -> Form:
+    """Return the form of the adapter.
+
+    Raises:
+        ExportError: PEFT has no form for the method, or for one of its layers.
+    """
+    method, form = handle.method, form_for(handle.method)
+    if form is None:
+        reason = (
+            "PEFT has no bottleneck adapters" if method.name == "bottleneck" else "PEFT has no such method"
+        )
+        advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
+        raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
+    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.paths}
+    other = [path for path, kind in kinds.items() if not (kind and kind.among(form.kinds))]
+    if other:
+        linear = form.kinds == Form.kinds
+        kinds_in_words = "linear" if linear else f"of these kinds: {', '.join(form.kinds)}"
+        raise ExportError(
+            f"{len(other)} adapted layers are not {kinds_in_words}, first '{other[0]}'",
+            where={"kind": _kind(handle, other[0])},
+            hint="only such layers are written for PEFT; '--to merged' keeps all of them",
+        )
+    if problems := form.problems(handle):
+        raise ExportError("; ".join(problems), hint="the native folder keeps it")
+    return form
+
+
+def _kind(handle: Handle, path: str) -> str:
+    kind = kind_of(handle.model.get_submodule(path))
+    return kind.name if kind else "unknown"
+
+
+def _targets(model: nn.Module, paths: list[str]) -> list[str]:
+    """Last names where they name exactly the adapted layers, as serving engines like them; else whole paths."""
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    named = {
+        path
+        for path, _ in model.named_modules()
+        if ".adapters." not in path and path.rpartition(".")[2] in names
+    }
+    return names if named == set(paths) else sorted(paths)
+
+
+def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path, adapter in handle.adapters.items():
+        for name, tensor in form.tensors(adapter, view_at(handle, path)).items():
+            found[f"{PREFIX}{path}.{name}"] = tensor
+        if adapter.common is not None:
+            for name, tensor in form.shared(adapter.common).items():
+                found[f"{SHARED_PREFIX}{name}"] = tensor
+    return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}

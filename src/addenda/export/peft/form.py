@@ -1,0 +1,109 @@
+"""What a form is: how the adapters of one method look in PEFT's folder. And which forms there are."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from addenda.core.contract import Adapter, Base, Method
+from addenda.core.handle import Handle
+
+__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_named", "forms"]
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""Before the path of an adapted layer."""
+SHARED_PREFIX = "base_model."
+"""Before the name of what all layers share."""
+
+
+class Form(ABC):
+    """How one method's settings and tensors are called in PEFT's folder; stateless.
+
+    Adapters are read by filling the tensors that `tensors` and `shared` return, so these are views on the
+    parameters, in PEFT's shapes. A form whose shapes are no views overrides `fill` as well.
+    """
+
+    peft_type: ClassVar[str]
+    """PEFT's name of the method."""
+    method: ClassVar[type[Method]]
+    """Ours."""
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed")
+    """Layer kinds whose adapters PEFT has a layout for."""
+    reads: ClassVar[tuple[str, ...]]
+    """Keys of the configuration that `read_settings` takes into account."""
+    harmless: ClassVar[tuple[str, ...]] = ()
+    """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
+    names: ClassVar[tuple[str, ...]]
+    """What a layer's tensors are called after its path and a dot."""
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    """What the tensors are called that all layers share, after ``base_model.``."""
+
+    @abstractmethod
+    def settings(self, handle: Handle) -> dict[str, Any]:
+        """Return the adapter's settings under PEFT's keys."""
+
+    @abstractmethod
+    def read_settings(
+        self, config: Mapping[str, Any], paths: Sequence[str], tensors: Mapping[str, Tensor]
+    ) -> Method:
+        """Return the method that a configuration describes.
+
+        Args:
+            config: the configuration, without keys that have no counterpart here.
+            paths: the adapted layers.
+            tensors: the file's tensors, for what only their shapes tell.
+        """
+
+    @abstractmethod
+    def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
+        """Return a layer's tensors under PEFT's names, those of `names`, in PEFT's shapes."""
+
+    def shared(self, common: nn.Module) -> dict[str, Tensor]:
+        """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
+        return {}
+
+    def problems(self, handle: Handle) -> list[str]:
+        """Return why PEFT has no form for this adapter, though it has one for the method."""
+        return []
+
+    def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
+        """Write tensors under PEFT's names, whose shapes are right, into the adapter."""
+        with torch.no_grad():
+            for name, place in self.tensors(adapter, layer).items():
+                place.copy_(given[name])
+
+
+_FORMS: dict[str, Form] = {}
+F = TypeVar("F", bound=type[Form])
+
+
+def form(cls: F) -> F:
+    """Register a form under its method's name."""
+    _FORMS[cls.method.name] = cls()
+    return cls
+
+
+def forms() -> dict[str, Form]:
+    """Return every form by our name of its method; the first call loads the files of ``forms/``."""
+    room = importlib.import_module("addenda.export.peft.forms")
+    for module in pkgutil.iter_modules(room.__path__):
+        importlib.import_module(f"{room.__name__}.{module.name}")
+    return dict(sorted(_FORMS.items()))
+
+
+def form_for(method: Method) -> Form | None:
+    """Return the form of a method, or None where PEFT has none."""
+    found = forms().get(method.name)
+    return found if found is not None and isinstance(method, found.method) else None
+
+
+def form_named(peft_type: object) -> Form | None:
+    """Return the form of PEFT's name, or None."""
+    return next((found for found in forms().values() if found.peft_type == peft_type), None)

@@ -1,0 +1,10 @@
+"""VeRA: one frozen pair for layers of several sizes."""
+
+from __future__ import annotations
+
+import peft
+
+from addenda.methods.vera import VeRA
+
+OURS = {"vera": lambda _: VeRA(rank=5, d_initial=0.7)}
+THEIRS = {"vera": lambda _, **targets: peft.VeraConfig(r=6, d_initial=0.3, **targets)}
