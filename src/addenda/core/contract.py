@@ -11,12 +11,15 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from addenda.errors import ConfigError, MethodError, nearest
+
+if TYPE_CHECKING:
+    from addenda.core.terms import Part
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
@@ -145,6 +148,11 @@ class Base(ABC):
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
+
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        """Return ``base(x)`` with the terms of several adapters, each on rows of its own, where the kind can fuse
+        that, else None."""
+        return None
 
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
