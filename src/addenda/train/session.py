@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -246,33 +246,23 @@ def open_session(
     load_adapter(handle, parallel.share(adapter_tensors(handle)))
     order, device = RowOrder(len(rows), config), next(handle.parameters()).device
     require_offloadable(config, device)
-    longest = max(rows.longest, longest)
-    if beside is None:
-        flop = run_flop(model, order.passes * rows.tokens)
-        machine = use_machine(wanted=config.kernels == "auto", flop=flop, device=device)
-        packed = PackedModel(model)
-        limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
-        offload = config.offload if config.sharding == "none" else "none"
-        memory = measure_memory(handle, packed, also_trained=also_trained).suited(offload, longest, limit)
-        [tokens] = parallel.least(_micro_batch(memory, limit, longest, config))
-        machine.keeps_memory = device.type == "cpu" and set_allocator(
-            keep=config.sharding == "none"
-            and memory.ledger(max(tokens, longest), keeps_memory=True).total <= limit
-        )
-    else:
-        machine, packed, limit, memory = beside.machine, beside.packed, beside.memory_limit, beside.memory
-        tokens = beside.tokens_per_micro_batch
+    flop = run_flop(model, order.passes * rows.tokens)
+    engine = (
+        _engine(handle, config, max(rows.longest, longest), flop, parallel, also_trained=also_trained)
+        if beside is None
+        else _engine_of(beside)
+    )
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
         model=model,
         handle=handle,
-        packed=packed,
+        packed=engine.packed,
         optimizer=_optimizer(handle, config, learning_rate),
         rows=rows,
         order=order,
         config=config,
         learning_rate=learning_rate,
-        tokens_per_micro_batch=tokens,
+        tokens_per_micro_batch=engine.tokens,
         device=device,
         folder=folder,
         identity=dict(identity),
@@ -280,14 +270,48 @@ def open_session(
         state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
         parallel=parallel,
         saved_at=time.monotonic(),
-        machine=machine,
-        memory=memory,
-        memory_limit=limit,
-        offload=Offload(model, device) if memory.offloaded else None,
+        machine=engine.machine,
+        memory=engine.memory,
+        memory_limit=engine.limit,
+        offload=Offload(model, device) if engine.memory.offloaded else None,
         beside=beside,
     )
     session.identity.update(_identity(session))
     return session
+
+
+class _Engine(NamedTuple):
+    """What runs of one process on one base share."""
+
+    machine: Machine
+    packed: PackedModel
+    memory: MemoryModel
+    limit: int
+    tokens: int
+    """Of a micro-batch."""
+
+
+def _engine(
+    handle: Handle, config: TrainConfig, longest: int, flop: float, parallel: Parallel, *, also_trained: int
+) -> _Engine:
+    device = next(handle.parameters()).device
+    machine = use_machine(wanted=config.kernels == "auto", flop=flop, device=device)
+    packed = PackedModel(handle.model)
+    limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
+    offload = config.offload if config.sharding == "none" else "none"
+    memory = measure_memory(handle, packed, also_trained=also_trained).suited(offload, longest, limit)
+    [tokens] = parallel.least(_micro_batch(memory, limit, longest, config))
+    machine.keeps_memory = device.type == "cpu" and set_allocator(
+        keep=config.sharding == "none"
+        and memory.ledger(max(tokens, longest), keeps_memory=True).total <= limit
+    )
+    return _Engine(machine, packed, memory, limit, tokens)
+
+
+def _engine_of(session: Session) -> _Engine:
+    return _Engine(
+        session.machine, session.packed, session.memory, session.memory_limit, session.tokens_per_micro_batch
+    )
 
 
 def _optimizer(handle: Handle, config: TrainConfig, learning_rate: float) -> torch.optim.Optimizer:

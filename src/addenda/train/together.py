@@ -118,8 +118,8 @@ def _require_apart(jobs: Sequence[Job]) -> None:
     if len({id(job.handle.model) for job in jobs}) > 1:
         found.append("the adapters are on different models")
     for key in _SHARED:
-        values = {repr(getattr(job.config, key)) for job in jobs}
-        found += [f"train.{key} differs: {', '.join(sorted(values))}"] if len(values) > 1 else []
+        set_to = sorted({repr(getattr(job.config, key)) for job in jobs})
+        found += [f"train.{key} differs: {', '.join(set_to)}"] if len(set_to) > 1 else []
     if jobs and jobs[0].config.sharding != "none":
         found.append("train.sharding must be none")
     if found:
