@@ -50,7 +50,7 @@ class RoAd(Method):
         >>> addenda.attach(model, RoAd(variant=2, group_size=4), targets=["0"]).trainable_parameters
         8
 
-    References: Liao and Monz 2024, arXiv:2409.00119, section 3.
+    References: Liao and Monz 2024, arXiv:2409.00119.
     """
 
     mergeable: ClassVar[bool] = True

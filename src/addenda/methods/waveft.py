@@ -59,7 +59,7 @@ class WaveFT(SpectralMethod):
         >>> addenda.attach(model, WaveFT(coefficients=10), targets=["0"]).trainable_parameters
         10
 
-    References: Bilican et al. 2025, arXiv:2505.12532, section 3. Daubechies 1992, Ten Lectures on Wavelets, chapter 6.
+    References: Bilican et al. 2025, arXiv:2505.12532. Daubechies 1992, Ten Lectures on Wavelets, chapter 6.
     """
 
     mergeable: ClassVar[bool] = True
