@@ -44,6 +44,8 @@ class Form(ABC):
     """What a layer's tensors are called after its path and a dot."""
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that all layers share, after ``base_model.``."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
