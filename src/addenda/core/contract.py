@@ -42,12 +42,15 @@ class ParameterSource:
         """Make a tensor that is trained."""
         return nn.Parameter(self.constant(*shape, init=init))
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
-        """Make a tensor that is not trained, for ``register_buffer``."""
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Make a tensor that is not trained, for ``register_buffer``; of whole numbers where ``dtype`` says so."""
         self._drawn += 1
+        kind = dtype or self.dtype
         if self.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        value = torch.zeros(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=kind, device=self.device)
+        value = torch.zeros(shape, dtype=kind)
         if not self._initialize:  # saved values will be written over it
             return value.to(self.device)
         if callable(init):
@@ -171,9 +174,11 @@ class Base(ABC):
         """
         return self.source().parameter(*shape, init=init)
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Make a tensor likewise that is kept beside the parameters and not trained, for ``register_buffer``."""
-        return self.source().constant(*shape, init=init)
+        return self.source().constant(*shape, init=init, dtype=dtype)
 
     def source(self, label: str | None = None) -> ParameterSource:
         """Return what makes the adapter's tensors on this layer, or with a label a new one of its own."""
