@@ -6,6 +6,7 @@ what runs fused otherwise runs plainly. The model is afterwards as it was.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from typing import Any
@@ -157,17 +158,16 @@ def _watch(
     require_free(model, _NAME, list(views))
     watchers = {path: _Watcher(observers[path], view, gradients=gradients) for path, view in views.items()}
     handle = install_adapters(model, method, _NAME, dict(views), dict(watchers))
-    zeros = [watcher.zero for watcher in watchers.values() if watcher.zero is not None]
     total = len(batches) if isinstance(batches, Sized) else None
     try:
-        with _undisturbed(model):
+        with _undisturbed(model), _frozen(model, but=watchers.values()):
             for done, (batch, keep) in enumerate(map(_parts, batches), start=1):
                 for watcher in watchers.values():
                     watcher.keep = keep
                 with torch.set_grad_enabled(gradients):
                     output = _output(model, batch)
                     if gradients:
-                        torch.autograd.backward(_loss(output), inputs=zeros)
+                        _loss(output).backward()  # type: ignore[no-untyped-call]
                 if on_progress is not None:
                     on_progress(Progress("observe", done, total, "batches"))
     finally:
@@ -179,6 +179,20 @@ def _watch(
             where={"layers": len(silent), "of": len(watchers)},
             hint="give batches that reach every target, or leave these layers out of the targets",
         )
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module, *, but: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep gradients away from what else may train: other adapters on the model."""
+    kept = {parameter for module in but for parameter in module.parameters()}
+    thawed = [p for p in model.parameters() if p.requires_grad and p not in kept]
+    try:
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in thawed:
+            parameter.requires_grad_(True)
 
 
 def _parts(batch: Batch) -> tuple[Probe, Tensor | None]:
@@ -215,6 +229,7 @@ def _compare(
     original: nn.Module,
     on_progress: OnProgress | None,
 ) -> None:
+    differs = False
     for done, (path, view) in enumerate(views.items(), start=1):
         try:
             first = view_of(original.get_submodule(path), path).weight()
@@ -229,9 +244,16 @@ def _compare(
                 hint="give the model that this one was quantized from",
             )
         wide = torch.promote_types(torch.promote_types(first.dtype, own.dtype), torch.float32)
-        observers[path].see(first.to(device=own.device, dtype=wide) - own.to(wide))
+        error = first.to(device=own.device, dtype=wide) - own.to(wide)
+        differs = differs or bool(error.any())
+        observers[path].see(error)
         if on_progress is not None:
             on_progress(Progress("compare with the original", done, len(views), "layers"))
+    if not differs:
+        raise MethodError(
+            "no layer differs from its original: there is no error to make up for",
+            hint="observe a quantized model, or choose another start",
+        )
 
 
 def _require_finite(layers: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -83,7 +83,7 @@ class _Covariance(Observer):
 
     def see(self, seen: Tensor) -> None:
         largest = seen.abs().amax() if len(seen) else 0
-        if largest > 0:
+        if largest != 0:  # not a number is found out at the end
             scaled = seen / largest
             self._sum.addmm_(scaled.t(), scaled)
             self._batches += 1

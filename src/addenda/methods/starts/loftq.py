@@ -11,7 +11,7 @@ from addenda.core.contract import Base
 from addenda.core.decomposition import leading_svd
 from addenda.core.observations import Observer
 from addenda.core.starts import Start, start
-from addenda.errors import MethodError
+from addenda.methods.starts.kaiming import Kaiming
 from addenda.methods.starts.pissa import balanced
 
 __all__ = ["LoftQ"]
@@ -24,7 +24,8 @@ class LoftQ(Start):
 
     scaling * B0 A0 = best of rank r of (W - Q),   W: the original weight,  Q: the layer's own
 
-    The adapted layer starts nearer to the original than its base does, and not equal to its base. It needs the model
+    The adapted layer starts nearer to the original than its base does, and not equal to its base. A layer
+    that was not quantized starts as usual. It needs the model
     that the base was quantized from: ``addenda.observe(model, method, original=...)``; a recipe loads it for that time.
 
     **Cost**: the original model in memory while it is compared, and a decomposition of each error. Afterwards LoRA's.
@@ -47,7 +48,8 @@ class LoftQ(Start):
     def factors(
         self, base: Base, rank: int, scaling: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        assert base.observed is not None
+        if not base.observed:  # a layer that was not quantized
+            return Kaiming().factors(base, rank, scaling, generator)
         return balanced(base.observed["U"], base.observed["S"], base.observed["Vh"], scaling)
 
 
@@ -64,8 +66,5 @@ class _Error(Observer):
 
     def found(self) -> dict[str, Tensor]:
         if self._svd is None:
-            raise MethodError(
-                f"'{self._path}' is no different from its original: there is no error to make up for",
-                hint="start 'loftq' is for a quantized base: set base.weights=nf4, or choose another start",
-            )
+            return {}
         return dict(zip(("U", "S", "Vh"), (part.clone() for part in self._svd), strict=True))
