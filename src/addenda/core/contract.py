@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from addenda.core.observations import Needs, Observer
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Base(ABC):
     """Name of the layer kind, as in ``core/layers.py``."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
+    observed: Mapping[str, Tensor] | None
+    """What an :class:`Observer` found out about the layer beforehand."""
 
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
@@ -87,6 +90,7 @@ class Base(ABC):
         """Whether the adapter's values count; False where saved ones are about to be written over them."""
         self._source: ParameterSource | None = None
         self.common = None
+        self.observed = None
 
     @property
     @abstractmethod
@@ -282,6 +286,22 @@ class Method(ABC):
         Called once before ``build``, which finds it as ``base.common``. It is counted, saved and trained once.
         """
         return None
+
+    def needs(self) -> Needs | None:
+        """Return what the first values are computed from; None where they are drawn or fixed."""
+        return None
+
+    def observer(self, base: Base) -> Observer:
+        """Return what gathers what ``build`` will find as ``base.observed``; asked of methods that need such."""
+        raise MethodError(f"method '{self.name}' observes nothing", hint="attach it as it is")
+
+    def rows_to_observe(self) -> int:
+        """Return on how many rows of data a run should observe what is needed."""
+        return 64
+
+    def settled(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Self:
+        """Return the method with the settings that follow from what was observed of each layer, by path."""
+        return self
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
