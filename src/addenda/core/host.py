@@ -7,7 +7,6 @@ the class back.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -57,26 +56,17 @@ class Host:
         state = self._addenda
         if not state.active:
             return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
-        x, *rest = args if args else (kwargs.pop(state.view.input_name),)
-        return _run(self, _bound(state.view, tuple(rest), kwargs), x)
+        x, base = state.view.received(args, kwargs)
+        return _run(self, base, x)
 
 
-def _bound(view: LayerView, args: tuple[object, ...], kwargs: dict[str, object]) -> LayerView:
-    if not args and not kwargs:
-        return view
-    bound = copy.copy(view)
-    bound.args, bound.kwargs = args, kwargs
-    return bound
-
-
-def _run(host: Host, base: Base, x: Tensor) -> Tensor:
+def _run(host: Host, base: Base, x: Any) -> Any:
     state = host._addenda
     *inner, last = [cast(Adapter, host.adapters[name]) for name in state.active]
     for adapter in inner:
         base = cast(Base, _Stacked(base, adapter))
     count_call(host)
-    y: Tensor = last(x, base)
-    return y
+    return last(x, base)
 
 
 class _Stacked:
@@ -85,9 +75,8 @@ class _Stacked:
     def __init__(self, base: Base, adapter: Adapter) -> None:
         self._base, self._adapter = base, adapter
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._adapter(x, self._base)
-        return y
+    def __call__(self, x: Any) -> Any:
+        return self._adapter(x, self._base)
 
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
@@ -102,8 +91,10 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
     """Return the host class of a layer class; one for each, so that hosts of a kind compare and compile alike."""
     if original not in _CLASSES:
+        # Where transformers looks a class up by its full name, the host has to be found as what it stands for.
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _CLASSES[original] = type(
-            f"Adapted{original.__name__}", (Host, original), {"original_class": original}
+            f"Adapted{original.__name__}", (Host, original), {"original_class": original, **names}
         )
     return _CLASSES[original]
 
