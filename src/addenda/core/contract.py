@@ -11,12 +11,15 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from addenda.errors import ConfigError, MethodError, nearest
+
+if TYPE_CHECKING:
+    from addenda.core.terms import Part
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
@@ -146,6 +149,11 @@ class Base(ABC):
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
 
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        """Return ``base(x)`` with the terms of several adapters, each on rows of its own, where the kind can fuse
+        that, else None."""
+        return None
+
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
         return x
@@ -206,7 +214,7 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
-    common: nn.Module | None = None
+    common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -278,7 +286,9 @@ class Method(ABC):
         """Return a scalar whose gradient joins that of the loss in each step, given the adapters by path; or None."""
         return None
 
-    def after_update(self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int) -> None:
+    def after_update(  # noqa: B027  (most methods have nothing to do here)
+        self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int
+    ) -> None:
         """Change the adapters after optimiser step ``step``, counted from 1; the step's gradients are still there.
 
         What it has to remember lies in buffers of the adapters, so that a resumed run goes on with the same bits.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from addenda.core.foreign import QuantizedView, is_quantized
 from addenda.core.packed_layers import PackedLinear, PackedView
-from addenda.core.stack import AttentionView, StackView, is_attention, is_stack
+from addenda.core.transformer import AttentionView, TransformerView, is_attention, is_transformer
 from addenda.core.views import LayerView, LinearView
 from addenda.errors import MethodError
 
@@ -254,14 +254,14 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("embedding", _is_plain_embedding, EmbeddingView),
     LayerKind("attention", is_attention, AttentionView),
     LayerKind("block", _is_block, BlockView),
-    LayerKind("stack", is_stack, StackView),
+    LayerKind("transformer", is_transformer, TransformerView),
 )
 """Every kind of layer that can be adapted; the first row that matches a module is its kind."""
 
 
 def _leaf_kind(module: nn.Module) -> LayerKind | None:
     return next(
-        (k for k in KINDS if k.name not in ("block", "attention", "stack") and k.matches(module)), None
+        (k for k in KINDS if k.name not in ("block", "attention", "transformer") and k.matches(module)), None
     )
 
 

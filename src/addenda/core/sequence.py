@@ -1,8 +1,8 @@
 """The second contract: methods that change the sequence a model reads, not a layer of it.
 
-Such an adapter stands on the *stack*, the part of a transformer that takes token ids and gives hidden states. It puts
-virtual positions in front of every sequence: their embeddings, or the keys and values that attention finds there. The
-stack's caller sees no more positions than it gave, so that heads, labels and losses need to know nothing of them.
+Such an adapter stands on a *transformer*: the module that takes token ids and gives hidden states, without a head. It
+puts virtual positions in front of every sequence: their embeddings, or the keys and values that attention finds there.
+The caller gets no more positions back than it gave, so that heads, labels and losses need to know nothing of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
     "PrefixAdapter",
     "PromptAdapter",
     "SequenceMethod",
-    "Stack",
+    "Transformer",
     "interleaved",
     "with_prefix",
     "with_prompt",
@@ -38,7 +38,7 @@ ROW_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stack was called with, by name."""
+    """What a transformer was called with, by name."""
 
     given: Mapping[str, Any]
     begins: bool = True
@@ -56,12 +56,12 @@ class Inputs:
         return dataclasses.replace(self, given={**self.given, **changes})
 
 
-class Stack(Base):
+class Transformer(Base):
     """What a sequence adapter sees of the transformer it stands on; it can read and call, never write."""
 
     @abstractmethod
     def __call__(self, x: Any) -> Any:
-        """Run the stack as it is: its `Inputs` -> what it returns, hidden states first."""
+        """Run the transformer as it is: its `Inputs` -> what it returns, hidden states first."""
 
     @property
     @abstractmethod
@@ -145,8 +145,8 @@ class PromptAdapter(Adapter):
         raise MethodError(f"{type(self).__name__} defines no prompt", hint="implement prompt(inputs)")
 
     def forward(self, x: Inputs, base: Base) -> Any:  # type: ignore[override]
-        """Run the stack with the prompt in front; outputs as without it."""
-        return with_prompt(cast(Stack, base), x, self.prompt(x))
+        """Run the transformer with the prompt in front; outputs as without it."""
+        return with_prompt(cast(Transformer, base), x, self.prompt(x))
 
 
 class PrefixAdapter(Adapter):
@@ -157,15 +157,15 @@ class PrefixAdapter(Adapter):
         raise MethodError(f"{type(self).__name__} defines no prefix", hint="implement prefix()")
 
     def forward(self, x: Inputs, base: Base) -> Any:  # type: ignore[override]
-        """Run the stack with the prefix in front; outputs as without it."""
-        return with_prefix(cast(Stack, base), x, self.prefix())
+        """Run the transformer with the prefix in front; outputs as without it."""
+        return with_prefix(cast(Transformer, base), x, self.prefix())
 
 
 @dataclass(frozen=True)
 class SequenceMethod(Method):
     """The settings of a method that changes the sequence."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("stack",)
+    kinds: ClassVar[tuple[str, ...]] = ("transformer",)
     exceptions: ClassVar[Mapping[str, str]] = {
         "identity": "what stands in front of a sequence is attended to from the first step on"
     }
@@ -179,21 +179,21 @@ class SequenceMethod(Method):
         return dataclasses.replace(self, **changes)
 
     def build(self, base: Base) -> Adapter:
-        return self.build_on(cast(Stack, base))
+        return self.build_on(cast(Transformer, base))
 
     @abstractmethod
-    def build_on(self, stack: Stack) -> Adapter:
-        """Make the adapter for a stack; all parameters come from ``stack.parameter``."""
+    def build_on(self, model: Transformer) -> Adapter:
+        """Make the adapter for a transformer; all parameters come from ``model.parameter``."""
 
 
 # -------------------------------------------------------------------------------------------------- virtual positions
 
 
-def with_prompt(stack: Stack, inputs: Inputs, prompt: Tensor) -> Any:
-    """Run a stack with embeddings in front of every sequence; the output holds the given positions alone.
+def with_prompt(model: Transformer, inputs: Inputs, prompt: Tensor) -> Any:
+    """Run a transformer with embeddings in front of every sequence; the output holds the given positions alone.
 
     Args:
-        stack: what is run.
+        model: what is run.
         inputs: its arguments. Masks and positions may be given for the tokens that are given, or left out.
         prompt: ``(n, width)``, or ``(B, n, width)``.
 
@@ -203,12 +203,12 @@ def with_prompt(stack: Stack, inputs: Inputs, prompt: Tensor) -> Any:
     added = prompt.shape[-2]
     _require_room(inputs)
     if not inputs.begins:
-        return stack(_moved(inputs, added))
+        return model(_moved(inputs, added))
     embedded = inputs.given.get("inputs_embeds")
-    embedded = stack.embed(inputs.given["input_ids"]) if embedded is None else embedded
+    embedded = model.embed(inputs.given["input_ids"]) if embedded is None else embedded
     prompt = prompt.to(embedded.dtype)
     if inputs.given.get("segments") is not None:
-        return _packed_with_prompt(stack, inputs, embedded, prompt)
+        return _packed_with_prompt(model, inputs, embedded, prompt)
     rows = torch.cat([prompt.expand(len(embedded), -1, -1), embedded], dim=1)
     longer = _moved(inputs, added).but(input_ids=None, inputs_embeds=rows)
     if (positions := longer.given.get("position_ids")) is not None:
@@ -216,10 +216,10 @@ def with_prompt(stack: Stack, inputs: Inputs, prompt: Tensor) -> Any:
         longer = longer.but(position_ids=torch.cat([front, positions], dim=-1))
     if (types := inputs.given.get("token_type_ids")) is not None:
         longer = longer.but(token_type_ids=torch.cat([types.new_zeros(len(types), added), types], dim=1))
-    return _cut(stack(longer), lambda states: states[:, added:])
+    return _cut(model(longer), lambda states: states[:, added:])
 
 
-def _packed_with_prompt(stack: Stack, inputs: Inputs, embedded: Tensor, prompt: Tensor) -> Any:
+def _packed_with_prompt(model: Transformer, inputs: Inputs, embedded: Tensor, prompt: Tensor) -> Any:
     if prompt.dim() > 2:
         raise MethodError(
             "a packed row cannot have a prompt of each sample's own",
@@ -235,7 +235,7 @@ def _packed_with_prompt(stack: Stack, inputs: Inputs, embedded: Tensor, prompt: 
         position_ids=positions[order][None],
         segments=dataclasses.replace(segments, lengths=tuple(n + added for n in segments.lengths)),
     )
-    return _cut(stack(longer), lambda states: states[:, places])
+    return _cut(model(longer), lambda states: states[:, places])
 
 
 def interleaved(
@@ -270,11 +270,11 @@ def interleaved(
     return torch.tensor(order, device=device), torch.tensor(places, device=device)
 
 
-def with_prefix(stack: Stack, inputs: Inputs, prefix: Tensor) -> Any:
-    """Run a stack whose attention finds further keys and values in front of every sequence.
+def with_prefix(model: Transformer, inputs: Inputs, prefix: Tensor) -> Any:
+    """Run a transformer whose attention finds further keys and values in front of every sequence.
 
     Args:
-        stack: what is run.
+        model: what is run.
         inputs: its arguments, as for `with_prompt`.
         prefix: ``(layers, 2, heads, n, head_width)``, keys first, their positions applied.
 
@@ -285,9 +285,9 @@ def with_prefix(stack: Stack, inputs: Inputs, prefix: Tensor) -> Any:
     _require_room(inputs)
     longer = _moved(inputs, added)
     if not inputs.begins:
-        return stack(longer)
+        return model(longer)
     tokens = inputs.tokens
-    prefix = prefix.to(stack.dtype)
+    prefix = prefix.to(model.dtype)
     if inputs.given.get("segments") is None and longer.given.get("attention_mask") is None:
         shape = (tokens.shape[0], added + tokens.shape[1])
         longer = longer.but(attention_mask=torch.ones(shape, dtype=torch.long, device=tokens.device))
@@ -295,34 +295,34 @@ def with_prefix(stack: Stack, inputs: Inputs, prefix: Tensor) -> Any:
     if cache is not None:
         for layer, (keys, values) in enumerate(prefix):
             cache.update(*(x.expand(tokens.shape[0], -1, -1, -1) for x in (keys, values)), layer)
-        return stack(longer)
-    lent = PrefixCache(prefix, keeps=_keeps(stack, inputs))
+        return model(longer)
+    lent = PrefixCache(prefix, keeps=_keeps(model, inputs))
     try:
-        output = stack(longer.but(past_key_values=lent))
+        output = model(longer.but(past_key_values=lent))
     except RuntimeError as problem:  # a mask longer than the keys
         if lent.read:
             raise
-        raise _unread(stack, lent) from problem
-    if len(lent.read) < stack.layers:
-        raise _unread(stack, lent)
+        raise _unread(model, lent) from problem
+    if len(lent.read) < model.layers:
+        raise _unread(model, lent)
     if not lent.keeps and not isinstance(output, tuple) and output.get("past_key_values") is lent:
         output["past_key_values"] = None
     return output
 
 
-def _unread(stack: Stack, lent: PrefixCache) -> MethodError:
+def _unread(model: Transformer, lent: PrefixCache) -> MethodError:
     return MethodError(
-        f"{stack.layers - len(lent.read)} of {stack.layers} layers did not read the prefix",
-        where={"model": stack.path or "the model itself"},
+        f"{model.layers - len(lent.read)} of {model.layers} layers did not read the prefix",
+        where={"model": model.path or "the model itself"},
         hint="transformers' own activation checkpointing takes the cache away from some models: switch it off; "
         "Addenda's loop recomputes blocks without it",
     )
 
 
-def _keeps(stack: Stack, inputs: Inputs) -> bool:
+def _keeps(model: Transformer, inputs: Inputs) -> bool:
     """Whether the caller will go on from this call's cache: then it must hold the tokens too."""
     asked = inputs.given.get("use_cache")
-    return bool(stack.caches if asked is None else asked) and not torch.is_grad_enabled()
+    return bool(model.caches if asked is None else asked) and not torch.is_grad_enabled()
 
 
 def _require_room(inputs: Inputs) -> None:

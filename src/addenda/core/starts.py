@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from addenda.core.contract import Base, Initializer
-from addenda.core.sequence import Stack
+from addenda.core.sequence import Transformer
 
 __all__ = [
     "STARTS",
@@ -37,7 +37,7 @@ def start_problems(start: object, ids: Sequence[object]) -> list[str]:
 
 
 def start_problems_at(start: str, ids: Sequence[int], base: Base) -> list[str]:
-    """Check that the tokens to start from are there, and that the stack knows them."""
+    """Check that the tokens to start from are there, and that the transformer knows them."""
     if start != "text":
         return []
     if not ids:
@@ -46,37 +46,37 @@ def start_problems_at(start: str, ids: Sequence[int], base: Base) -> list[str]:
 
 
 def unknown_tokens(ids: Sequence[int], base: Base) -> list[str]:
-    """Check that the stack knows the tokens."""
-    rows = base.vocabulary if isinstance(base, Stack) else 0
+    """Check that the transformer knows the tokens."""
+    rows = base.vocabulary if isinstance(base, Transformer) else 0
     return [f"ids hold token {max(ids)}, and the vocabulary ends at {rows - 1}"] if max(ids) >= rows else []
 
 
-def tokens_of_vocabulary(stack: Stack, ids: Sequence[int]) -> Initializer:
+def tokens_of_vocabulary(model: Transformer, ids: Sequence[int]) -> Initializer:
     """Return what fills ``(n, width)`` with the embeddings of tokens.
 
     Args:
-        stack: whose embeddings.
+        model: whose embeddings.
         ids: the tokens, repeated or cut to n; none to draw n different ones from the vocabulary.
     """
 
     def fill(value: Tensor, generator: torch.Generator) -> None:
         with torch.no_grad():
-            value.copy_(stack.embed(_chosen(stack, ids, len(value), generator)))
+            value.copy_(model.embed(_chosen(model, ids, len(value), generator)))
 
     return fill
 
 
-def states_of_tokens(stack: Stack, ids: Sequence[int]) -> Initializer:
+def states_of_tokens(model: Transformer, ids: Sequence[int]) -> Initializer:
     """Return what fills ``(n, layers * 2 * heads * head_width)`` with the keys and values of a text's tokens.
 
     Args:
-        stack: whose attention.
+        model: whose attention.
         ids: the text, repeated or cut to n; none to draw n different tokens from the vocabulary.
     """
 
     def fill(value: Tensor, generator: torch.Generator) -> None:
         with torch.no_grad():
-            value.copy_(stack.recall(_chosen(stack, ids, len(value), generator)).movedim(3, 0).flatten(1))
+            value.copy_(model.recall(_chosen(model, ids, len(value), generator)).movedim(3, 0).flatten(1))
 
     return fill
 
@@ -90,6 +90,6 @@ def uniform(bound: float) -> Initializer:
     return fill
 
 
-def _chosen(stack: Stack, ids: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
-    drawn = torch.tensor(ids) if ids else torch.randperm(stack.vocabulary, generator=generator)
-    return drawn.repeat(-(-count // len(drawn)))[:count].to(stack.device)
+def _chosen(model: Transformer, ids: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
+    drawn = torch.tensor(ids) if ids else torch.randperm(model.vocabulary, generator=generator)
+    return drawn.repeat(-(-count // len(drawn)))[:count].to(model.device)

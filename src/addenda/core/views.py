@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
+from addenda.core.terms import Part, Term, linear_with_terms
 from addenda.memory.arena import product
 
 __all__ = ["CompressedView", "LayerView", "LinearView", "autocast_on"]
@@ -171,6 +173,9 @@ class LinearView(LayerView):
         if self.fusible(x):
             return low_rank_linear(x, A, B, scaling=scaling, base=self)
         return super().add_low_rank(x, A, B, scaling)
+
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        return linear_with_terms(x, [Term(self, tuple(parts))])[0] if self.fusible(x) else None
 
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Base
 from addenda.core.ranges import integer
 from addenda.core.registry import register
-from addenda.core.sequence import PrefixAdapter, SequenceMethod, Stack
+from addenda.core.sequence import PrefixAdapter, SequenceMethod, Transformer
 from addenda.core.starts import start_problems, start_problems_at, states_of_tokens, uniform
 
 __all__ = ["Cartridge"]
@@ -84,11 +84,11 @@ class Cartridge(SequenceMethod):
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)
 
-    def build_on(self, stack: Stack) -> CartridgeAdapter:
+    def build_on(self, model: Transformer) -> CartridgeAdapter:
         ids = self.ids if self.start == "text" else ()
-        init = uniform(0.5) if self.start == "random" else states_of_tokens(stack, ids)
-        whole = stack.constant(self.tokens, stack.states.numel(), init=init)
-        return CartridgeAdapter(stack.states, whole[: self.frozen].clone(), whole[self.frozen :].clone())
+        init = uniform(0.5) if self.start == "random" else states_of_tokens(model, ids)
+        whole = model.constant(self.tokens, model.states.numel(), init=init)
+        return CartridgeAdapter(model.states, whole[: self.frozen].clone(), whole[self.frozen :].clone())
 
 
 class CartridgeAdapter(PrefixAdapter):

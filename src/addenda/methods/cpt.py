@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base
 from addenda.core.ranges import number
 from addenda.core.registry import register
-from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Stack
+from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
 from addenda.core.starts import start_problems, tokens_of_vocabulary, unknown_tokens
 
 __all__ = ["CPT"]
@@ -92,9 +92,9 @@ class CPT(SequenceMethod):
             return ["it asks for the tokens of a context: set text in a recipe, or give ids"]
         return unknown_tokens(self.ids, base)
 
-    def build_on(self, stack: Stack) -> CPTAdapter:
-        start = stack.constant(len(self.ids), stack.width, init=tokens_of_vocabulary(stack, self.ids))
-        return CPTAdapter(start, stack.parameter(*start.shape), self.radii(stack.width))
+    def build_on(self, model: Transformer) -> CPTAdapter:
+        start = model.constant(len(self.ids), model.width, init=tokens_of_vocabulary(model, self.ids))
+        return CPTAdapter(start, model.parameter(*start.shape), self.radii(model.width))
 
     def radii(self, width: int) -> Tensor:
         """Return how far each token may move, ``(tokens,)``."""

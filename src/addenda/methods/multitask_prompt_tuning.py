@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Base
 from addenda.core.ranges import integer
 from addenda.core.registry import register
-from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Stack
+from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
 from addenda.core.starts import start_problems, start_problems_at, tokens_of_vocabulary, uniform
 
 __all__ = ["MultitaskPromptTuning"]
@@ -88,13 +88,13 @@ class MultitaskPromptTuning(SequenceMethod):
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)
 
-    def build_on(self, stack: Stack) -> MultitaskPromptAdapter:
+    def build_on(self, model: Transformer) -> MultitaskPromptAdapter:
         ids = self.ids if self.start == "text" else ()
-        init = uniform(0.5) if self.start == "random" else tokens_of_vocabulary(stack, ids)
+        init = uniform(0.5) if self.start == "random" else tokens_of_vocabulary(model, ids)
         return MultitaskPromptAdapter(
-            stack.parameter(self.tokens, stack.width, init=init),
-            stack.parameter(self.tasks, self.tokens, self.rank, init=1.0),
-            stack.parameter(self.tasks, self.rank, stack.width, init=1 / self.rank),
+            model.parameter(self.tokens, model.width, init=init),
+            model.parameter(self.tasks, self.tokens, self.rank, init=1.0),
+            model.parameter(self.tasks, self.rank, model.width, init=1 / self.rank),
             task=self.task,
         )
 

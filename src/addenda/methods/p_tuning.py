@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from addenda.core.ranges import integer
 from addenda.core.registry import register
-from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Stack
+from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
 from addenda.core.starts import tokens_of_vocabulary, uniform
 
 __all__ = ["PTuning"]
@@ -81,22 +81,22 @@ class PTuning(SequenceMethod):
             found.append(f"encoder must be one of {', '.join(_ENCODERS)}, got {self.encoder!r}")
         return found
 
-    def build_on(self, stack: Stack) -> PTuningAdapter:
-        hidden, width = self.hidden or stack.width, stack.width
-        E = stack.parameter(self.tokens, width, init=tokens_of_vocabulary(stack, ()))
+    def build_on(self, model: Transformer) -> PTuningAdapter:
+        hidden, width = self.hidden or model.width, model.width
+        E = model.parameter(self.tokens, width, init=tokens_of_vocabulary(model, ()))
         if self.encoder == "mlp":
-            return PTuningAdapter(E, _layers(stack, [width, hidden, hidden, width]))
+            return PTuningAdapter(E, _layers(model, [width, hidden, hidden, width]))
         gates = 4 * hidden
         shapes = [(gates, width), (gates, hidden), (gates,), (gates,)] * 2
-        lstm = [stack.parameter(*shape, init=uniform(hidden**-0.5)) for shape in shapes]
-        return PTuningAdapter(E, _layers(stack, [2 * hidden, 2 * hidden, width]), lstm)
+        lstm = [model.parameter(*shape, init=uniform(hidden**-0.5)) for shape in shapes]
+        return PTuningAdapter(E, _layers(model, [2 * hidden, 2 * hidden, width]), lstm)
 
 
-def _layers(stack: Stack, widths: Sequence[int]) -> list[nn.Parameter]:
+def _layers(model: Transformer, widths: Sequence[int]) -> list[nn.Parameter]:
     """Weight and bias in turn, of layers from each width to the next."""
     made = []
     for d_in, d_out in itertools.pairwise(widths):
-        made += [stack.parameter(d_out, d_in, init=uniform(d_in**-0.5)), stack.parameter(d_out)]
+        made += [model.parameter(d_out, d_in, init=uniform(d_in**-0.5)), model.parameter(d_out)]
     return made
 
 

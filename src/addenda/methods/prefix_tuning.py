@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from addenda.core.contract import Base
 from addenda.core.ranges import integer
 from addenda.core.registry import register
-from addenda.core.sequence import PrefixAdapter, SequenceMethod, Stack
+from addenda.core.sequence import PrefixAdapter, SequenceMethod, Transformer
 from addenda.core.starts import (
     start_problems,
     start_problems_at,
@@ -97,17 +97,17 @@ class PrefixTuning(SequenceMethod):
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)
 
-    def build_on(self, stack: Stack) -> PrefixTuningAdapter:
+    def build_on(self, model: Transformer) -> PrefixTuningAdapter:
         ids = self.ids if self.start == "text" else ()
-        random, shape = uniform(0.5), stack.states
+        random, shape = uniform(0.5), model.states
         if not self.projection:
-            init = random if self.start == "random" else states_of_tokens(stack, ids)
-            return PrefixTuningAdapter(shape, stack.parameter(self.tokens, shape.numel(), init=init))
-        init = random if self.start == "random" else tokens_of_vocabulary(stack, ids)
-        E = stack.parameter(self.tokens, stack.width, init=init)
-        W1 = stack.parameter(self.projection, stack.width, init=uniform(stack.width**-0.5))
-        W2 = stack.parameter(shape.numel(), self.projection, init=uniform(self.projection**-0.5))
-        layers = [W1, stack.parameter(len(W1)), W2, stack.parameter(len(W2))]
+            init = random if self.start == "random" else states_of_tokens(model, ids)
+            return PrefixTuningAdapter(shape, model.parameter(self.tokens, shape.numel(), init=init))
+        init = random if self.start == "random" else tokens_of_vocabulary(model, ids)
+        E = model.parameter(self.tokens, model.width, init=init)
+        W1 = model.parameter(self.projection, model.width, init=uniform(model.width**-0.5))
+        W2 = model.parameter(shape.numel(), self.projection, init=uniform(self.projection**-0.5))
+        layers = [W1, model.parameter(len(W1)), W2, model.parameter(len(W2))]
         return PrefixTuningAdapter(shape, E, layers)
 
 

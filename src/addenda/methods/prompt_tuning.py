@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Base
 from addenda.core.ranges import integer
 from addenda.core.registry import register
-from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Stack
+from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
 from addenda.core.starts import start_problems, start_problems_at, tokens_of_vocabulary, uniform
 
 __all__ = ["PromptTuning"]
@@ -77,10 +77,10 @@ class PromptTuning(SequenceMethod):
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)
 
-    def build_on(self, stack: Stack) -> PromptTuningAdapter:
+    def build_on(self, model: Transformer) -> PromptTuningAdapter:
         ids = self.ids if self.start == "text" else ()
-        init = uniform(0.5) if self.start == "random" else tokens_of_vocabulary(stack, ids)
-        return PromptTuningAdapter(stack.parameter(self.tokens, stack.width, init=init))
+        init = uniform(0.5) if self.start == "random" else tokens_of_vocabulary(model, ids)
+        return PromptTuningAdapter(model.parameter(self.tokens, model.width, init=init))
 
 
 class PromptTuningAdapter(PromptAdapter):

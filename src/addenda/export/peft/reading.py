@@ -206,7 +206,9 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
     for path, (adapter, layer) in adapters.items():
-        form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)})
+        form.fill(
+            adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)}
+        )
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.prefix_cache import PrefixCache, cached_blocks
-from addenda.core.sequence import Attention, Inputs, Stack
+from addenda.core.sequence import Attention, Inputs, Transformer
 from addenda.core.views import LayerView
 from addenda.errors import MethodError
 
-__all__ = ["AttentionView", "StackView", "is_attention", "is_stack"]
+__all__ = ["AttentionView", "TransformerView", "is_attention", "is_transformer"]
 
 
-def is_stack(module: nn.Module) -> bool:
+def is_transformer(module: nn.Module) -> bool:
     """Whether a module takes token ids or embeddings and gives hidden states, without a head on top."""
     config = getattr(module, "config", None)
     if (
@@ -105,10 +105,10 @@ class _CalledView(LayerView):
         )
 
 
-class StackView(_CalledView, Stack):
-    """The stack of a transformers model."""
+class TransformerView(_CalledView, Transformer):
+    """The transformer of a transformers model."""
 
-    kind = "stack"
+    kind = "transformer"
 
     def __call__(self, x: Any) -> Any:
         lent = isinstance(x.given.get("past_key_values"), PrefixCache)
