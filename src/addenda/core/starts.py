@@ -23,8 +23,8 @@ __all__ = [
 STARTS = ("vocabulary", "text", "random")
 
 
-def start_problems(start: object, ids: Sequence[object]) -> list[str]:
-    """Check a choice of start and the tokens of its text.
+def start_problems(start: object, ids: Sequence[object], text: object = "") -> list[str]:
+    """Check a choice of start and the text to start from.
 
     Example:
         >>> start_problems("words", ())
@@ -33,6 +33,10 @@ def start_problems(start: object, ids: Sequence[object]) -> list[str]:
     found = [] if start in STARTS else [f"start must be one of {', '.join(STARTS)}, got {start!r}"]
     if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in ids):
         found.append(f"ids must be a list of whole numbers >= 0, got {ids!r}")
+    if not isinstance(text, str):
+        found.append(f"text must be a text, got {text!r}")
+    if (ids or text) and start != "text":
+        found.append("a text or its ids are started from with start = 'text' only")
     return found
 
 
@@ -92,4 +96,5 @@ def uniform(bound: float) -> Initializer:
 
 def _chosen(model: Transformer, ids: Sequence[int], count: int, generator: torch.Generator) -> Tensor:
     drawn = torch.tensor(ids) if ids else torch.randperm(model.vocabulary, generator=generator)
-    return drawn.repeat(-(-count // len(drawn)))[:count].to(model.device)
+    # A plan has refused tokens that the vocabulary does not hold; a miniature of the base may hold fewer.
+    return (drawn.repeat(-(-count // len(drawn)))[:count] % model.vocabulary).to(model.device)

@@ -79,7 +79,7 @@ class Cartridge(SequenceMethod):
         found = integer("tokens", self.tokens) + integer("frozen", self.frozen, least=0)
         if not found and self.frozen >= self.tokens:
             found.append(f"frozen must be less than tokens = {self.tokens}, got {self.frozen}")
-        return found + start_problems(self.start, self.ids)
+        return found + start_problems(self.start, self.ids, self.text)
 
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)

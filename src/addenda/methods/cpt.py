@@ -77,7 +77,7 @@ class CPT(SequenceMethod):
     """How far that of a token of the format may move."""
 
     def problems(self) -> list[str]:
-        found = start_problems("text", self.ids) + number("epsilon", self.epsilon, above=0.0)
+        found = start_problems("text", self.ids, self.text) + number("epsilon", self.epsilon, above=0.0)
         found += number("format_epsilon", self.format_epsilon, above=0.0)
         if self.roles and self.ids and len(self.roles) != len(self.ids):
             found.append(

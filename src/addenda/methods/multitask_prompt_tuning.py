@@ -83,7 +83,7 @@ class MultitaskPromptTuning(SequenceMethod):
         found += integer("task", self.task, least=0)
         if not found and self.task >= self.tasks:
             found.append(f"task must be less than tasks = {self.tasks}, got {self.task}")
-        return found + start_problems(self.start, self.ids)
+        return found + start_problems(self.start, self.ids, self.text)
 
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)

@@ -92,7 +92,7 @@ class PrefixTuning(SequenceMethod):
 
     def problems(self) -> list[str]:
         found = integer("tokens", self.tokens) + integer("projection", self.projection, least=0)
-        return found + start_problems(self.start, self.ids)
+        return found + start_problems(self.start, self.ids, self.text)
 
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)

@@ -72,7 +72,7 @@ class PromptTuning(SequenceMethod):
     """Tokens of the text to start from."""
 
     def problems(self) -> list[str]:
-        return integer("tokens", self.tokens) + start_problems(self.start, self.ids)
+        return integer("tokens", self.tokens) + start_problems(self.start, self.ids, self.text)
 
     def problems_at(self, base: Base) -> list[str]:
         return start_problems_at(self.start, self.ids, base)
