@@ -331,6 +331,10 @@ class Method(ABC):
         """Return what is wrong with the settings for these layers taken together, one short sentence each."""
         return []
 
+    def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
+        """Return the method with the tokens of the texts that its settings hold, or as it is where they hold none."""
+        return self
+
     def layer_kinds(self) -> tuple[str, ...]:
         """Return the layer kinds these settings can adapt."""
         return self.kinds

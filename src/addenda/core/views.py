@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -44,6 +45,15 @@ class LayerView(Base):
         self.original: Any = getattr(type(module), "original_class", type(module))
         self.args: tuple[object, ...] = ()
         self.kwargs: dict[str, object] = {}
+
+    def received(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, LayerView]:
+        """Return a call's input, and the layer as it is called with everything else that was given."""
+        x, *rest = args if args else (kwargs.pop(self.input_name),)
+        if not rest and not kwargs:
+            return x, self
+        bound = copy.copy(self)
+        bound.args, bound.kwargs = tuple(rest), kwargs
+        return x, bound
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)

@@ -19,6 +19,7 @@ from addenda.recipe.bases import load_causal
 from addenda.recipe.observing import observe_base, settle_method
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
+from addenda.templates import tokens_of
 from addenda.train import Device, Event, Precision, choose_device, choose_precision
 from addenda.train.forecast import token_budgets
 from addenda.train.offload import require_offloadable
@@ -127,6 +128,7 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
             recipe, rows.base, row_sizes(rows.train), row_sizes(rows.heldout), on_progress=on_event
         )
     base = load_causal(recipe.base, number_format(recipe.base).dtype, on_progress=on_event, weightless=True)
+    recipe = _with_tokens(recipe, base)
     return recipe, choose_setup(recipe, base, on_progress=on_event)
 
 
@@ -162,6 +164,7 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
         recipe = recipe.derive("base.device", str(device.device), device.reason)
     precision = _same_precision(number_format(recipe.base), parallel)
     base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
+    recipe = _with_tokens(recipe, base)
     encoder = encoder_for(base, recipe.data)
     if recipe.data.max_tokens is None:
         reason = f"the base's context is {base.context_length:,} tokens, and {LONGEST_ROW:,} are enough"
@@ -169,6 +172,16 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
     train_rows = _encode(parts.train, encoder, "training", on_event)
     heldout_rows = _encode(parts.heldout, encoder, "held-out", on_event)
     return recipe, _Rows(dataset, parts, train_rows, heldout_rows, base, precision)
+
+
+def _with_tokens(recipe: Recipe, base: LoadedBase) -> Recipe:
+    """Give the method the tokens of the texts that its settings hold."""
+    before = recipe.method.settings()
+    method = recipe.method.with_tokens(lambda text: tokens_of(base.tokenizer).encode([text])[0].ids)
+    for key in before:
+        if (value := getattr(method, key)) != getattr(recipe.method, key):
+            recipe = recipe.derive(f"method.{key}", value, "tokens of method.text")
+    return recipe
 
 
 def _settle(
