@@ -118,6 +118,16 @@ class Base(ABC):
         return 1
 
     @property
+    def kernel_volume(self) -> int:
+        """How many positions of the input an output position reads: more than 1 for convolutions alone."""
+        return 1 if self.channels_in is None else self.d_in * self.groups // self.channels_in
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the weight maps the features in the input's last dimension to those in the output's, W x."""
+        return False
+
+    @property
     @abstractmethod
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""

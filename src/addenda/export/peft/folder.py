@@ -137,13 +137,14 @@ def write_peft(
     form = _require_expressible(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths),
         "inference_mode": True,
         "modules_to_save": None,
         "revision": revision,
         "target_modules": _targets(handle.model, handle.paths),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
+    if any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths):
+        config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
     config.update(form.settings(handle), peft_type=form.peft_type)
     config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)
