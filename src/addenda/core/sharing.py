@@ -131,26 +131,26 @@ def terms_input_grad(
 
 
 def terms_factor_grads(
-    grads: Sequence[Tensor | None], inner: Tensor, rows: Tensor, h: Tensor, terms: Sequence[Term]
+    grads: Sequence[Tensor | None], inner: Tensor, rows: Tensor | None, h: Tensor, terms: Sequence[Term]
 ) -> list[Tensor | None]:
     """Return the gradients of A and B of each term in turn, None where a term has none.
 
     Args:
         grads: as for `terms_input_grad`, which gave
         inner: (n, sum of ranks).
-        rows: the input, (n, d_in).
+        rows: the input, (n, d_in); None where no A is trained.
         h: the stacked A x, (n, sum of ranks).
         terms: the terms.
     """
-    grad_A = inner.t() @ rows if inner.shape[1] else None
+    grad_A = None if rows is None else inner.t() @ rows
     factors: list[Tensor | None] = []
     for g, term, span in zip(grads, terms, _spans(terms), strict=True):
-        if term.A is None or term.B is None or g is None or grad_A is None:
+        if term.A is None or term.B is None or g is None:
             factors += [None, None]
             continue
         # With the long operand on the right the product runs up to twice as fast as the other way round.
         grad_B = (h[:, span].t() @ g).t().to(term.B.dtype).mul_(term.scaling)
-        factors += [grad_A[span].to(term.A.dtype), grad_B]
+        factors += [None if grad_A is None else grad_A[span].to(term.A.dtype), grad_B]
     return factors
 
 
@@ -188,8 +188,8 @@ class _SharedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, terms: tuple[Term, ...], keep: Remade, *factors: Any) -> Any:
         outputs, h = terms_forward(x.reshape(-1, x.shape[-1]), terms)
-        # Without an adapter nothing of the input is needed again.
-        ctx.save_for_backward(h, *(keep.tensors if h.shape[1] else ()))
+        # Without an A to train nothing of the input is needed again.
+        ctx.save_for_backward(h, *(keep.tensors if any(ctx.needs_input_grad[3::2]) else ()))
         ctx.terms, ctx.make, ctx.shape = terms, keep.make, x.shape
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -199,8 +199,6 @@ class _SharedLinear(torch.autograd.Function):
         h, *ingredients = ctx.saved_tensors
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
         dx, inner = terms_input_grad(flat, ctx.terms, wanted=ctx.needs_input_grad[0])
-        factors: list[Tensor | None] = [None] * (2 * len(ctx.terms))
-        if ingredients:
-            rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1])
-            factors = terms_factor_grads(flat, inner, rows, h, ctx.terms)
+        rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1]) if ingredients else None
+        factors = terms_factor_grads(flat, inner, rows, h, ctx.terms)
         return (None if dx is None else dx.view(ctx.shape)), None, None, *factors

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
 
-__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_named", "forms"]
+__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_of", "forms"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -45,6 +45,11 @@ class Form(ABC):
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that all layers share, after ``base_model.``."""
 
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of `peft_type` is of this form; several methods may go by one name there."""
+        return True
+
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
         """Return the adapter's settings under PEFT's keys."""
@@ -70,7 +75,7 @@ class Form(ABC):
         return {}
 
     def problems(self, handle: Handle) -> list[str]:
-        """Return why PEFT has no form for this adapter, though it has one for the method."""
+        """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
@@ -104,6 +109,7 @@ def form_for(method: Method) -> Form | None:
     return found if found is not None and isinstance(method, found.method) else None
 
 
-def form_named(peft_type: object) -> Form | None:
-    """Return the form of PEFT's name, or None."""
-    return next((found for found in forms().values() if found.peft_type == peft_type), None)
+def form_of(config: Mapping[str, Any]) -> Form | None:
+    """Return the form of a configuration of PEFT's, or None."""
+    named = (found for found in forms().values() if found.peft_type == config.get("peft_type"))
+    return next((found for found in named if found.claims(config)), None)
