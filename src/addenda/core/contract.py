@@ -171,6 +171,14 @@ class Base(ABC):
         that, else None."""
         return None
 
+    def mapped(self, rows: Tensor) -> Tensor:
+        """Return rows W^T, (n, d_out), for rows (n, d_in): the frozen weight's product without a bias; no gradient.
+
+        Cheaper than :meth:`weight` where that has to be unpacked. In the layer's dtype.
+        """
+        with torch.no_grad():
+            return rows.to(self.dtype) @ self.weight().t()
+
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
         return x

@@ -211,3 +211,9 @@ class CompressedView(LinearView):
         own = itertools.chain(self.module.parameters(recurse=False), self.module.buffers(recurse=False))
         first: Tensor = next(own)
         return first.device
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.original.forward(self.module, rows.to(self.dtype))
+            bias = self.bias()
+            return y if bias is None else y - bias.to(y.dtype)

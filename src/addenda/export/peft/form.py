@@ -24,7 +24,7 @@ __all__ = [
     "Form",
     "form",
     "form_for",
-    "form_named",
+    "form_of",
     "forms",
     "layers_of",
 ]
@@ -61,6 +61,11 @@ class Form(ABC):
     """Which of all these names stand for whole numbers."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of `peft_type` is of this form; several methods may go by one name there."""
+        return True
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -101,7 +106,7 @@ class Form(ABC):
         return dict(config), dict(tensors)
 
     def problems(self, handle: Handle) -> list[str]:
-        """Return why PEFT has no form for this adapter, though it has one for the method."""
+        """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
@@ -142,6 +147,7 @@ def form_for(method: Method) -> Form | None:
     return found if found is not None and isinstance(method, found.method) else None
 
 
-def form_named(peft_type: object) -> Form | None:
-    """Return the form of PEFT's name, or None."""
-    return next((found for found in forms().values() if found.peft_type == peft_type), None)
+def form_of(config: Mapping[str, Any]) -> Form | None:
+    """Return the form of a configuration of PEFT's, or None."""
+    named = (found for found in forms().values() if found.peft_type == config.get("peft_type"))
+    return next((found for found in named if found.claims(config)), None)

@@ -21,7 +21,7 @@ from addenda.core.layers import kind_of, view_of
 from addenda.core.planning import require_possible
 from addenda.core.targets import exact, matches
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
-from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_named, forms
+from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_of, forms
 
 __all__ = ["import_peft", "read_config", "view_at"]
 
@@ -39,6 +39,7 @@ _HARMLESS = (
     "task_type",
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
+_BASE_LAYER = ".base_layer."
 _NOTHING = ("bias = 'none'",)
 """Values that say that nothing is used."""
 
@@ -60,7 +61,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     source = Path(folder)
     config = read_config(source)
     form = _form(config, source)
-    config, tensors = form.apart(model, config, _read_tensors(source, form))
+    config, tensors = form.apart(model, config, _without_base(model, _read_tensors(source, form), source))
     paths = _paths(form, tensors, source)
     method = form.read_settings(config, paths, tensors)
     _require_same_targets(model, config, paths, source)
@@ -145,11 +146,28 @@ def _read_tensors(source: Path, form: Form) -> dict[str, Tensor]:
     return tensors
 
 
+def _without_base(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Leave out weights of the base, which PEFT writes beside an adapted embedding; they must be this base's."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    names = {
+        key: key.removeprefix(PREFIX).replace(_BASE_LAYER, ".") for key in tensors if key.startswith(PREFIX)
+    }
+    held = {key: own[name] for key, name in names.items() if name in own}
+    other = [key for key, value in held.items() if not _same(tensors[key], value.detach())]
+    if other:
+        raise _unfit(f"'{other[0]}' is a weight of the base, and not this base's", source)
+    return {key: value for key, value in tensors.items() if key not in held}
+
+
+def _same(saved: Tensor, own: Tensor) -> bool:
+    return saved.shape == own.shape and torch.equal(saved.to(own.dtype), own.cpu())
+
+
 def _form(config: Mapping[str, Any], source: Path) -> Form:
     """Return the form of the configuration, all of whose settings have a counterpart here."""
-    found = form_named(config.get("peft_type"))
+    found = form_of(config)
     if found is None:
-        known = ", ".join(form.peft_type for form in forms().values())
+        known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
         raise _unfit(f"peft_type {config.get('peft_type')!r} is not read; {known} are", source)
     known_keys = {*found.reads, *found.harmless, *_HARMLESS}
     used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_keys]
@@ -218,6 +236,8 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
     for path, (adapter, layer) in adapters.items():
         names = form.tensors(adapter, layer)
         form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in names})
+    if problems := form.problems(handle):
+        raise _unfit("; ".join(problems), source)
 
 
 def view_at(handle: Handle, path: str) -> Base:
