@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.whole import is_whole, whole_adapter
 
 __all__ = ["build_adapters"]
 
@@ -13,13 +14,20 @@ COMMON = "common"
 
 
 def build_adapters(method: Method, bases: Mapping[str, Base]) -> dict[str, Adapter]:
-    """Return an adapter for each layer, by path; all hold the same module as ``common``, where the method has one."""
-    layers = list(bases.values())
+    """Return an adapter for each layer, by path.
+
+    The method's own all hold the same module as ``common``, where it has one; those of layers that are trained whole
+    hold none.
+    """
+    own = {path: base for path, base in bases.items() if not is_whole(method, path)}
+    layers = list(own.values())
     shared = method.build_common(layers, layers[0].source(COMMON)) if layers else None
     for base in layers:
         base.common = shared
-    adapters = {path: method.build(base) for path, base in bases.items()}
+    adapters = {
+        path: method.build(base) if path in own else whole_adapter(base) for path, base in bases.items()
+    }
     if shared is not None:
-        for adapter in adapters.values():
-            adapter.common = shared
+        for path in own:
+            adapters[path].common = shared
     return adapters

@@ -11,11 +11,13 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from addenda.core.prompts import Prompts
+from addenda.core.ranges import suffixes
 from addenda.errors import ConfigError, MethodError, nearest
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
@@ -42,12 +44,15 @@ class ParameterSource:
         """Make a tensor that is trained."""
         return nn.Parameter(self.constant(*shape, init=init))
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
-        """Make a tensor that is not trained, for ``register_buffer``."""
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Make a tensor that is not trained, for ``register_buffer``; of whole numbers where ``dtype`` says so."""
         self._drawn += 1
+        kind = dtype or self.dtype
         if self.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        value = torch.zeros(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=kind, device=self.device)
+        value = torch.zeros(shape, dtype=kind)
         if not self._initialize:  # saved values will be written over it
             return value.to(self.device)
         if callable(init):
@@ -146,6 +151,21 @@ class Base(ABC):
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
 
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return what the layer gives for ``x`` with ``weight`` (d_out, d_in) and ``bias`` (d_out,) added to its own.
+
+        They may be wider than the layer's dtype: the sum is rounded once. Give no bias where the layer has none.
+        """
+        return self(x) + self.apply(x, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def tied_to(self, other: Base) -> bool:
+        """Whether both layers hold one and the same weight."""
+        return self is other
+
+    def prompts(self, y: Tensor) -> Prompts:
+        """Return where the prompts lie in the layer's output ``y``, (rows, tokens, features); each row, if unknown."""
+        return Prompts.of_rows(torch.ones(y.shape[:2], dtype=torch.bool, device=y.device))
+
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
         return x
@@ -171,9 +191,11 @@ class Base(ABC):
         """
         return self.source().parameter(*shape, init=init)
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Make a tensor likewise that is kept beside the parameters and not trained, for ``register_buffer``."""
-        return self.source().constant(*shape, init=init)
+        return self.source().constant(*shape, init=init, dtype=dtype)
 
     def source(self, label: str | None = None) -> ParameterSource:
         """Return what makes the adapter's tensors on this layer, or with a label a new one of its own."""
@@ -206,8 +228,14 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
-    common: nn.Module | None = None
+    may_rest: bool = False
+    """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
+    common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common = None  # of the object: a class's attribute would hide the module
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
@@ -252,8 +280,11 @@ class Method(ABC):
     exceptions: ClassVar[Mapping[str, str]] = {}
     """Conformance properties it does not have, each with the reason."""
 
+    whole: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    """Literal suffixes of layers, or of modules full of them, that are trained whole instead, such as a head."""
+
     def __post_init__(self) -> None:
-        found = self.problems()
+        found = suffixes("whole", self.whole) + self.problems()
         if found:
             raise ConfigError(
                 "; ".join(found), where={"method": self.name or type(self).__name__}, hint=self._hint()
@@ -324,7 +355,8 @@ class Method(ABC):
                 where={"settings": " ".join(known)},
                 hint=f"did you mean '{close[0]}'?" if close else "remove them, or see 'addenda methods'",
             )
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
 
     def _hint(self) -> str:
         return f"see 'addenda methods {self.name}' for the range of each setting"

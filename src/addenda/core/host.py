@@ -92,6 +92,12 @@ class _Stacked:
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
 
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        bare = self._base
+        while isinstance(bare, _Stacked):
+            bare = bare._base
+        return self(x) + (bare.add_weight(x, weight, bias) - bare(x))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 

@@ -81,6 +81,36 @@ class LayerView(Base):
     def bias(self) -> Tensor | None:
         return self.module.bias.detach() if self.has_bias else None
 
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (
+            not self.writable or self.module._parameters.get("weight") is None
+        ):  # packed, or computed from others
+            return super().add_weight(x, weight, bias)
+        total = (self.weight() + weight).to(self.dtype)
+        own = self.bias()
+        if bias is not None:
+            own = (bias if own is None else own + bias).to(self.dtype)
+        plain = self.original.forward in _PLAIN_FORWARDS
+        return self.apply(x, total, own) if plain else self.as_if(x, total, own)
+
+    def tied_to(self, other: Base) -> bool:
+        held = self.module._parameters.get("weight")
+        return (
+            held is not None
+            and isinstance(other, LayerView)
+            and other.module._parameters.get("weight") is held
+        )
+
+    def as_if(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Run the layer's own forward as if it held this (d_out, d_in) weight and this bias."""
+        held = {**self.module._parameters, "weight": self.from_matrix(weight)}
+        if "bias" in held:
+            held["bias"] = bias
+        twin = object.__new__(self.original)
+        vars(twin).update(vars(self.module), _parameters=held)
+        y: Tensor = self.original.forward(twin, x, *self.args, **self.kwargs)
+        return y
+
     def problems(self) -> list[str]:
         """Return why no adapter can be trained on the layer, one short sentence each."""
         return []

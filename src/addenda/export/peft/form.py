@@ -40,8 +40,14 @@ class Form(ABC):
     """Keys of the configuration that `read_settings` takes into account."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """Those of `names` whose tensors hold whole numbers."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Those of `names` that a file may lack; `fill` then makes up for them."""
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that all layers share, after ``base_model.``."""
 
@@ -68,6 +74,10 @@ class Form(ABC):
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
+
+    def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Return layers that PEFT adapts along with these, though neither settings nor tensors name them."""
+        return []
 
     def problems(self, handle: Handle) -> list[str]:
         """Return why PEFT has no form for this adapter, though it has one for the method."""
