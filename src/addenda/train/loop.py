@@ -199,7 +199,9 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             recompute = session.recompute(len(batch.input_ids))
             with session.arena.serving():
                 with session.offloading():
-                    hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
+                    hidden = session.packed.hidden(
+                        batch.input_ids, batch.lengths, prompts=batch.prompts, recompute=recompute
+                    )
                 # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
                 part = packed_loss(
                     session.packed, hidden, batch.predict_from, batch.targets, denominator=trained
@@ -212,7 +214,9 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             continue
 
         parallel.add_gradients(parameters)
-        if (penalty := handle.penalty()) is not None:  # every process adds it whole, after the sum over processes
+        if (
+            penalty := handle.penalty()
+        ) is not None:  # every process adds it whole, after the sum over processes
             penalty.backward()
         [loss] = parallel.total(loss)
         norm = clip(parameters, config.clip_norm)
