@@ -22,7 +22,7 @@ from addenda.bases.fast.padding import fill_of
 from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
-from addenda.core.host import host_of
+from addenda.core.host import host_of, running_on
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -180,7 +180,7 @@ def _states_of(decoder: nn.Module, input_ids: Tensor, **arguments: Any) -> Tenso
 
 def _acts_on_prompts(model: nn.Module) -> bool:
     hosts = (host for module in model.modules() if (host := host_of(module)) is not None)
-    return any(host._addenda.active and host._addenda.view.kind == "transformer-block" for host in hosts)
+    return any(running_on(host) and host._addenda.view.kind == "transformer-block" for host in hosts)
 
 
 def _logits_of(model: nn.Module, input_ids: Tensor, **arguments: Any) -> Tensor:

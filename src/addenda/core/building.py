@@ -27,7 +27,6 @@ def build_adapters(method: Method, bases: Mapping[str, Base]) -> dict[str, Adapt
     adapters = {
         path: method.build(base) if path in own else whole_adapter(base) for path, base in bases.items()
     }
-    if shared is not None:
-        for path in own:
-            adapters[path].common = shared
+    for path in own:
+        adapters[path].common = shared
     return adapters

@@ -309,7 +309,9 @@ class Method(ABC):
         """Return a scalar whose gradient joins that of the loss in each step, given the adapters by path; or None."""
         return None
 
-    def after_update(self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int) -> None:
+    def after_update(  # noqa: B027  (most methods have nothing to do here)
+        self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int
+    ) -> None:
         """Change the adapters after optimiser step ``step``, counted from 1; the step's gradients are still there.
 
         What it has to remember lies in buffers of the adapters, so that a resumed run goes on with the same bits.

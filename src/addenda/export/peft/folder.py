@@ -170,16 +170,12 @@ def _require_expressible(handle: Handle) -> Form:
     kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.own().paths}
     other = [path for path, kind in kinds.items() if not (kind and kind.among(form.kinds))]
     if other:
-        only = (
-            "linear layers are"
-            if form.kinds == Form.kinds
-            else f"layers of these kinds are: {', '.join(form.kinds)};"
-        )
+        linear = form.kinds == Form.kinds
+        kinds_in_words = "linear" if linear else f"of these kinds: {', '.join(form.kinds)}"
         raise ExportError(
-            f"{len(other)} adapted layers are not {'linear' if form.kinds == Form.kinds else 'of a kind that PEFT has a form for'}, "
-            f"first '{other[0]}'",
+            f"{len(other)} adapted layers are not {kinds_in_words}, first '{other[0]}'",
             where={"kind": _kind(handle, other[0])},
-            hint=f"only {only} written for PEFT; '--to merged' keeps all of them",
+            hint="only such layers are written for PEFT; '--to merged' keeps all of them",
         )
     problems = form.problems(handle.own())
     if "modules_to_save" in form.unknown and _whole(handle):
