@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core.changed import changed_linear
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
 from addenda.memory.arena import product
@@ -86,12 +87,16 @@ class LayerView(Base):
             not self.writable or self.module._parameters.get("weight") is None
         ):  # packed, or computed from others
             return super().add_weight(x, weight, bias)
-        total = (self.weight() + weight).to(self.dtype)
         own = self.bias()
         if bias is not None:
             own = (bias if own is None else own + bias).to(self.dtype)
+        return self.changed(x, weight, own)
+
+    def changed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer as if ``weight`` were added to its own, and with this bias."""
+        total = (self.weight() + weight).to(self.dtype)
         plain = self.original.forward in _PLAIN_FORWARDS
-        return self.apply(x, total, own) if plain else self.as_if(x, total, own)
+        return self.apply(x, total, bias) if plain else self.as_if(x, total, bias)
 
     def tied_to(self, other: Base) -> bool:
         held = self.module._parameters.get("weight")
@@ -191,6 +196,9 @@ class LinearView(LayerView):
         if self.fusible(x):
             return low_rank_linear(x, A, B, scaling=scaling, base=self)
         return super().add_low_rank(x, A, B, scaling)
+
+    def changed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return changed_linear(x, weight, bias, self) if self.fusible(x) else super().changed(x, weight, bias)
 
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""

@@ -29,8 +29,8 @@ class Full(Method):
     Args:
         biases: change the biases too, where a layer has them.
 
-    Cost: the sum W + D is formed in each forward and kept for the backward, but for embeddings, whose rows are added
-    after they are looked up; gradient and optimizer state are as large as the layer.
+    Cost: the sum W + D is formed in each forward and backward, but for embeddings, whose rows are added after they
+    are looked up; gradient and optimizer state are as large as the layer.
 
     Use it when: a head or an embedding has to be learnt anew and the layers below are left alone. To train one along
     with another method, set that method's ``whole``: ``LoRA(whole=("lm_head",))``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Initializer, Method
 from addenda.core.ranges import integer
 from addenda.core.registry import register
+from addenda.core.remaking import remakable
 
 __all__ = ["SHiRA", "SparseAdapter", "chosen", "sparse_adapter", "sparse_problems"]
 
@@ -33,9 +35,9 @@ class SHiRA(Method):
         rank: sets how many numbers are trained, >= 1; at most d_in * d_out of them.
         mask: ``random`` places, or those of the largest numbers of the weight by ``magnitude``.
 
-    Cost: W + S is formed in each forward and kept for the backward, one dense copy of the weight per layer; the
-    gradient of S takes the product that the gradient of W takes. Slower than LoRA in training; merged, it costs
-    nothing. An adapter is small on disk, and switching it rewrites few numbers.
+    Cost: W + S is formed in each forward and each backward of a linear layer and not kept (other kinds of layers keep
+    it); the gradient of S takes the product that the gradient of W takes. Slower than LoRA in training; merged, it
+    costs nothing.
 
     Use it when: several adapters have to be switched or added up on one merged model and should disturb each other
     and the base little.
@@ -124,12 +126,17 @@ class SparseAdapter(Adapter):
         self.register_buffer("places", places)
 
     def sparse(self) -> Tensor:
-        """Return S as a dense (d_out, d_in) matrix."""
-        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.scatter_add(0, self.places.long(), self.values).view(self.shape)
+        """Return S as a dense (d_out, d_in) matrix, which need not be kept for the backward."""
+        make = functools.partial(_dense, shape=self.shape)
+        dense = make(self.values, self.places)
+        return dense if torch.compiler.is_compiling() else remakable(dense, make, self.values, self.places)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         return base.add_weight(x, self.sparse())
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.sparse().to(weight.dtype), bias
+
+
+def _dense(values: Tensor, places: Tensor, *, shape: tuple[int, int]) -> Tensor:
+    return values.new_zeros(shape).view(-1).scatter_add(0, places.long(), values).view(shape)

@@ -40,8 +40,8 @@ class SuperTuning(Method):
         alpha: numerator of its scaling, > 0. None means 2 * rank.
         dropout: probability of zeroing an input feature of A during training, in [0, 1).
 
-    Cost: as SHiRA's: W + S is formed in each forward and kept for the backward, and S takes the product that a
-    gradient of W takes. The low-rank part costs what LoRA costs.
+    Cost: as SHiRA's: W + S is formed in each forward and backward, and S takes the product that a gradient of W
+    takes. The low-rank part costs what LoRA costs.
 
     Use it when: an update by a share of the weight is wanted and no calibration data; which end of the magnitudes
     serves better depends on model and task, as PEFT reports of the paper.
