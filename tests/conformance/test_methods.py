@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import addenda
@@ -107,8 +108,21 @@ def _embedding() -> tuple[nn.Module, Tensor]:
     return Small(nn.Embedding(30, 24), nn.Identity(), 24), torch.randint(30, (4, 7))
 
 
+def _norm(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model = nn.Sequential()
+    model.add_module("layer", layer)
+    return model, torch.randn(*shape)
+
+
 def _block() -> tuple[nn.Module, Tensor]:
     return Small(FeedForward(24, 40), nn.Identity(), 24), torch.randn(4, 5, 24)
+
+
+def _transformer_block() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True)
+    return Small(layer, nn.Identity(), 24), torch.randn(4, 5, 24)
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -123,7 +137,12 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "conv2d-reflect": lambda: _conv(nn.Conv2d(16, 20, 3, padding="same", padding_mode="reflect"), 8, 9),
     "conv3d": lambda: _conv(nn.Conv3d(16, 20, (1, 2, 3)), 4, 5, 6),
     "embedding": _embedding,
+    "layer-norm": lambda: _norm(nn.LayerNorm(24), 4, 5, 24),
+    "rms-norm": lambda: _norm(LlamaRMSNorm(24), 4, 5, 24),
+    "group-norm": lambda: _norm(nn.GroupNorm(4, 16), 2, 16, 8, 9),
+    "batch-norm": lambda: _norm(nn.BatchNorm2d(16).eval(), 2, 16, 8, 9),
     "block": _block,
+    "transformer-block": _transformer_block,
 }
 """Every layer on which every method is tried; the layer is called ``layer``."""
 

@@ -90,7 +90,11 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
         )
     moved = {id(p) for p, g in zip(trained, found, strict=True) if g is not None and bool(g.abs().sum() != 0)}
     silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
-    still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
+    still = [
+        path
+        for path, a in handle.adapters.items()
+        if not a.may_rest and not any(id(p) in moved for p in a.parameters())
+    ]
     _report(handle, silent, [path for path in still if gradients and path not in silent])
     handle.probed = f"all {len(counts)} adapters were called" + " and received a gradient" * gradients
 

@@ -1,4 +1,4 @@
-"""Which layers a target names: literal suffixes at a dot, or every linear layer but the output head.
+"""Which layers a target names: literal suffixes at a dot, every linear layer but the output head, every norm or block.
 
 No regular expressions: a target may come from a file somebody else wrote.
 """
@@ -33,7 +33,10 @@ __all__ = [
 T = TypeVar("T")
 
 Targets = str | Sequence[str]
-"""``"all-linear"``, one literal suffix, or several."""
+"""``"all-linear"``, ``"all-norms"``, ``"all-blocks"``, one literal suffix, or several of these."""
+
+ALL_OF_A_KIND = {"all-norms": "norm", "all-blocks": "transformer-block"}
+"""Targets that name every layer of a kind."""
 
 # Names that well-known models give to the layers with these roles; used only for the defaults of methods.
 KEYS_AND_VALUES = (
@@ -156,11 +159,12 @@ def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict
     chosen: set[str] = set()
     problems: list[str] = []
     for target in wanted:
-        found = (
-            _all_linear(model, layers)
-            if target == "all-linear"
-            else {p for p in layers if any(matches(name, target) for name in (p, *also_called.get(p, ())))}
-        )
+        if target == "all-linear":
+            found = _all_linear(model, layers)
+        elif target in ALL_OF_A_KIND:
+            found = {p for p, (_, kind) in layers.items() if kind.name == ALL_OF_A_KIND[target]}
+        else:
+            found = {p for p in layers if any(matches(name, target) for name in (p, *also_called.get(p, ())))}
         bypassed = sorted(p for p in found if bypass_of(model, p))
         if target == "all-linear":
             found -= set(bypassed)

@@ -53,14 +53,16 @@ class Form(ABC):
     """Keys of the configuration that `read_settings` takes into account."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
-    names: ClassVar[tuple[str, ...]]
-    """What a layer's tensors are called after its path and a dot."""
-    shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
-    whole: ClassVar[tuple[str, ...]] = ()
-    """Which of all these names stand for whole numbers."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    names: ClassVar[tuple[str, ...]]
+    """What a layer's tensors are called after its path and a dot."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """Those of all these names whose tensors hold whole numbers."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Those of `names` that a file may lack; `fill` then makes up for them."""
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -104,6 +106,10 @@ class Form(ABC):
             tensors: the file's tensors under their whole names.
         """
         return dict(config), dict(tensors)
+
+    def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Return layers that PEFT adapts along with these, though neither settings nor tensors name them."""
+        return []
 
     def problems(self, handle: Handle) -> list[str]:
         """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
