@@ -39,6 +39,8 @@ _HARMLESS = (
     "task_type",
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
+_PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern")
+"""Keys under which values stand by names of layers."""
 _NOTHING = ("bias = 'none'",)
 """Values that say that nothing is used."""
 
@@ -113,7 +115,7 @@ def read_config(source: Path) -> dict[str, Any]:
 def _require_safe(config: Mapping[str, Any], source: Path) -> None:
     patterns = [key for key in ("target_modules", "feedforward_modules") if isinstance(config.get(key), str)]
     patterns = [key for key in patterns if config[key] != "all-linear"]
-    listed = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    listed = [entry for key in _PATTERNS for entry in config.get(key) or {}]
     for key in ("target_modules", "feedforward_modules"):
         listed += config[key] if isinstance(config.get(key), list) else []
     odd = [f"{key} = {config[key]!r}" for key in patterns]
@@ -122,7 +124,7 @@ def _require_safe(config: Mapping[str, Any], source: Path) -> None:
         raise UnsafeError(
             f"layers are named by a regular expression, which is not run: {odd[0][:200]}",
             where={"folder": source, "expressions": len(odd)},
-            hint="list the layers' names literally in target_modules, rank_pattern and alpha_pattern",
+            hint="list the layers' names literally in target_modules and the patterns",
         )
 
 
@@ -206,7 +208,9 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
     for path, (adapter, layer) in adapters.items():
-        form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)})
+        form.fill(
+            adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)}
+        )
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
