@@ -17,8 +17,12 @@ from addenda.export.peft import import_peft, write_peft
 
 peft = pytest.importorskip("peft")
 
+# PEFT merges no BEFT into such a layer.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term")
+
 LAYERS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "linear": lambda: (nn.Linear(24, 20), torch.randn(3, 24)),
+    "linear-no-bias": lambda: (nn.Linear(24, 20, bias=False), torch.randn(3, 24)),
     "conv1d": lambda: (nn.Conv1d(12, 20, 3, padding=1), torch.randn(2, 12, 9)),
     "conv1d-point": lambda: (nn.Conv1d(12, 20, 1), torch.randn(2, 12, 9)),
     "conv2d": lambda: (nn.Conv2d(12, 20, (3, 2), stride=2), torch.randn(2, 12, 8, 9)),
@@ -36,6 +40,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("lokr", {"rank": 1, "factor": 2}, tuple(LAYERS)),
     ("lokr", {"rank": 2, "factor": 2, "tucker": True}, tuple(LAYERS)),
     ("lokr", {"rank": 1, "decompose_both": True, "alpha": 2.0}, tuple(LAYERS)),
+    ("beft", {}, ("linear", "linear-no-bias")),
     ("lokr", {"rank": 9}, ("linear", "conv2d", "conv2d-grouped", "conv2d-point")),
 ]
 ALL = [
