@@ -41,6 +41,10 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("lokr", {"rank": 2, "factor": 2, "tucker": True}, tuple(LAYERS)),
     ("lokr", {"rank": 1, "decompose_both": True, "alpha": 2.0}, tuple(LAYERS)),
     ("beft", {}, ("linear", "linear-no-bias")),
+    ("glora", {"rank": 3}, ("linear", "linear-no-bias")),
+    ("glora", {"weight": "vector", "prompt": "vector", "bias": "vector"}, ("linear", "linear-no-bias")),
+    ("glora", {"weight": "constant", "prompt": "none", "bias": "constant"}, ("linear", "linear-no-bias")),
+    ("glora", {"weight": "none", "bias": "none"}, ("linear",)),
     ("lokr", {"rank": 9}, ("linear", "conv2d", "conv2d-grouped", "conv2d-point")),
 ]
 ALL = [
