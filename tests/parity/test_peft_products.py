@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ LYCORIS = [
     {"rank": 3, "tucker": True},
     {"rank": 8},
 ]
+# PEFT asks for scikit-learn.
+ADAMSS = (8, 15) if importlib.util.find_spec("sklearn") else ()
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     *[("loha", settings, tuple(LAYERS)) for settings in LYCORIS],
     ("lokr", {"rank": 1, "factor": 2}, tuple(LAYERS)),
@@ -45,6 +48,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("glora", {"weight": "vector", "prompt": "vector", "bias": "vector"}, ("linear", "linear-no-bias")),
     ("glora", {"weight": "constant", "prompt": "none", "bias": "constant"}, ("linear", "linear-no-bias")),
     ("glora", {"weight": "none", "bias": "none"}, ("linear",)),
+    *[("adamss", {"subspaces": 3, "basis_rank": rank}, ("linear", "linear-no-bias")) for rank in ADAMSS],
     ("lokr", {"rank": 9}, ("linear", "conv2d", "conv2d-grouped", "conv2d-point")),
 ]
 ALL = [
@@ -117,3 +121,9 @@ def test_whole_matrices_of_one_dimensional_convolutions_are_refused(tmp_path: Pa
     peft.get_peft_model(_named(nn.Conv1d(12, 20, 3)), config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match="one-dimensional"):
         import_peft(_named(nn.Conv1d(12, 20, 3)), tmp_path / "theirs")
+
+
+def test_groups_of_rows_that_rounding_makes_are_refused(tmp_path: Path) -> None:
+    handle = attach(_named(nn.Linear(24, 20)), registry.get("adamss")(), targets=["layer"])
+    with pytest.raises(ExportError, match="as far from each other"):
+        write_peft(handle, tmp_path)

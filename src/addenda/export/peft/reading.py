@@ -191,6 +191,8 @@ def _require_same_targets(
 
 def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
     adapters = {path: (adapter, view_at(handle, path)) for path, adapter in handle.adapters.items()}
+    for adapter, layer in adapters.values():
+        form.prepare(adapter, layer, handle.method)
     wanted = {
         f"{PREFIX}{path}.{name}": place
         for path, (adapter, layer) in adapters.items()

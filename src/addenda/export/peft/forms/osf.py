@@ -51,6 +51,5 @@ class OSFForm(Form):
         factors = {"U": ours.U, "S": ours.S, "V": ours.V}
         return {f"osf_svd_params.{name}_low": factor for name, factor in factors.items()}
 
-    def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
-        super().fill(adapter, layer, given)
+    def prepare(self, adapter: Adapter, layer: Base, method: Method) -> None:
         cast(OSFAdapter, adapter).start_from(layer.weight())
