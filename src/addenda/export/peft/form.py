@@ -115,6 +115,9 @@ class Form(ABC):
         """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
+    def prepare(self, adapter: Adapter, layer: Base, method: Method) -> None:
+        """Set what PEFT computes from the layer when it loads; called once, before `tensors` and `fill`."""
+
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
         """Write tensors under PEFT's names, whose shapes are right, into the adapter."""
         with torch.no_grad():

@@ -44,6 +44,8 @@ _HARMLESS = (
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
 _BASE_LAYER = ".base_layer."
+_PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern")
+"""Keys under which values stand by names of layers."""
 _NOTHING = ("bias = 'none'",)
 """Values that say that nothing is used."""
 
@@ -123,7 +125,7 @@ def read_config(source: Path) -> dict[str, Any]:
 def _require_safe(config: Mapping[str, Any], source: Path) -> None:
     patterns = [key for key in ("target_modules", "feedforward_modules") if isinstance(config.get(key), str)]
     patterns = [key for key in patterns if config[key] != "all-linear"]
-    listed = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    listed = [entry for key in _PATTERNS for entry in config.get(key) or {}]
     for key in ("target_modules", "feedforward_modules"):
         listed += config[key] if isinstance(config.get(key), list) else []
     odd = [f"{key} = {config[key]!r}" for key in patterns]
@@ -132,7 +134,7 @@ def _require_safe(config: Mapping[str, Any], source: Path) -> None:
         raise UnsafeError(
             f"layers are named by a regular expression, which is not run: {odd[0][:200]}",
             where={"folder": source, "expressions": len(odd)},
-            hint="list the layers' names literally in target_modules, rank_pattern and alpha_pattern",
+            hint="list the layers' names literally in target_modules and the patterns",
         )
 
 
@@ -269,6 +271,8 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         for path, adapter in handle.adapters.items()
         if path not in adapters
     }
+    for adapter, layer in adapters.values():
+        form.prepare(adapter, layer, handle.method)
     wanted = {
         f"{PREFIX}{path}.{name}": place
         for path, (adapter, layer) in adapters.items()
