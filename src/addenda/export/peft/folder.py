@@ -145,6 +145,7 @@ def write_peft(
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
     config.update(form.settings(handle), peft_type=form.peft_type)
+    config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})

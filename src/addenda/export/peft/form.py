@@ -59,6 +59,8 @@ class Form(ABC):
     """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
     whole: ClassVar[tuple[str, ...]] = ()
     """Which of all these names stand for whole numbers."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -109,11 +111,13 @@ class Form(ABC):
                 place.copy_(given[name])
 
 
-def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
+def layers_of(
+    model: nn.Module, config: Mapping[str, Any], kinds: Sequence[str] = Form.kinds
+) -> dict[str, Base]:
     """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
     targets = config.get("target_modules") or "all-linear"
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=Form.kinds).items()}
+    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=kinds).items()}
 
 
 _FORMS: dict[str, Form] = {}

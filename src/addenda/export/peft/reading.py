@@ -212,12 +212,22 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         if place.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
+    _require_one_value(wanted, tensors, source)
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
     for path, (adapter, layer) in adapters.items():
         names = form.tensors(adapter, layer)
         form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in names})
+
+
+def _require_one_value(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a folder that gives several values to one tensor, as where layers share otherwise than here."""
+    first: dict[tuple[int, ...], str] = {}
+    for key, place in wanted.items():
+        other = first.setdefault((place.data_ptr(), *place.shape), key)
+        if not torch.equal(tensors[other], tensors[key]):
+            raise _unfit(f"'{other}' and '{key}' differ, and these layers share it here", source)
 
 
 def view_at(handle: Handle, path: str) -> Base:
