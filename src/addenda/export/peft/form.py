@@ -61,6 +61,8 @@ class Form(ABC):
     """Which of all these names stand for whole numbers."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    answers_alone: ClassVar[bool] = True
+    """Whether PEFT's model can be called as the base is, without arguments of the method's own."""
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
