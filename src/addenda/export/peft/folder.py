@@ -78,7 +78,7 @@ def export_peft(
         rows = probe_rows(base)
         wanted = logits_of(base.model, rows, on_progress=on_progress)
         with handle.disabled():
-            reader, found = _read_again(base.model, work, rows, on_progress)
+            reader, found = _read_again(base.model, work, rows, on_progress, form=form_for(handle.method))
         parity = require_parity(wanted, found, reader=reader)
         base.tokenizer.save_pretrained(work)
         write_record(work, form="peft", parity=parity, provenance=facts)
@@ -95,15 +95,21 @@ def export_peft(
 
 
 def _read_again(
-    model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
+    model: nn.Module,
+    folder: Path,
+    rows: list[Tensor],
+    on_progress: OnProgress | None,
+    *,
+    form: Form | None,
 ) -> tuple[str, list[Tensor]]:
     """Load the folder onto the bare model, run it, and take it off again."""
-    if importlib.util.find_spec("peft") is None:
+    why_not = "peft is not installed" if importlib.util.find_spec("peft") is None else ""
+    if form is not None and not form.answers_alone:
+        why_not = "peft's model asks for more than the tokens"
+    if why_not:
         again = import_peft(model, folder, name="export-gate")
         try:
-            return "addenda's own reader (peft is not installed)", logits_of(
-                model, rows, on_progress=on_progress
-            )
+            return f"addenda's own reader ({why_not})", logits_of(model, rows, on_progress=on_progress)
         finally:
             again.detach()
     import peft

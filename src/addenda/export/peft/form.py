@@ -63,6 +63,8 @@ class Form(ABC):
     """Those of `names` that a file may lack; `fill` then makes up for them."""
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+    answers_alone: ClassVar[bool] = True
+    """Whether PEFT's model can be called as the base is, without arguments of the method's own."""
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -115,7 +117,9 @@ class Form(ABC):
         """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
-    def prepare(self, adapter: Adapter, layer: Base, method: Method) -> None:
+    def prepare(  # noqa: B027  (most forms have nothing to make up for)
+        self, adapter: Adapter, layer: Base, method: Method
+    ) -> None:
         """Set what PEFT computes from the layer when it loads; called once, before `tensors` and `fill`."""
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
@@ -125,11 +129,13 @@ class Form(ABC):
                 place.copy_(given[name])
 
 
-def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
+def layers_of(
+    model: nn.Module, config: Mapping[str, Any], kinds: Sequence[str] = Form.kinds
+) -> dict[str, Base]:
     """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
     targets = config.get("target_modules") or "all-linear"
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=Form.kinds).items()}
+    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=kinds).items()}
 
 
 _FORMS: dict[str, Form] = {}

@@ -154,8 +154,7 @@ def _require_numbers(form: Form, tensors: Mapping[str, Tensor], source: Path) ->
     bad = [
         key
         for key, t in tensors.items()
-        if t.is_floating_point() == (key in integers)
-        or not bool(torch.isfinite(t).all())
+        if t.is_floating_point() == (key in integers) or not bool(torch.isfinite(t).all())
     ]
     if bad:
         raise _unfit(f"{len(bad)} tensors hold values that are no finite numbers, first '{bad[0]}'", source)
@@ -295,6 +294,7 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         if key in tensors and place.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
+    _require_one_value(wanted, tensors, source)
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
@@ -309,6 +309,15 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
 def _given(tensors: Mapping[str, Tensor], path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
     keys = {name: f"{PREFIX}{path}.{name}" for name in names}
     return {name: tensors[key] for name, key in keys.items() if key in tensors}
+
+
+def _require_one_value(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a folder that gives several values to one tensor, as where layers share otherwise than here."""
+    first: dict[tuple[int, ...], str] = {}
+    for key, place in wanted.items():
+        other = first.setdefault((place.data_ptr(), *place.shape), key)
+        if not torch.equal(tensors[other], tensors[key]):
+            raise _unfit(f"'{other}' and '{key}' differ, and these layers share it here", source)
 
 
 def view_at(handle: Handle, path: str) -> Base:
