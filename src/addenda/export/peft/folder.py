@@ -22,7 +22,7 @@ from addenda.errors import ExportError
 from addenda.export.card import model_card
 from addenda.export.folder import new_folder, write_record
 from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
-from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
+from addenda.export.peft.form import CONFIG, SHARED_PREFIX, TENSORS, Form, form_for
 from addenda.export.peft.reading import import_peft, view_at
 
 __all__ = ["export_peft", "write_peft"]
@@ -76,7 +76,7 @@ def export_peft(
         rows = probe_rows(base)
         wanted = logits_of(base.model, rows, on_progress=on_progress)
         with handle.disabled():
-            reader, found = _read_again(base.model, work, rows, on_progress)
+            reader, found = _read_again(_require_expressible(handle), base.model, work, rows, on_progress)
         parity = require_parity(wanted, found, reader=reader)
         base.tokenizer.save_pretrained(work)
         write_record(work, form="peft", parity=parity, provenance=facts)
@@ -93,15 +93,15 @@ def export_peft(
 
 
 def _read_again(
-    model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
+    form: Form, model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
 ) -> tuple[str, list[Tensor]]:
     """Load the folder onto the bare model, run it, and take it off again."""
-    if importlib.util.find_spec("peft") is None:
+    missing = importlib.util.find_spec("peft") is None
+    if missing or not form.answers:
+        why = "peft is not installed" if missing else "peft asks for more than the tokens"
         again = import_peft(model, folder, name="export-gate")
         try:
-            return "addenda's own reader (peft is not installed)", logits_of(
-                model, rows, on_progress=on_progress
-            )
+            return f"addenda's own reader ({why})", logits_of(model, rows, on_progress=on_progress)
         finally:
             again.detach()
     import peft
@@ -111,9 +111,23 @@ def _read_again(
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(model, folder)
     try:
-        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+        found = logits_of(theirs, rows, on_progress=on_progress)
+        # PEFT scores virtual positions too.
+        return f"peft {peft.__version__}", [
+            each[-row.numel() :] for each, row in zip(found, rows, strict=True)
+        ]
     finally:
+        _take_off(form, theirs)
+
+
+def _take_off(form: Form, theirs: Any) -> None:
+    """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
+    if form.whole:
+        return
+    if hasattr(theirs.base_model, "unload"):
         theirs.unload()
+    else:
+        theirs.base_model.delete_adapter("default")
 
 
 def write_peft(
@@ -145,6 +159,7 @@ def write_peft(
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
     config.update(form.settings(handle), peft_type=form.peft_type)
+    config = {key: value for key, value in config.items() if key not in form.leaves_out}
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})
@@ -198,7 +213,7 @@ def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, adapter in handle.adapters.items():
         for name, tensor in form.tensors(adapter, view_at(handle, path)).items():
-            found[f"{PREFIX}{path}.{name}"] = tensor
+            found[form.key(path, name)] = tensor
         if adapter.common is not None:
             for name, tensor in form.shared(adapter.common).items():
                 found[f"{SHARED_PREFIX}{name}"] = tensor

@@ -44,6 +44,14 @@ class Form(ABC):
     """What a layer's tensors are called after its path and a dot."""
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that all layers share, after ``base_model.``."""
+    whole: ClassVar[bool] = False
+    """Whether the adapter stands on the model as a whole, so that its tensors carry no layer's path."""
+    leaves_out: ClassVar[tuple[str, ...]] = ()
+    """Keys of every other method's configuration for which this one's has no place."""
+    literal_targets: ClassVar[bool] = False
+    """Whether a text for ``target_modules`` is a name, and no regular expression."""
+    answers: ClassVar[bool] = True
+    """Whether PEFT answers for it when it is given tokens alone."""
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -68,6 +76,10 @@ class Form(ABC):
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
+
+    def key(self, path: str, name: str) -> str:
+        """Return what a tensor of the layer at ``path`` is called in the file."""
+        return name if self.whole else f"{PREFIX}{path}.{name}"
 
     def problems(self, handle: Handle) -> list[str]:
         """Return why PEFT has no form for this adapter, though it has one for the method."""

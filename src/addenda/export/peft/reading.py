@@ -19,7 +19,7 @@ from addenda.core.contract import Base
 from addenda.core.handle import Handle
 from addenda.core.layers import kind_of, view_of
 from addenda.core.planning import require_possible
-from addenda.core.targets import exact, matches
+from addenda.core.targets import adaptable, exact, matches
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_named, forms
 
@@ -61,7 +61,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     config = read_config(source)
     tensors = _read_tensors(source)
     form = _form(config, source)
-    paths = _paths(form, tensors, source)
+    paths = _whole(form, model, tensors, source) if form.whole else _paths(form, tensors, source)
     method = form.read_settings(config, paths, tensors)
     _require_same_targets(model, config, paths, source)
     layers = exact(model, paths, kinds=form.kinds)
@@ -111,7 +111,9 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def _require_safe(config: Mapping[str, Any], source: Path) -> None:
+    known = form_named(config.get("peft_type"))
     patterns = [key for key in ("target_modules", "feedforward_modules") if isinstance(config.get(key), str)]
+    patterns = [] if known is not None and known.literal_targets else patterns
     patterns = [key for key in patterns if config[key] != "all-linear"]
     listed = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     for key in ("target_modules", "feedforward_modules"):
@@ -156,6 +158,19 @@ def _form(config: Mapping[str, Any], source: Path) -> Form:
     return found
 
 
+def _whole(form: Form, model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> list[str]:
+    """The one place for an adapter on the whole model; a tensor of another name belongs to nothing."""
+    extra = sorted(tensors.keys() - set(form.names))
+    if extra:
+        raise _unfit(f"{len(extra)} tensors belong to nothing, first '{extra[0]}'", source)
+    found = [path for path, (_, kind) in adaptable(model).items() if kind.among(form.kinds)]
+    if len(found) != 1:
+        raise _unfit(
+            f"the model has {len(found)} transformers that a prompt could stand in front of, not one", source
+        )
+    return found
+
+
 def _paths(form: Form, tensors: Mapping[str, Tensor], source: Path) -> list[str]:
     """The adapted layers, from the tensors' names; a name of any other form belongs to nothing."""
     names = "|".join(re.escape(name) for name in form.names)
@@ -190,7 +205,7 @@ def _require_same_targets(
 def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
     adapters = {path: (adapter, view_at(handle, path)) for path, adapter in handle.adapters.items()}
     wanted = {
-        f"{PREFIX}{path}.{name}": place
+        form.key(path, name): place
         for path, (adapter, layer) in adapters.items()
         for name, place in form.tensors(adapter, layer).items()
     }
@@ -207,7 +222,7 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
     for path, (adapter, layer) in adapters.items():
         form.fill(
-            adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)}
+            adapter, layer, {name: tensors[form.key(path, name)] for name in form.tensors(adapter, layer)}
         )
     with torch.no_grad():
         for name, place in shared.items():
