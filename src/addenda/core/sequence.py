@@ -173,6 +173,10 @@ class SequenceMethod(Method):
     def default_targets(self, paths: Sequence[str]) -> str | list[str]:
         return list(paths)
 
+    @property
+    def positions(self) -> int:
+        return int(getattr(self, "tokens", 0))
+
     def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
         text = getattr(self, "text", "")
         changes: dict[str, Any] = {"ids": tuple(encode(text))} if text else {}
