@@ -194,7 +194,7 @@ class Rows(Composition):
         return Rows(tuple(None if own == name else own for own in self.of), self.lengths)
 
     def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
-        dim = self._dim(x, path)
+        dim = self._dim(x, path, features=True)
         each = x.shape[:-1].numel() // x.shape[dim]  # rows of the flattened input to one place in ``dim``
         found = []
         for name, start, stop in self._stretches:
@@ -207,29 +207,36 @@ class Rows(Composition):
         return tuple(found)
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
-        dim = self._dim(x, base.path)
-        terms = self.parts(adapters, x, base.path) if base.channels_in is not None else None
+        features = base.channels_in is not None
+        dim = self._dim(x, base.path, features=features)
+        terms = self.parts(adapters, x, base.path) if features else None
         if terms is not None and (fused := base.add_low_ranks(x, terms)) is not None:
             return fused
         made = [
             (adapters[name] if name is not None and name in adapters else _BARE)(
                 x.narrow(dim, start, stop - start), base
             )
-            for name, start, stop in self._stretches
+            for name, start, stop in self._until(x.shape[dim])
         ]
         return made[0] if len(made) == 1 else torch.cat(made, dim)
 
-    def _dim(self, x: Tensor, path: str) -> int:
+    def _dim(self, x: Tensor, path: str, *, features: bool) -> int:
         """Return the dimension that counts rows, or tokens where they lie end to end."""
         size = self._stretches[-1][2] if self._stretches else 0
-        dim = 0 if self.lengths is None or x.shape[0] == size else 1
-        if x.dim() <= dim or x.shape[dim] != size:
+        dim = 0 if self.lengths is None else x.dim() - (2 if features else 1)
+        found = x.shape[dim] if x.dim() > dim >= 0 and x.shape[:dim].numel() == 1 else 0
+        if found < size or (found > size and self.lengths is None):
             raise TargetError(
                 f"{size} {'rows' if self.lengths is None else 'tokens'} are routed, and layer '{path}' is given "
                 f"an input of shape {tuple(x.shape)}",
                 hint="route as many rows as the batch has; layers that mix rows cannot be routed",
             )
         return dim
+
+    def _until(self, size: int) -> list[tuple[str | None, int, int]]:
+        """The stretches of a sequence of that size: what is filled up behind the last row runs the bare layer."""
+        end = self._stretches[-1][2] if self._stretches else 0
+        return [*self._stretches, (None, end, size)] if size > end else self._stretches
 
     @functools.cached_property
     def _stretches(self) -> list[tuple[str | None, int, int]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from addenda.core.observations import Needs, Observer
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
@@ -45,12 +46,15 @@ class ParameterSource:
         """Make a tensor that is trained."""
         return nn.Parameter(self.constant(*shape, init=init))
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
-        """Make a tensor that is not trained, for ``register_buffer``."""
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Make a tensor that is not trained, for ``register_buffer``; of whole numbers where ``dtype`` says so."""
         self._drawn += 1
+        kind = dtype or self.dtype
         if self.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        value = torch.zeros(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=kind, device=self.device)
+        value = torch.zeros(shape, dtype=kind)
         if not self._initialize:  # saved values will be written over it
             return value.to(self.device)
         if callable(init):
@@ -74,6 +78,8 @@ class Base(ABC):
     """Name of the layer kind, as in ``core/layers.py``."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
+    observed: Mapping[str, Tensor] | None
+    """What an :class:`Observer` found out about the layer beforehand."""
 
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
@@ -84,6 +90,7 @@ class Base(ABC):
         """Whether the adapter's values count; False where saved ones are about to be written over them."""
         self._source: ParameterSource | None = None
         self.common = None
+        self.observed = None
 
     @property
     @abstractmethod
@@ -109,6 +116,16 @@ class Base(ABC):
     def groups(self) -> int:
         """Into how many groups a convolution divides its channels; 1 for every other kind."""
         return 1
+
+    @property
+    def kernel_volume(self) -> int:
+        """How many positions of the input an output position reads: more than 1 for convolutions alone."""
+        return 1 if self.channels_in is None else self.d_in * self.groups // self.channels_in
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the weight maps the features in the input's last dimension to those in the output's, W x."""
+        return False
 
     @property
     @abstractmethod
@@ -179,9 +196,11 @@ class Base(ABC):
         """
         return self.source().parameter(*shape, init=init)
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Make a tensor likewise that is kept beside the parameters and not trained, for ``register_buffer``."""
-        return self.source().constant(*shape, init=init)
+        return self.source().constant(*shape, init=init, dtype=dtype)
 
     def source(self, label: str | None = None) -> ParameterSource:
         """Return what makes the adapter's tensors on this layer, or with a label a new one of its own."""
@@ -277,6 +296,22 @@ class Method(ABC):
         Called once before ``build``, which finds it as ``base.common``. It is counted, saved and trained once.
         """
         return None
+
+    def needs(self) -> Needs | None:
+        """Return what the first values are computed from; None where they are drawn or fixed."""
+        return None
+
+    def observer(self, base: Base) -> Observer:
+        """Return what gathers what ``build`` will find as ``base.observed``; asked of methods that need such."""
+        raise MethodError(f"method '{self.name}' observes nothing", hint="attach it as it is")
+
+    def rows_to_observe(self) -> int:
+        """Return on how many rows of data a run should observe what is needed."""
+        return 64
+
+    def settled(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Self:
+        """Return the method with the settings that follow from what was observed of each layer, by path."""
+        return self
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""

@@ -63,7 +63,7 @@ class _Span(NamedTuple):
 
     @property
     def rank(self) -> int:
-        return self.parts[-1][2].stop
+        return int(self.parts[-1][2].stop)
 
     def stacked(self, dtype: torch.dtype) -> Tensor:
         """The A of all parts, one under another, (sum of ranks, d_in)."""

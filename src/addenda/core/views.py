@@ -151,6 +151,10 @@ class LinearView(LayerView):
 
     kind = "linear"
 
+    @property
+    def pointwise(self) -> bool:
+        return True
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 

@@ -13,7 +13,7 @@ from addenda.core.contract import Base
 from addenda.core.ranges import integer
 from addenda.core.registry import register
 from addenda.core.sequence import PrefixAdapter, SequenceMethod, Transformer
-from addenda.core.starts import start_problems, start_problems_at, states_of_tokens, uniform
+from addenda.core.virtual_starts import start_problems, start_problems_at, states_of_tokens, uniform
 
 __all__ = ["Cartridge"]
 

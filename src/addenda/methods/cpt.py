@@ -14,7 +14,7 @@ from addenda.core.contract import Adapter, Base
 from addenda.core.ranges import number
 from addenda.core.registry import register
 from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
-from addenda.core.starts import start_problems, tokens_of_vocabulary, unknown_tokens
+from addenda.core.virtual_starts import start_problems, tokens_of_vocabulary, unknown_tokens
 
 __all__ = ["CPT"]
 

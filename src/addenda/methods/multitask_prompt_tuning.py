@@ -12,7 +12,7 @@ from addenda.core.contract import Base
 from addenda.core.ranges import integer
 from addenda.core.registry import register
 from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
-from addenda.core.starts import start_problems, start_problems_at, tokens_of_vocabulary, uniform
+from addenda.core.virtual_starts import start_problems, start_problems_at, tokens_of_vocabulary, uniform
 
 __all__ = ["MultitaskPromptTuning"]
 

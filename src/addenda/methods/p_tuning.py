@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from addenda.core.ranges import integer
 from addenda.core.registry import register
 from addenda.core.sequence import Inputs, PromptAdapter, SequenceMethod, Transformer
-from addenda.core.starts import tokens_of_vocabulary, uniform
+from addenda.core.virtual_starts import tokens_of_vocabulary, uniform
 
 __all__ = ["PTuning"]
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from addenda.bases import LoadedBase
 from addenda.bases.packed import PackedModel
-from addenda.core import Handle, Plan, Progress, attach, plan
+from addenda.core import Handle, Observed, Plan, Progress, load, plan
+from addenda.core.attaching import attach_paths
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
 from addenda.recipe.bases import load_causal
+from addenda.recipe.observing import observe_base, settle_method
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.templates import tokens_of
@@ -23,6 +26,7 @@ from addenda.train.offload import require_offloadable
 from addenda.train.parallel import Parallel
 
 __all__ = [
+    "START",
     "Note",
     "OnRunEvent",
     "Prepared",
@@ -37,6 +41,9 @@ __all__ = [
 
 PROBE_TOKENS = 32
 """Of each row that proves an adapter; whole rows would take more memory than training on them."""
+
+START = "start"
+"""Folder in that of a run: the adapter as it began, where that takes a while to find out."""
 
 LONGEST_ROW = 2048
 """Tokens of the longest row where neither the recipe nor the base says less."""
@@ -70,8 +77,16 @@ class Prepared:
     """What the run will take, as `addenda.train.forecast.Forecast` documents it; None where it cannot be foretold."""
 
 
-def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepared:
+def prepare(
+    recipe: Recipe, on_event: OnRunEvent, parallel: Parallel, *, resume: Path | None = None
+) -> Prepared:
     """Read, check, split, load, encode, plan and attach; what the recipe left open is derived and noted.
+
+    Args:
+        recipe: all settings.
+        on_event: told of progress and notes.
+        parallel: the processes that train together; the first one finds out what all go by.
+        resume: the folder of a run that goes on, whose adapter begins as it began then.
 
     Raises:
         DataError: the data has errors, or no row can be held out.
@@ -81,9 +96,16 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
     recipe, rows = _rows(recipe, on_event, parallel)
     recipe, precision, foretold = _settle(recipe, rows, on_event, parallel)
     base = prepare_base(recipe.base, precision.dtype, on_event)
+    begun = resume is not None and (resume / START).is_dir()
+    from_elsewhere = bool(recipe.method.needs()) and (begun or not parallel.first)
+    observed = None if from_elsewhere else observe_base(base, recipe, rows.train, on_event)
+    recipe = settle_method(recipe, observed, parallel)
     planned = plan(base.model, recipe.method, recipe.targets)
     on_event(Note(str(planned)))
-    handle = _attach(base, recipe, rows.train)
+    if from_elsewhere and resume is not None and begun:
+        handle = load(base.model, resume / START, trainable=True)
+    else:
+        handle = _attach(base, recipe, planned, rows.train, observed, empty=from_elsewhere, on_event=on_event)
     return Prepared(
         recipe, rows.dataset, rows.split, base, precision, planned, handle, rows.train, rows.heldout, foretold
     )
@@ -297,7 +319,16 @@ def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> E
     return encoded
 
 
-def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
+def _attach(
+    base: LoadedBase,
+    recipe: Recipe,
+    planned: Plan,
+    rows: Encoded,
+    observed: Observed | None,
+    *,
+    empty: bool,
+    on_event: OnRunEvent,
+) -> Handle:
     """Attach with a probe on the beginnings of real rows, run as training will run them."""
     packed = PackedModel(base.model)
     few = [rows.examples[index].input_ids[:PROBE_TOKENS] for index in range(min(2, len(rows.examples)))]
@@ -306,6 +337,18 @@ def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
     def probe(_: torch.nn.Module) -> torch.Tensor:
         return packed.logits(packed.hidden(ids, [len(row) for row in few]))
 
-    return attach(
-        base.model, recipe.method, recipe.targets, name=recipe.name, seed=recipe.train.seed, probe=probe
+    return attach_paths(
+        base.model,
+        recipe.method,
+        [row.path for row in planned.rows],
+        name=recipe.name,
+        seed=recipe.train.seed,
+        probe=probe,
+        observed=observed,
+        fill=_nothing if empty else None,
+        on_progress=on_event,
     )
+
+
+def _nothing(_: Handle) -> None:
+    """What is written into an adapter whose values come from the first process."""

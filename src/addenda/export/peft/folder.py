@@ -122,7 +122,7 @@ def _read_again(
 
 def _take_off(form: Form, theirs: Any) -> None:
     """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
-    if form.whole:
+    if form.of_model:
         return
     if hasattr(theirs.base_model, "unload"):
         theirs.unload()
@@ -151,15 +151,16 @@ def write_peft(
     form = _require_expressible(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths),
         "inference_mode": True,
         "modules_to_save": None,
         "revision": revision,
         "target_modules": _targets(handle.model, handle.paths),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
+    if any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths):
+        config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
     config.update(form.settings(handle), peft_type=form.peft_type)
-    config = {key: value for key, value in config.items() if key not in form.leaves_out}
+    config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})

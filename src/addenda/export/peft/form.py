@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.layers import view_of
+from addenda.core.targets import resolve
 
-__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_named", "forms"]
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "SHARED_PREFIX",
+    "TENSORS",
+    "Form",
+    "form",
+    "form_for",
+    "form_named",
+    "forms",
+    "layers_of",
+]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -43,11 +56,13 @@ class Form(ABC):
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
     shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that all layers share, after ``base_model.``."""
-    whole: ClassVar[bool] = False
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Which of all these names stand for whole numbers."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    of_model: ClassVar[bool] = False
     """Whether the adapter stands on the model as a whole, so that its tensors carry no layer's path."""
-    leaves_out: ClassVar[tuple[str, ...]] = ()
-    """Keys of every other method's configuration for which this one's has no place."""
     literal_targets: ClassVar[bool] = False
     """Whether a text for ``target_modules`` is a name, and no regular expression."""
     answers: ClassVar[bool] = True
@@ -79,7 +94,21 @@ class Form(ABC):
 
     def key(self, path: str, name: str) -> str:
         """Return what a tensor of the layer at ``path`` is called in the file."""
-        return name if self.whole else f"{PREFIX}{path}.{name}"
+        return name if self.of_model else f"{PREFIX}{path}.{name}"
+
+    def apart(
+        self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what was read with a tensor for each name that `tensors` and `shared` return.
+
+        Overridden where PEFT keeps several layers under one name, writes a tensor many times, or makes it anew.
+
+        Args:
+            model: the base, before anything is attached.
+            config: the configuration.
+            tensors: the file's tensors under their whole names.
+        """
+        return dict(config), dict(tensors)
 
     def problems(self, handle: Handle) -> list[str]:
         """Return why PEFT has no form for this adapter, though it has one for the method."""
@@ -90,6 +119,13 @@ class Form(ABC):
         with torch.no_grad():
             for name, place in self.tensors(adapter, layer).items():
                 place.copy_(given[name])
+
+
+def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
+    """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
+    targets = config.get("target_modules") or "all-linear"
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=Form.kinds).items()}
 
 
 _FORMS: dict[str, Form] = {}

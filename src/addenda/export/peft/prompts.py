@@ -25,8 +25,8 @@ class PromptForm(Form):
 
     kinds: ClassVar[tuple[str, ...]] = ("transformer",)
     names: ClassVar[tuple[str, ...]] = (EMBEDDINGS,)
-    whole = True
-    leaves_out: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "target_modules")
+    of_model = True
+    unknown: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "target_modules")
     measures: ClassVar[tuple[str, ...]] = (
         "num_attention_heads",
         "num_layers",

@@ -29,7 +29,7 @@ class LlamaAdapterForm(Form):
     method = LlamaAdapter
     kinds: ClassVar[tuple[str, ...]] = ("attention",)
     literal_targets = True
-    leaves_out: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "modules_to_save")
+    unknown: ClassVar[tuple[str, ...]] = ("fan_in_fan_out", "modules_to_save")
     reads: ClassVar[tuple[str, ...]] = ("adapter_layers", "adapter_len")
     names: ClassVar[tuple[str, ...]] = ("adaption_gate", "adaption_prompt")
 
