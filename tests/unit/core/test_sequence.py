@@ -171,3 +171,27 @@ def test_both_in_a_packed_row_are_both_on_each_sample(first: str, second: str, m
     row = torch.randint(3, 67, (11,))
     alone = [packed.hidden_alone(sample) for sample in torch.split(row, [4, 7])]
     torch.testing.assert_close(packed.hidden(row, [4, 7]), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_among_pictures_a_prompt_stands_on_the_language_model() -> None:
+    text = transformers.LlamaConfig(num_attention_heads=4, pad_token_id=0, **SIZES)
+    sight = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=sight, image_token_index=66, image_seq_length=4
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 66, 66, 66, 66, 5, 6, 7]])
+    before = model(ids, pixel_values=(pixels := torch.randn(1, 3, 16, 16))).logits
+    for name in ("first", "second"):
+        handle = addenda.attach(model, method("prompt-tuning", tokens=3), name=name)
+        assert handle.paths == ["model.language_model"]
+    found = model(ids, pixel_values=pixels).logits
+    assert found.shape == before.shape
+    assert not torch.allclose(found, before)
