@@ -375,6 +375,11 @@ class Method(ABC):
         """Return what is wrong with the settings for these layers taken together, one short sentence each."""
         return []
 
+    @property
+    def positions(self) -> int:
+        """How many positions it puts in front of every sequence: so much less of a context is left."""
+        return 0
+
     def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
         """Return the method with the tokens of the texts that its settings hold, or as it is where they hold none."""
         return self

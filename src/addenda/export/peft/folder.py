@@ -119,9 +119,23 @@ def _read_again(
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(model, folder)
     try:
-        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+        found = logits_of(theirs, rows, on_progress=on_progress)
+        # PEFT scores virtual positions too.
+        return f"peft {peft.__version__}", [
+            each[-row.numel() :] for each, row in zip(found, rows, strict=True)
+        ]
     finally:
+        _take_off(form, theirs)
+
+
+def _take_off(form: Form, theirs: Any) -> None:
+    """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
+    if form.of_model:
+        return
+    if hasattr(theirs.base_model, "unload"):
         theirs.unload()
+    else:
+        theirs.base_model.delete_adapter("default")
 
 
 def write_peft(
@@ -214,7 +228,7 @@ def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, adapter in handle.adapters.items():
         for name, tensor in form.tensors(adapter, view_at(handle, path)).items():
-            found[f"{PREFIX}{path}.{name}"] = tensor
+            found[form.key(path, name)] = tensor
         if adapter.common is not None:
             for name, tensor in form.shared(adapter.common).items():
                 found[f"{SHARED_PREFIX}{name}"] = tensor

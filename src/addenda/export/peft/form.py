@@ -55,6 +55,10 @@ class Form(ABC):
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    of_model: ClassVar[bool] = False
+    """Whether the adapter stands on the model as a whole, so that its tensors carry no layer's path."""
+    literal_targets: ClassVar[bool] = False
+    """Whether a text for ``target_modules`` is a name, and no regular expression."""
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
     integers: ClassVar[tuple[str, ...]] = ()
@@ -94,6 +98,10 @@ class Form(ABC):
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
+
+    def key(self, path: str, name: str) -> str:
+        """Return what a tensor of the layer at ``path`` is called in the file."""
+        return name if self.of_model else f"{PREFIX}{path}.{name}"
 
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]

@@ -20,7 +20,7 @@ from addenda.core.contract import Base
 from addenda.core.handle import Handle
 from addenda.core.layers import kind_of, view_of
 from addenda.core.planning import require_possible
-from addenda.core.targets import matches
+from addenda.core.targets import adaptable, matches
 from addenda.core.whole import WholeAdapter, exact_layers
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_of, forms
@@ -70,7 +70,11 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     tensors = _without_base(model, _read_tensors(source), source)
     _require_numbers(form, tensors, source)
     config, tensors = form.apart(model, config, tensors)
-    paths, whole = _paths(form, config, tensors, source)
+    paths, whole = (
+        (_at_the_model(form, model, tensors, source), [])
+        if form.of_model
+        else _paths(form, config, tensors, source)
+    )
     method = replace(form.read_settings(config, paths, tensors), whole=tuple(whole))
     along = form.along(model, paths)
     _require_same_targets(model, config, paths, along, source)
@@ -123,7 +127,9 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def _require_safe(config: Mapping[str, Any], source: Path) -> None:
+    known = form_of(config)
     patterns = [key for key in ("target_modules", "feedforward_modules") if isinstance(config.get(key), str)]
+    patterns = [] if known is not None and known.literal_targets else patterns
     patterns = [key for key in patterns if config[key] != "all-linear"]
     listed = [entry for key in _PATTERNS for entry in config.get(key) or {}]
     for key in ("target_modules", "feedforward_modules"):
@@ -188,6 +194,19 @@ def _form(config: Mapping[str, Any], source: Path) -> Form:
     used = [text[:100] for text in used if text not in _NOTHING]
     if used:
         raise _unfit(f"the adapter uses what this does not read: {', '.join(sorted(used))}", source)
+    return found
+
+
+def _at_the_model(form: Form, model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> list[str]:
+    """The one place for an adapter on the whole model; a tensor of another name belongs to nothing."""
+    extra = sorted(tensors.keys() - set(form.names))
+    if extra:
+        raise _unfit(f"{len(extra)} tensors belong to nothing, first '{extra[0]}'", source)
+    found = [path for path, (_, kind) in adaptable(model).items() if kind.among(form.kinds)]
+    if len(found) != 1:
+        raise _unfit(
+            f"the model has {len(found)} transformers that a prompt could stand in front of, not one", source
+        )
     return found
 
 
@@ -273,7 +292,7 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
     for adapter, layer in adapters.values():
         form.prepare(adapter, layer, handle.method)
     wanted = {
-        f"{PREFIX}{path}.{name}": place
+        form.key(path, name): place
         for path, (adapter, layer) in adapters.items()
         for name, place in form.tensors(adapter, layer).items()
     }
@@ -299,15 +318,17 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
     for path, (adapter, layer) in adapters.items():
-        form.fill(adapter, layer, _given(tensors, path, form.names))
+        form.fill(adapter, layer, _given(tensors, {name: form.key(path, name) for name in form.names}))
     for path, (changed, layer) in whole.items():
-        set_values(changed, layer, _given(tensors, path, ("weight", "bias")))
+        set_values(
+            changed, layer, _given(tensors, {name: f"{PREFIX}{path}.{name}" for name in ("weight", "bias")})
+        )
     if problems := form.problems(handle):
         raise _unfit("; ".join(problems), source)
 
 
-def _given(tensors: Mapping[str, Tensor], path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-    keys = {name: f"{PREFIX}{path}.{name}" for name in names}
+def _given(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """Those of the tensors that the file has, by their short names."""
     return {name: tensors[key] for name, key in keys.items() if key in tensors}
 
 
