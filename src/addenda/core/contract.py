@@ -214,6 +214,8 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
+    training_only: tuple[str, ...] = ()
+    """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
     common: nn.Module | None = None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 

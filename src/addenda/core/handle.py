@@ -88,11 +88,17 @@ class Handle:
         """
         return ((name, value) for name, value in self.tensors().items() if isinstance(value, nn.Parameter))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise."""
+    def tensors(self, *, training: bool = True) -> dict[str, Tensor]:
+        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise.
+
+        Args:
+            training: with what only training on needs.
+        """
         found: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
             for name, value in adapter.state_dict(keep_vars=True).items():
+                if not training and name in adapter.training_only:
+                    continue
                 first, _, rest = name.partition(".")
                 found[f"*.{rest}" if first == COMMON and rest else f"{path}.{name}"] = value
         return found
