@@ -16,6 +16,7 @@ from addenda.core.layers import view_of
 from addenda.core.planning import plan
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.targets import Targets
+from addenda.core.tokens import TokenWatch
 from addenda.core.views import LayerView
 from addenda.errors import NotFoundError, TargetError
 
@@ -141,6 +142,10 @@ def _install(
         install(view.module, view, name, adapters[path])
     handle = Handle(model, method, name, {path: view.module for path, view in views.items()})
     registry.handles[name] = handle
+    if method.reads_tokens():
+        registry.watch = registry.watch or TokenWatch(model)
+        for path in views:
+            handle._host(path)._addenda.view.watch = registry.watch
     return handle
 
 

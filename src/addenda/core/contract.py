@@ -16,6 +16,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from addenda.core.tokens import TokenWatch
 from addenda.errors import ConfigError, MethodError, nearest
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
@@ -72,6 +73,9 @@ class Base(ABC):
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
 
+    watch: TokenWatch | None
+    """Tells the token ids of the pass that runs, where a method :meth:`~Method.reads_tokens`."""
+
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
     ) -> None:
@@ -81,6 +85,7 @@ class Base(ABC):
         """Whether the adapter's values count; False where saved ones are about to be written over them."""
         self._source: ParameterSource | None = None
         self.common = None
+        self.watch = None
 
     @property
     @abstractmethod
@@ -279,6 +284,10 @@ class Method(ABC):
         Called once before ``build``, which finds it as ``base.common``. It is counted, saved and trained once.
         """
         return None
+
+    def reads_tokens(self) -> bool:
+        """Whether its adapters ask ``base.watch`` for the token ids of the pass that runs."""
+        return False
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from addenda.core.building import COMMON
 from addenda.core.contract import Adapter, Method
 from addenda.core.host import Host, HostState, adapter_prefixes, remove, require_module
+from addenda.core.tokens import TokenWatch
 from addenda.errors import MethodError
 
-__all__ = ["Handle", "handles"]
+__all__ = ["Handle", "handles", "tokens_kept"]
 
 
 class Handle:
@@ -195,6 +196,8 @@ class Handle:
         registry = _registry(self.model)
         registry.handles.pop(self.name, None)
         if not registry.handles:
+            if registry.watch is not None:
+                registry.watch.remove()
             _thaw(self.model, registry.thawed)
             del self.model.__dict__["_addenda_registry"]
 
@@ -309,10 +312,11 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, and which base parameters were trainable."""
+    """What a model remembers of its adapters: the handles, who tells them token ids, what was trainable before."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
+        self.watch: TokenWatch | None = None
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 
@@ -327,6 +331,22 @@ def _registry(model: nn.Module) -> Registry:
         for name in registry.thawed:
             parameters[name].requires_grad_(False)
     return cast(Registry, registry)
+
+
+@contextlib.contextmanager
+def tokens_kept(model: nn.Module, *, probing: bool = False) -> Iterator[None]:
+    """Let calls within the block change nothing of what adapters know of token ids.
+
+    Args:
+        model: carries adapters, or none.
+        probing: let every adapter take part meanwhile, whatever the ids.
+    """
+    registry = model.__dict__.get("_addenda_registry")
+    if registry is None or registry.watch is None:
+        yield
+        return
+    with registry.watch.kept(probing=probing):
+        yield
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:
