@@ -219,6 +219,8 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
+    reads_weight: bool = False
+    """Whether what it computes depends on the layer's weight itself, so that none may be folded in below it."""
     training_only: tuple[str, ...] = ()
     """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
     common: nn.Module | None = None

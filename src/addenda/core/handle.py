@@ -161,6 +161,7 @@ class Handle:
         self._require_unmerged("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
+        self._require_unread("merge")
         folded = {path: self.folded(path) for path in self._hosts}
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
@@ -182,6 +183,7 @@ class Handle:
                 f"adapter '{self.name}' is not merged", hint="only a merged adapter can be unmerged"
             )
         self._require_order("unmerge", merged=False)
+        self._require_unread("unmerge")
         self._unfold()
         self.enable()
 
@@ -289,6 +291,19 @@ class Handle:
                         where={"layer": path, "order of attaching": " ".join(order)},
                         hint="merge in the order of attaching and unmerge in the reverse one, or disable the other",
                     )
+
+    def _require_unread(self, verb: str) -> None:
+        """Refuse to change a weight that an adapter which was attached on top of this one goes by."""
+        for path in self._hosts:
+            host = self._host(path)
+            later = list(host.adapters)[list(host.adapters).index(self.name) + 1 :]
+            readers = [n for n in later if cast(Adapter, host.adapters[n]).reads_weight]
+            if readers:
+                raise MethodError(
+                    f"cannot {verb} '{self.name}': '{readers[0]}' on top of it goes by the weight as it is",
+                    where={"layer": path, "order of attaching": " ".join(host.adapters)},
+                    hint=f"detach '{readers[0]}' first, or attach it after the other is merged",
+                )
 
     def _require_attached(self, verb: str) -> None:
         if not self._hosts:
