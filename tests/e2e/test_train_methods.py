@@ -1,4 +1,4 @@
-"""A run with AdaLoRA ends within its budget, and one that was broken off ends with the same bits."""
+"""What the loop does for single methods: AdaLoRA ends within its budget, aLoRA learns behind its invocation alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 import addenda
 from addenda.methods.adalora import AdaLoRA
+from addenda.methods.alora import ALoRA
 from addenda.train.config import TrainConfig
 from addenda.train.events import StepEvent
 from addenda.train.loop import train
@@ -47,3 +48,23 @@ def test_the_budget_is_reached_and_a_resumed_run_ends_with_the_same_bits(tmp_pat
     resumed = run(tmp_path / "broken", resume=True)
     for name, tensor in whole.tensors().items():
         assert torch.equal(resumed.tensors()[name], tensor), name
+
+
+def test_an_invoked_adapter_learns_what_comes_behind_its_invocation(tmp_path: Path) -> None:
+    base, rows, losses = tiny.make_base(), tiny.make_rows(8), []
+    rows = [type(row)((*row.input_ids[:2], 1, 2, *row.input_ids[2:]), (False,) * 4 + (True,) * (len(row) - 2), row.row) for row in rows]  # fmt: skip
+    rows = [row for row in rows if len(row) > 4]
+    probe = torch.tensor([rows[0].input_ids])
+    before = base.model(probe).logits.detach()
+    handle = addenda.attach(base.model, ALoRA(invocation=(1, 2), rank=8), targets="all-linear")
+
+    def tell(event: object) -> None:
+        if isinstance(event, StepEvent):
+            losses.append(event.loss)
+
+    config = TrainConfig(epochs=40, batch_size=4, learning_rate=1e-2, save_every_minutes=None, threads=1)
+    train(base, handle, rows, [], config, run_dir=tmp_path, on_event=tell)
+    assert losses[-1] < 0.5 * losses[0]
+    after = base.model(probe).logits
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert not torch.equal(after[:, 2:], before[:, 2:])
