@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from addenda.core.observations import Needs, Observer
 from addenda.core.prompts import Prompts
 from addenda.core.ranges import suffixes
+from addenda.core.tokens import TokenWatch
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
@@ -83,6 +84,9 @@ class Base(ABC):
     observed: Mapping[str, Tensor] | None
     """What an :class:`Observer` found out about the layer beforehand."""
 
+    watch: TokenWatch | None
+    """Tells the token ids of the pass that runs, where a method :meth:`~Method.reads_tokens`."""
+
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
     ) -> None:
@@ -93,6 +97,7 @@ class Base(ABC):
         self._source: ParameterSource | None = None
         self.common = None
         self.observed = None
+        self.watch = None
 
     @property
     @abstractmethod
@@ -260,6 +265,10 @@ class Adapter(nn.Module):
     and others like it stand on a layer does not matter."""
     may_rest: bool = False
     """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
+    reads_weight: bool = False
+    """Whether what it computes depends on the layer's weight itself, so that none may be folded in below it."""
+    training_only: tuple[str, ...] = ()
+    """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 
@@ -346,6 +355,10 @@ class Method(ABC):
     def settled(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Self:
         """Return the method with the settings that follow from what was observed of each layer, by path."""
         return self
+
+    def reads_tokens(self) -> bool:
+        """Whether its adapters ask ``base.watch`` for the token ids of the pass that runs."""
+        return False
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
