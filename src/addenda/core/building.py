@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.progress import OnProgress, Progress
 from addenda.core.whole import is_whole, whole_adapter
 
 __all__ = ["build_adapters"]
@@ -13,7 +14,9 @@ COMMON = "common"
 """Name under which every adapter of an attach holds the module they share."""
 
 
-def build_adapters(method: Method, bases: Mapping[str, Base]) -> dict[str, Adapter]:
+def build_adapters(
+    method: Method, bases: Mapping[str, Base], *, on_progress: OnProgress | None = None
+) -> dict[str, Adapter]:
     """Return an adapter for each layer, by path.
 
     The method's own all hold the same module as ``common``, where it has one; those of layers that are trained whole
@@ -24,9 +27,11 @@ def build_adapters(method: Method, bases: Mapping[str, Base]) -> dict[str, Adapt
     shared = method.build_common(layers, layers[0].source(COMMON)) if layers else None
     for base in layers:
         base.common = shared
-    adapters = {
-        path: method.build(base) if path in own else whole_adapter(base) for path, base in bases.items()
-    }
+    adapters: dict[str, Adapter] = {}
+    for done, (path, base) in enumerate(bases.items(), start=1):
+        adapters[path] = method.build(base) if path in own else whole_adapter(base)
+        if on_progress is not None:
+            on_progress(Progress("make adapters", done, len(bases), "layers"))
     for path in own:
         adapters[path].common = shared
     return adapters

@@ -17,6 +17,7 @@ from addenda.core.blocks import TransformerBlockView, WeightlessView, is_transfo
 from addenda.core.foreign import QuantizedView, is_quantized
 from addenda.core.norms import NormView, is_norm
 from addenda.core.packed_layers import PackedLinear, PackedView
+from addenda.core.transformer import AttentionView, TransformerView, is_attention, is_transformer
 from addenda.core.views import LayerView, LinearView
 from addenda.errors import MethodError
 
@@ -241,14 +242,18 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("conv", lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d), ConvView),
     LayerKind("embedding", _is_plain_embedding, EmbeddingView),
     LayerKind("norm", is_norm, NormView),
+    LayerKind("attention", is_attention, AttentionView),
     LayerKind("block", _is_block, BlockView),
     LayerKind("transformer-block", is_transformer_block, TransformerBlockView),
+    LayerKind("transformer", is_transformer, TransformerView),
 )
 """Every kind of layer that can be adapted; the first row that matches a module is its kind."""
 
 
 def _leaf_kind(module: nn.Module) -> LayerKind | None:
-    return next((k for k in KINDS if k.name != "block" and k.matches(module)), None)
+    return next(
+        (k for k in KINDS if k.name not in ("block", "attention", "transformer") and k.matches(module)), None
+    )
 
 
 def _leaf_view(module: nn.Module, path: str) -> LayerView | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 from addenda.core.changed import changed_linear
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
+from addenda.core.terms import Part, Term, linear_with_terms
 from addenda.memory.arena import product
 
 __all__ = ["CompressedView", "LayerView", "LinearView", "autocast_on"]
@@ -43,6 +46,15 @@ class LayerView(Base):
         self.original: Any = getattr(type(module), "original_class", type(module))
         self.args: tuple[object, ...] = ()
         self.kwargs: dict[str, object] = {}
+
+    def received(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, LayerView]:
+        """Return a call's input, and the layer as it is called with everything else that was given."""
+        x, *rest = args if args else (kwargs.pop(self.input_name),)
+        if not rest and not kwargs:
+            return x, self
+        bound = copy.copy(self)
+        bound.args, bound.kwargs = tuple(rest), kwargs
+        return x, bound
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)
@@ -174,6 +186,10 @@ class LinearView(LayerView):
 
     kind = "linear"
 
+    @property
+    def pointwise(self) -> bool:
+        return True
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -199,6 +215,9 @@ class LinearView(LayerView):
 
     def changed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return changed_linear(x, weight, bias, self) if self.fusible(x) else super().changed(x, weight, bias)
+
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        return linear_with_terms(x, [Term(self, tuple(parts))])[0] if self.fusible(x) else None
 
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""
@@ -230,3 +249,9 @@ class CompressedView(LinearView):
         own = itertools.chain(self.module.parameters(recurse=False), self.module.buffers(recurse=False))
         first: Tensor = next(own)
         return first.device
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.original.forward(self.module, rows.to(self.dtype))
+            bias = self.bias()
+            return y if bias is None else y - bias.to(y.dtype)

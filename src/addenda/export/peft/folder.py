@@ -139,13 +139,14 @@ def write_peft(
     form, own, whole = _require_expressible(handle), handle.own(), _whole(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(_kind(own, path) == "conv1d-transposed" for path in own.paths),
         "inference_mode": True,
         "modules_to_save": sorted(whole) or None,
         "revision": revision,
         "target_modules": _targets(own.model, own.paths),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
+    if any(_kind(own, path) == "conv1d-transposed" for path in own.paths):
+        config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
     config.update(form.settings(own), peft_type=form.peft_type)
     config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)

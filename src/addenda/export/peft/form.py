@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.layers import view_of
+from addenda.core.targets import resolve
 
-__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_named", "forms"]
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "SHARED_PREFIX",
+    "TENSORS",
+    "Form",
+    "form",
+    "form_for",
+    "form_of",
+    "forms",
+    "layers_of",
+]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -40,16 +53,21 @@ class Form(ABC):
     """Keys of the configuration that `read_settings` takes into account."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
-    unknown: ClassVar[tuple[str, ...]] = ()
-    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
-    integers: ClassVar[tuple[str, ...]] = ()
-    """Those of `names` whose tensors hold whole numbers."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Those of `names` that a file may lack; `fill` then makes up for them."""
     shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that all layers share, after ``base_model.``."""
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Which of all these names stand for whole numbers."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of `peft_type` is of this form; several methods may go by one name there."""
+        return True
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -79,8 +97,22 @@ class Form(ABC):
         """Return layers that PEFT adapts along with these, though neither settings nor tensors name them."""
         return []
 
+    def apart(
+        self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what was read with a tensor for each name that `tensors` and `shared` return.
+
+        Overridden where PEFT keeps several layers under one name, writes a tensor many times, or makes it anew.
+
+        Args:
+            model: the base, before anything is attached.
+            config: the configuration.
+            tensors: the file's tensors under their whole names.
+        """
+        return dict(config), dict(tensors)
+
     def problems(self, handle: Handle) -> list[str]:
-        """Return why PEFT has no form for this adapter, though it has one for the method."""
+        """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
@@ -88,6 +120,13 @@ class Form(ABC):
         with torch.no_grad():
             for name, place in self.tensors(adapter, layer).items():
                 place.copy_(given[name])
+
+
+def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
+    """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
+    targets = config.get("target_modules") or "all-linear"
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=Form.kinds).items()}
 
 
 _FORMS: dict[str, Form] = {}
@@ -114,6 +153,7 @@ def form_for(method: Method) -> Form | None:
     return found if found is not None and isinstance(method, found.method) else None
 
 
-def form_named(peft_type: object) -> Form | None:
-    """Return the form of PEFT's name, or None."""
-    return next((found for found in forms().values() if found.peft_type == peft_type), None)
+def form_of(config: Mapping[str, Any]) -> Form | None:
+    """Return the form of a configuration of PEFT's, or None."""
+    named = (found for found in forms().values() if found.peft_type == config.get("peft_type"))
+    return next((found for found in named if found.claims(config)), None)

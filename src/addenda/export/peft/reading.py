@@ -23,7 +23,7 @@ from addenda.core.planning import require_possible
 from addenda.core.targets import matches
 from addenda.core.whole import WholeAdapter, exact_layers
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
-from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_named, forms
+from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_of, forms
 from addenda.export.peft.values import set_values, values
 
 __all__ = ["import_peft", "read_config", "view_at"]
@@ -43,6 +43,7 @@ _HARMLESS = (
     "task_type",
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
+_BASE_LAYER = ".base_layer."
 _NOTHING = ("bias = 'none'",)
 """Values that say that nothing is used."""
 
@@ -63,9 +64,10 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     """
     source = Path(folder)
     config = read_config(source)
-    tensors = _read_tensors(source)
     form = _form(config, source)
-    _require_numbers(form, tensors, source)
+    config, tensors = form.apart(
+        model, config, _without_base(model, config, _read_tensors(source, form), source)
+    )
     paths, whole = _paths(form, config, tensors, source)
     method = replace(form.read_settings(config, paths, tensors), whole=tuple(whole))
     along = form.along(model, paths)
@@ -134,7 +136,7 @@ def _require_safe(config: Mapping[str, Any], source: Path) -> None:
         )
 
 
-def _read_tensors(source: Path) -> dict[str, Tensor]:
+def _read_tensors(source: Path, form: Form) -> dict[str, Tensor]:
     path = source / TENSORS
     if not path.is_file():
         raise NotFoundError(f"'{source}' lacks {TENSORS}", hint="copy the folder anew")
@@ -142,26 +144,46 @@ def _read_tensors(source: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as problem:
         raise _unfit(f"{TENSORS} is damaged: {problem}", source) from problem
-    return tensors
-
-
-def _require_numbers(form: Form, tensors: Mapping[str, Tensor], source: Path) -> None:
-    integers = {key for key in tensors if any(key.endswith(f".{name}") for name in form.integers)}
     bad = [
         key
         for key, t in tensors.items()
-        if (t.dtype not in (torch.int32, torch.int64) if key in integers else not t.is_floating_point())
+        if t.is_floating_point() != {*key.split(".")}.isdisjoint(form.whole)
         or not bool(torch.isfinite(t).all())
     ]
     if bad:
         raise _unfit(f"{len(bad)} tensors hold values that are no finite numbers, first '{bad[0]}'", source)
+    return tensors
+
+
+def _without_base(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
+) -> dict[str, Tensor]:
+    """Leave out weights of the base, which PEFT writes beside an adapted embedding; they must be this base's."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    names = {
+        key: key.removeprefix(PREFIX).replace(_BASE_LAYER, ".") for key in tensors if key.startswith(PREFIX)
+    }
+    saved = _saved(config, source)
+    held = {
+        key: own[name]
+        for key, name in names.items()
+        if name in own and not _is_saved(name.rpartition(".")[0], saved)
+    }
+    other = [key for key, value in held.items() if not _same(tensors[key], value.detach())]
+    if other:
+        raise _unfit(f"'{other[0]}' is a weight of the base, and not this base's", source)
+    return {key: value for key, value in tensors.items() if key not in held}
+
+
+def _same(saved: Tensor, own: Tensor) -> bool:
+    return saved.shape == own.shape and torch.equal(saved.to(own.dtype), own.cpu())
 
 
 def _form(config: Mapping[str, Any], source: Path) -> Form:
     """Return the form of the configuration, all of whose settings have a counterpart here."""
-    found = form_named(config.get("peft_type"))
+    found = form_of(config)
     if found is None:
-        known = ", ".join(form.peft_type for form in forms().values())
+        known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
         raise _unfit(f"peft_type {config.get('peft_type')!r} is not read; {known} are", source)
     known_keys = {*found.reads, *found.harmless, *_HARMLESS}
     used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_keys]
@@ -178,16 +200,17 @@ def _paths(
     names = "|".join(re.escape(name) for name in form.names)
     pattern = re.compile(re.escape(PREFIX) + rf"(?P<path>[^\s]+?)\.({names})")
     saved = re.compile(re.escape(PREFIX) + r"(?P<path>[^\s]+?)\.(weight|bias)")
-    shared = {SHARED_PREFIX + name for name in form.shared_names}
     found: dict[str, None] = {}
     whole: dict[str, None] = {}
     extra = []
     for key in tensors:
+        if _is_shared(form, key):
+            continue
         if match := pattern.fullmatch(key):
             found[match["path"]] = None
         elif (match := saved.fullmatch(key)) and _is_saved(match["path"], _saved(config, source)):
             whole[match["path"]] = None
-        elif key not in shared:
+        else:
             extra.append(key)
     if extra or not found:
         raise _unfit(
@@ -216,6 +239,11 @@ def _require_saved(model: nn.Module, config: Mapping[str, Any], whole: list[str]
     if missing or (saved and not whole):
         word = f", first of '{missing[0]}'" if missing else ""
         raise _unfit(f"modules_to_save names {', '.join(saved)}, of which tensors are missing{word}", source)
+
+
+def _is_shared(form: Form, key: str) -> bool:
+    rest = key.removeprefix(SHARED_PREFIX)
+    return rest != key and rest.partition(".")[0] in form.shared_names
 
 
 def _require_same_targets(
@@ -268,13 +296,15 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         if key in tensors and place.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
-    for path, (adapter, layer) in adapters.items():
-        form.fill(adapter, layer, _given(tensors, path, form.names))
-    for path, (changed, layer) in whole.items():
-        set_values(changed, layer, _given(tensors, path, ("weight", "bias")))
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
+    for path, (adapter, layer) in adapters.items():
+        form.fill(adapter, layer, _given(tensors, path, tuple(form.tensors(adapter, layer))))
+    for path, (changed, layer) in whole.items():
+        set_values(changed, layer, _given(tensors, path, ("weight", "bias")))
+    if problems := form.problems(own):
+        raise _unfit("; ".join(problems), source)
 
 
 def _given(tensors: Mapping[str, Tensor], path: str, names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ class SHiRAForm(Form):
     reads: ClassVar[tuple[str, ...]] = ("r",)
     harmless: ClassVar[tuple[str, ...]] = ("init_weights", "mask_type", "random_seed")
     names: ClassVar[tuple[str, ...]] = ("shira_weight", "shira_indices")
-    integers: ClassVar[tuple[str, ...]] = ("shira_indices",)
+    whole: ClassVar[tuple[str, ...]] = ("shira_indices",)
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         return {"r": cast(SHiRA, handle.method).rank, "mask_type": "random", "init_weights": True}

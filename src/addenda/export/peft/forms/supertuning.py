@@ -32,7 +32,7 @@ class SuperTuningForm(Form):
     harmless: ClassVar[tuple[str, ...]] = ("init_weights", "save_precomputed_indices")
     unknown: ClassVar[tuple[str, ...]] = ("fan_in_fan_out",)
     names: ClassVar[tuple[str, ...]] = (_VALUES, _PLACES, _A, _B)
-    integers: ClassVar[tuple[str, ...]] = (_PLACES,)
+    whole: ClassVar[tuple[str, ...]] = (_PLACES,)
     optional: ClassVar[tuple[str, ...]] = (_PLACES,)
 
     def settings(self, handle: Handle) -> dict[str, Any]:
