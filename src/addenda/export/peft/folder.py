@@ -128,9 +128,9 @@ def _read_again(
         _take_off(form, theirs)
 
 
-def _take_off(form: Form, theirs: Any) -> None:
+def _take_off(form: Form | None, theirs: Any) -> None:
     """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
-    if form.of_model:
+    if form is not None and form.of_model:
         return
     if hasattr(theirs.base_model, "unload"):
         theirs.unload()
