@@ -154,7 +154,7 @@ def refused(method: Method, layer: str) -> bool:
 
 
 EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
-"""Layers that the everyday suite tries all methods on; on the others it tries three. All pairs are in the slow suite."""
+"""Layers on which the everyday suite tries all methods; on the others it tries three. The slow suite has all pairs."""
 THREE = ("lora", "ia3", "bottleneck")
 
 
