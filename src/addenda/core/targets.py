@@ -26,6 +26,7 @@ __all__ = [
     "listed",
     "matches",
     "resolve",
+    "strays",
     "suffixes_present",
     "unmatched",
 ]
@@ -121,6 +122,20 @@ def unmatched(paths: Sequence[str], suffixes: Iterable[str]) -> list[str]:
         ['v_proj']
     """
     return [suffix for suffix in suffixes if not any(matches(path, suffix) for path in paths)]
+
+
+def strays(paths: Sequence[str], **tables: Iterable[str]) -> list[str]:
+    """Return a problem for each suffix of each table that names none of ``paths``.
+
+    Example:
+        >>> strays(["0.q_proj"], ranks={"q_proj": 4, "v_proj": 8}, alphas={})
+        ["ranks names no target by 'v_proj'"]
+    """
+    return [
+        f"{name} names no target by '{suffix}'"
+        for name, table in tables.items()
+        for suffix in unmatched(paths, table)
+    ]
 
 
 def at(path: str, table: Mapping[str, T], default: T) -> T:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.ranges import integer, number, table
 from addenda.core.registry import register
-from addenda.core.targets import at, unmatched
+from addenda.core.targets import at, strays
 
 __all__ = ["DeLoRA"]
 
@@ -80,11 +80,7 @@ class DeLoRA(Method):
         return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
 
     def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return [
-            f"{name} names no target by '{suffix}'"
-            for name, entries in (("ranks", self.ranks), ("strengths", self.strengths))
-            for suffix in unmatched(paths, entries)
-        ]
+        return strays(paths, ranks=self.ranks, strengths=self.strengths)
 
     def rank_at(self, path: str) -> int:
         """Return the rank that applies to the layer at ``path``."""

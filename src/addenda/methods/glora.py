@@ -40,10 +40,10 @@ class GLoRA(Method):
         prompt: what c is: ``low-rank``, ``vector`` or ``none``.
         bias: what D and E are: ``vector``, ``constant`` or ``none``.
 
-    **Cost**: A of low rank reads the weight in each forward, and multiplies by a matrix of its size: twice the time
-    of the layer. As vectors or constants A and B cost two operations on the output and a sum of the input. c reads
-    the weight. **Use it when** LoRA lacks what a scale of features can say: GLoRA contains LoRA, (IA)3's scaling of
-    outputs and BitFit.
+    **Cost**: A of low rank reads the weight in each forward, forms an update of its size and multiplies by it, which is
+    more than the layer itself takes. As vectors or constants A and B cost two operations on the output and a sum of
+    the input. c reads the weight. **Use it when** LoRA lacks what a scale of features can say: GLoRA contains LoRA,
+    (IA)3's scaling of outputs and BitFit.
 
     **Learning rate**: 1e-4, the rate under which PEFT's published comparison of methods (MetaMathQA, Llama 3.2 3B)
     runs the default; for vectors it has 5e-4.
@@ -103,8 +103,9 @@ class GLoRA(Method):
         if form == "low-rank":
             down = base.parameter(self.rank, columns, init=_kaiming_uniform)
             return {f"{name}_down": down, f"{name}_up": base.parameter(rows, self.rank)}
-        sizes = {"vector": rows, "constant": 1}
-        return {name: base.parameter(sizes[form])} if form in sizes else {}
+        # A vector keeps its column, so that it is not taken for a constant where it has one row.
+        shapes = {"vector": (rows,) if name in "DE" else (rows, 1), "constant": (1,)}
+        return {name: base.parameter(*shapes[form])} if form in shapes else {}
 
 
 def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
@@ -112,7 +113,9 @@ def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 class GLoRAAdapter(Adapter):
-    """A to E, those that are trained: X_up (rows, rank) and X_down (rank, columns), or X (rows,) or (1,).
+    """A to E, those that are trained: X_up (rows, rank) and X_down (rank, columns), or X.
+
+    X is (rows, 1), for D and E (rows,), as a vector and (1,) as a constant.
 
     Rows and columns are d_out and d_in for A and B, d_in and 1 for C, d_out and 1 for D and E.
     """
@@ -166,5 +169,5 @@ class GLoRAAdapter(Adapter):
     def _part(self, name: str, dtype: torch.dtype) -> Tensor:
         """A matrix (rows, columns), or a column (rows, 1) or (1, 1) that stands for it."""
         if self.has(name):
-            return self.get_parameter(name)[:, None].to(dtype)
+            return self.get_parameter(name).reshape(-1, 1).to(dtype)
         return (self.get_parameter(f"{name}_up") @ self.get_parameter(f"{name}_down")).to(dtype)

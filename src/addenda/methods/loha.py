@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.ranges import flag, integer, number, table
 from addenda.core.registry import register
-from addenda.core.targets import at, unmatched
+from addenda.core.targets import at, strays
 
-__all__ = ["LoHa"]
+__all__ = ["LoHa", "LoHaAdapter", "uniform"]
 
 
 @register("loha")
@@ -85,11 +85,7 @@ class LoHa(Method):
         return found + table("alphas", self.alphas, lambda name, value: number(name, value, above=0.0))
 
     def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return [
-            f"{name} names no target by '{suffix}'"
-            for name, entries in (("ranks", self.ranks), ("alphas", self.alphas))
-            for suffix in unmatched(paths, entries)
-        ]
+        return strays(paths, ranks=self.ranks, alphas=self.alphas)
 
     def rank_at(self, path: str) -> int:
         """Return the rank that applies to the layer at ``path``."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.ranges import flag, integer, number, table
 from addenda.core.registry import register
-from addenda.core.targets import at, unmatched
+from addenda.core.targets import at, strays
+from addenda.methods.loha import uniform
 
 __all__ = ["LoKr", "factors"]
 
@@ -94,11 +95,7 @@ class LoKr(Method):
         return found + table("alphas", self.alphas, lambda name, value: number(name, value, above=0.0))
 
     def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return [
-            f"{name} names no target by '{suffix}'"
-            for name, entries in (("ranks", self.ranks), ("alphas", self.alphas))
-            for suffix in unmatched(paths, entries)
-        ]
+        return strays(paths, ranks=self.ranks, alphas=self.alphas)
 
     def rank_at(self, path: str) -> int:
         """Return the rank that applies to the layer at ``path``."""
@@ -137,11 +134,6 @@ def factors(size: int, factor: int | None) -> tuple[int, int]:
     largest = min(factor or size, math.isqrt(size))
     first = next(divisor for divisor in range(largest, 0, -1) if size % divisor == 0)
     return first, size // first
-
-
-def uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill with values between -b and b, b = 1 / sqrt of the size of all dimensions but the first."""
-    tensor.uniform_(-1, 1, generator=generator).div_(math.sqrt(tensor[0].numel()))
 
 
 class LoKrAdapter(Adapter):

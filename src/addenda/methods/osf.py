@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.ranges import integer, number, table
 from addenda.core.registry import register
-from addenda.core.targets import at, unmatched
+from addenda.core.targets import at, strays
 
 __all__ = ["OSF", "OSFAdapter", "decomposed"]
 
@@ -76,7 +76,7 @@ class OSF(Method):
         )
 
     def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return [f"kept_in names no target by '{suffix}'" for suffix in unmatched(paths, self.kept_in)]
+        return strays(paths, kept_in=self.kept_in)
 
     def kept_at(self, base: Base) -> int:
         """Return how many directions of a layer are kept."""

@@ -73,7 +73,9 @@ class Form(ABC):
         """Return why PEFT has no form for this adapter, though it has one for the method."""
         return []
 
-    def prepare(self, adapter: Adapter, layer: Base, method: Method) -> None:
+    def prepare(  # noqa: B027  (most forms have nothing to set)
+        self, adapter: Adapter, layer: Base, method: Method
+    ) -> None:
         """Set what PEFT computes from the layer when it loads; called once, before `tensors` and `fill`."""
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:

@@ -63,9 +63,7 @@ class GLoRAForm(Form):
                 found[f"glora_{part}.Xd"] = ours.get_parameter(f"{part}_up")
                 found[f"glora_{part}.Xu"] = ours.get_parameter(f"{part}_down")
             elif ours.has(part):
-                values = ours.get_parameter(part)
-                column = part in "ABC" and len(values) > 1
-                found[f"glora_{part}.X"] = values[:, None] if column else values
+                found[f"glora_{part}.X"] = ours.get_parameter(part)
             else:
                 found[f"glora_{part}.zeros"] = torch.zeros(_shape(part, layer))
         return found
