@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import addenda
@@ -107,8 +109,21 @@ def _embedding() -> tuple[nn.Module, Tensor]:
     return Small(nn.Embedding(30, 24), nn.Identity(), 24), torch.randint(30, (4, 7))
 
 
+def _norm(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model = nn.Sequential()
+    model.add_module("layer", layer)
+    return model, torch.randn(*shape)
+
+
 def _block() -> tuple[nn.Module, Tensor]:
     return Small(FeedForward(24, 40), nn.Identity(), 24), torch.randn(4, 5, 24)
+
+
+def _transformer_block() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True)
+    return Small(layer, nn.Identity(), 24), torch.randn(4, 5, 24)
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -123,14 +138,14 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "conv2d-reflect": lambda: _conv(nn.Conv2d(16, 20, 3, padding="same", padding_mode="reflect"), 8, 9),
     "conv3d": lambda: _conv(nn.Conv3d(16, 20, (1, 2, 3)), 4, 5, 6),
     "embedding": _embedding,
+    "layer-norm": lambda: _norm(nn.LayerNorm(24), 4, 5, 24),
+    "rms-norm": lambda: _norm(LlamaRMSNorm(24), 4, 5, 24),
+    "group-norm": lambda: _norm(nn.GroupNorm(4, 16), 2, 16, 8, 9),
+    "batch-norm": lambda: _norm(nn.BatchNorm2d(16).eval(), 2, 16, 8, 9),
     "block": _block,
+    "transformer-block": _transformer_block,
 }
 """Every layer on which every method is tried; the layer is called ``layer``."""
-
-
-VARIANTS = [
-    registry.get(name).from_settings(v) for name in registry.names() for v in registry.get(name).variants
-]
 
 
 def refused(method: Method, layer: str) -> bool:
@@ -138,9 +153,27 @@ def refused(method: Method, layer: str) -> bool:
     return not kind_of(view.module).among(method.layer_kinds()) or bool(method.problems_at(view))
 
 
-PAIRS = [(f"{m.name}-{i}-{layer}", m, layer) for i, m in enumerate(VARIANTS) for layer in LAYERS]
-CASES = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if not refused(method, layer)]
-REFUSED = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if refused(method, layer)]
+EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
+"""Layers on which the everyday suite tries all methods; on the others it tries three. The slow suite has all pairs."""
+THREE = ("lora", "ia3", "bottleneck")
+
+
+def pair(name: str, number: int, method: Method, layer: str) -> Any:
+    """A method on a layer, marked slow where only the slow suite tries it."""
+    often = layer == "linear" or (number == 0 and (layer in EVERY_DAY or method.name in THREE))
+    return pytest.param(method, layer, id=name, marks=[] if often else [pytest.mark.slow])
+
+
+NUMBERED = [
+    (number, registry.get(name).from_settings(settings))
+    for name in registry.names()
+    for number, settings in enumerate(registry.get(name).variants)
+]
+PAIRS = [(f"{m.name}-{n}-{layer}", n, m, layer) for n, m in NUMBERED for layer in LAYERS]
+SORTED = {True: [], False: []}
+for each in PAIRS:
+    SORTED[refused(*each[2:])].append(pair(*each))
+CASES, REFUSED = SORTED[False], SORTED[True]
 
 
 @pytest.fixture
@@ -370,7 +403,7 @@ def test_what_is_declared_additive_commutes(
     if not model.layer.adapters["first"].additive:
         return
     before = model(batch)
-    model.layer._addenda.active.reverse()
+    addenda.activate(model, ["second", "first"])
     torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
     x = model.before(batch) if hasattr(model, "before") else batch
     term = model.layer(x) - model.layer.original_class.forward(model.layer, x)
@@ -398,21 +431,21 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(24, 20), nn.Linear(20, 24)
+        self.first, self.second = nn.Module(), nn.Module()
+        self.first.layer, self.second.layer = nn.Linear(24, 20), nn.Linear(20, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+        return self.second.layer(torch.tanh(self.first.layer(x)))
 
 
-LAYERS_OF_THE_PAIR = ["first", "second"]
 ON_LINEAR = [pytest.param(case.values[0], id=case.id) for case in CASES if case.values[1] == "linear"]
 
 
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
     model, batch = Pair(), torch.randn(4, 5, 24)
-    planned = addenda.plan(model, method, LAYERS_OF_THE_PAIR)
-    handle = stirred(addenda.attach(model, method, LAYERS_OF_THE_PAIR))
+    planned = addenda.plan(model, method, "layer")
+    handle = stirred(addenda.attach(model, method, "layer"))
     commons = [adapter.common for adapter in handle.adapters.values()]
     assert commons[0] is commons[1]
     assert handle.trainable_parameters == planned.parameters
@@ -434,7 +467,7 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
     model, batch = Pair().double(), torch.randn(4, 5, 24).double()
-    handle = stirred(addenda.attach(model, method, LAYERS_OF_THE_PAIR))
+    handle = stirred(addenda.attach(model, method, "layer"))
     model(batch).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
     shared = next(iter(handle.adapters.values())).common
@@ -444,7 +477,53 @@ def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) ->
         sides = []
         for step in (size, -2 * size):
             flat[place] += step
-            sides.append(float(model(batch).square().sum()))
+            sides.append(float(model(batch).detach().square().sum()))
         torch.testing.assert_close(
             torch.tensor((sides[0] - sides[1]) / (2 * size)), grad[place].float(), rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    rows = batch.repeat(2, *[1] * (batch.dim() - 1))[:4]
+    names = ["a", None, "b", "a"]
+    loaded = {name: stirred(addenda.attach(model, method, "layer", name=name)) for name in ("a", "b")}
+    whose = {name: torch.tensor([other == name for other in names]) for name in (*loaded, None)}
+
+    def alone(name: str | None) -> Tensor:
+        with addenda.activated(model, name):
+            return model(rows[whose[name]])
+
+    with addenda.activated(model, addenda.Rows(tuple(names))):
+        routed = model(rows)
+        weight = torch.randn_like(routed)
+        (routed * weight).sum().backward()
+    for name, own in whose.items():
+        torch.testing.assert_close(routed[own], alone(name), rtol=1e-4, atol=1e-5)
+    mixed = {name: [p.grad for p in handle.parameters()] for name, handle in loaded.items()}
+    model.zero_grad()
+    for name in loaded:
+        (alone(name) * weight[whose[name]]).sum().backward()
+        for parameter, grad in zip(loaded[name].parameters(), mixed[name], strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_a_weighted_sum_adds_what_each_alone_changes(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    x = model.before(batch) if hasattr(model, "before") else batch
+    for name in ("a", "b"):
+        stirred(addenda.attach(model, method, "layer", name=name))
+
+    def under(wanted: object) -> Tensor:
+        with addenda.activated(model, wanted):
+            return model.layer(x)
+
+    base = under(None)
+    wanted = base + 0.7 * (under("a") - base) - 0.4 * (under("b") - base)
+    torch.testing.assert_close(under(addenda.Sum({"a": 0.7, "b": -0.4})), wanted, rtol=1e-4, atol=1e-4)

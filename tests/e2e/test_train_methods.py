@@ -52,11 +52,13 @@ def test_the_budget_is_reached_and_a_resumed_run_ends_with_the_same_bits(tmp_pat
 
 def test_an_invoked_adapter_learns_what_comes_behind_its_invocation(tmp_path: Path) -> None:
     base, rows, losses = tiny.make_base(), tiny.make_rows(8), []
-    called = []
-    for row in rows:
-        ids = (*row.input_ids[:2], 1, 2, *row.input_ids[2:])
-        called.append(type(row)(ids, (False,) * 4 + (True,) * (len(ids) - 4), row.row))
-    rows = [row for row in called if len(row) > 4]
+    rows = [
+        type(row)(
+            (*row.input_ids[:2], 1, 2, *row.input_ids[2:]), (False,) * 4 + (True,) * (len(row) - 2), row.row
+        )
+        for row in rows
+    ]
+    rows = [row for row in rows if len(row) > 4]
     probe = torch.tensor([rows[0].input_ids])
     before = base.model(probe).logits.detach()
     handle = addenda.attach(base.model, ALoRA(invocation=(1, 2), rank=8), targets="all-linear")

@@ -11,9 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.building import COMMON
+from addenda.core.composition import Stack
 from addenda.core.contract import Adapter, Method
-from addenda.core.host import Host, HostState, adapter_prefixes, remove, require_module
+from addenda.core.host import (
+    Host,
+    HostState,
+    Selection,
+    adapter_prefixes,
+    remove,
+    require_module,
+    running_on,
+)
 from addenda.core.tokens import TokenWatch
+from addenda.core.whole import is_whole
 from addenda.errors import MethodError
 
 __all__ = ["Handle", "handles", "tokens_kept"]
@@ -71,7 +81,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the adapter changes what the model computes, by running or by being merged."""
-        return self.merged or any(self.name in state.active for state in self._states())
+        return self.merged or (bool(self._hosts) and self.name in self._selection.composition.names)
 
     @property
     def merged(self) -> bool:
@@ -107,11 +117,11 @@ class Handle:
     def rate_of(self, name: str) -> float:
         """Return the method's factor on the learning rate for the parameter of this name."""
         path = next((p for p in self._hosts if name.startswith(f"{p}.")), "*")
-        return self.method.rate_of(name[len(path) + 1 :])
+        return 1.0 if is_whole(self.method, path) else self.method.rate_of(name[len(path) + 1 :])
 
     def penalty(self) -> Tensor | None:
         """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
-        return self.method.penalty(self.adapters)
+        return self.method.penalty(self.own().adapters)
 
     def after_update(self, *, step: int, of_steps: int) -> None:
         """Let the method change the adapter after an optimiser step, while the step's gradients are still there.
@@ -121,34 +131,43 @@ class Handle:
             of_steps: how many there will be.
         """
         with torch.no_grad():
-            self.method.after_update(self.adapters, step=step, of_steps=of_steps)
+            self.method.after_update(self.own().adapters, step=step, of_steps=of_steps)
+
+    def own(self) -> Handle:
+        """Return a handle on those layers alone that the method itself adapts, without those trained whole."""
+        hosts = {path: module for path, module in self._hosts.items() if not is_whole(self.method, path)}
+        return Handle(self.model, self.method, self.name, hosts)
 
     def enable(self) -> None:
-        """Let the adapter run again, in its place in the order of attaching."""
+        """Let the adapter run again, in its place in the order of attaching.
+
+        Raises:
+            MethodError: it is merged or detached, or the active adapters are not a stack.
+        """
         self._require_unmerged("enable")
+        stack = self._stack("enable")
         self._require_order("enable", merged=False)
-        for path in self._hosts:
-            host = self._host(path)
-            active = {*host._addenda.active, self.name}
-            host._addenda.active = [n for n in host.adapters if n in active]
+        if self.name not in stack:
+            attached = list(handles(self.model))
+            later = attached[attached.index(self.name) + 1 :]
+            place = next((i for i, name in enumerate(stack) if name in later), len(stack))
+            self._selection.composition = Stack((*stack[:place], self.name, *stack[place:]))
 
     def disable(self) -> None:
         """Stop the adapter from running: the model computes what it would without it, bit for bit."""
         self._require_unmerged("disable")
-        for state in self._states():
-            if self.name in state.active:
-                state.active.remove(self.name)
+        self._selection.composition = self._selection.composition.without(self.name)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable the adapter inside a ``with`` block."""
-        was_active = self.active
+        self._require_unmerged("disable")
+        before = self._selection.composition
         self.disable()
         try:
             yield
         finally:
-            if was_active:
-                self.enable()
+            self._selection.composition = before
 
     def merge(self) -> None:
         """Fold the adapter into the base's weights; the original weights are kept for :meth:`unmerge`.
@@ -159,6 +178,7 @@ class Handle:
                 it was.
         """
         self._require_unmerged("merge")
+        self._stack("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
         self._require_unread("merge")
@@ -169,8 +189,7 @@ class Handle:
                 state.kept = _copy_of(self._hosts[path])
             _write(self._hosts[path], weight, bias)
             state.merged.append(self.name)
-            if self.name in state.active:
-                state.active.remove(self.name)
+        self._selection.composition = self._selection.composition.without(self.name)
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again, and let it run; with the last one out they are as they were.
@@ -192,10 +211,11 @@ class Handle:
         self._require_attached("detach")
         if self.merged:
             self._unfold()
+        registry = _registry(self.model)
+        registry.selection.composition = registry.selection.composition.without(self.name)
         for module in self._hosts.values():
             remove(module, self.name)
         self._hosts = {}
-        registry = _registry(self.model)
         registry.handles.pop(self.name, None)
         if not registry.handles:
             if registry.watch is not None:
@@ -280,7 +300,7 @@ class Handle:
         for path in self._hosts:
             host = self._host(path)
             folded = [n for n in host._addenda.merged if n != self.name] + [self.name] * merged
-            running = {*host._addenda.active, self.name} - set(folded)
+            running = {*running_on(host), self.name} - set(folded)
             order = list(host.adapters)
             effect = [*folded, *(n for n in order if n in running)]
             for first, second in itertools.combinations(effect, 2):
@@ -291,6 +311,21 @@ class Handle:
                         where={"layer": path, "order of attaching": " ".join(order)},
                         hint="merge in the order of attaching and unmerge in the reverse one, or disable the other",
                     )
+
+    def _stack(self, verb: str) -> tuple[str, ...]:
+        """The active adapters, if they are stacked in the order of attaching."""
+        composition = self._selection.composition
+        attached = [name for name in handles(self.model) if name in composition.names]
+        if not isinstance(composition, Stack) or list(composition.names) != attached:
+            raise MethodError(
+                f"cannot {verb} '{self.name}' while {composition} is active",
+                hint="activate the adapters as a stack in the order of attaching first: addenda.activate(model, [...])",
+            )
+        return composition.names
+
+    @property
+    def _selection(self) -> Selection:
+        return _registry(self.model).selection
 
     def _require_unread(self, verb: str) -> None:
         """Refuse to change a weight that an adapter which was attached on top of this one goes by."""
@@ -327,10 +362,11 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, who tells them token ids, what was trainable before."""
+    """What a model remembers of its adapters: the handles, which run, who tells them token ids, what was trainable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
+        self.selection = Selection()
         self.watch: TokenWatch | None = None
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]

@@ -70,8 +70,8 @@ def prove_by_own_batch(handle: Handle, *, gradients: bool = True) -> None:
 def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
     """Run one batch forward and backward, and check that each adapter was called and got a gradient.
 
-    Without ``gradients``, it is enough to be called. The model is in evaluation mode meanwhile, so that nothing is dropped and no running statistic moves. Gradients,
-    modes and the global random generator are as before afterwards.
+    Without ``gradients``, it is enough to be called. The model is in evaluation mode meanwhile, so that nothing is
+    dropped and no running statistic moves. Gradients, modes and the global random generator are as before afterwards.
 
     Raises:
         TargetError: an adapter was not called, or got no gradient; all of them are named.
@@ -90,7 +90,11 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
         )
     moved = {id(p) for p, g in zip(trained, found, strict=True) if g is not None and bool(g.abs().sum() != 0)}
     silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
-    still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
+    still = [
+        path
+        for path, a in handle.adapters.items()
+        if not a.may_rest and not any(id(p) in moved for p in a.parameters())
+    ]
     _report(handle, silent, [path for path in still if gradients and path not in silent])
     handle.probed = f"all {len(counts)} adapters were called" + " and received a gradient" * gradients
 

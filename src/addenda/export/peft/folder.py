@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from addenda.bases.registry import find
 from addenda.core.handle import Handle
 from addenda.core.layers import kind_of
 from addenda.core.progress import OnProgress
+from addenda.core.whole import WholeAdapter
 from addenda.errors import ExportError
 from addenda.export.card import model_card
 from addenda.export.folder import new_folder, write_record
 from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
 from addenda.export.peft.reading import import_peft, view_at
+from addenda.export.peft.values import values
 
 __all__ = ["export_peft", "write_peft"]
 
@@ -42,6 +44,7 @@ from peft import PeftModel
 base = addenda.load_base({source!r})
 model = PeftModel.from_pretrained(base.model, "this folder")
 """
+
 
 def export_peft(
     base: LoadedBase,
@@ -75,7 +78,7 @@ def export_peft(
         rows = probe_rows(base)
         wanted = logits_of(base.model, rows, on_progress=on_progress)
         with handle.disabled():
-            reader, found = _read_again(base.model, work, rows, on_progress)
+            reader, found = _read_again(base.model, work, rows, on_progress, form=form_for(handle.method))
         parity = require_parity(wanted, found, reader=reader)
         base.tokenizer.save_pretrained(work)
         write_record(work, form="peft", parity=parity, provenance=facts)
@@ -92,15 +95,21 @@ def export_peft(
 
 
 def _read_again(
-    model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
+    model: nn.Module,
+    folder: Path,
+    rows: list[Tensor],
+    on_progress: OnProgress | None,
+    *,
+    form: Form | None,
 ) -> tuple[str, list[Tensor]]:
     """Load the folder onto the bare model, run it, and take it off again."""
-    if importlib.util.find_spec("peft") is None:
+    why_not = "peft is not installed" if importlib.util.find_spec("peft") is None else ""
+    if form is not None and not form.answers_alone:
+        why_not = "peft's model asks for more than the tokens"
+    if why_not:
         again = import_peft(model, folder, name="export-gate")
         try:
-            return "addenda's own reader (peft is not installed)", logits_of(
-                model, rows, on_progress=on_progress
-            )
+            return f"addenda's own reader ({why_not})", logits_of(model, rows, on_progress=on_progress)
         finally:
             again.detach()
     import peft
@@ -110,9 +119,23 @@ def _read_again(
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(model, folder)
     try:
-        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+        found = logits_of(theirs, rows, on_progress=on_progress)
+        # PEFT scores virtual positions too.
+        return f"peft {peft.__version__}", [
+            each[-row.numel() :] for each, row in zip(found, rows, strict=True)
+        ]
     finally:
+        _take_off(form, theirs)
+
+
+def _take_off(form: Form | None, theirs: Any) -> None:
+    """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
+    if form is not None and form.of_model:
+        return
+    if hasattr(theirs.base_model, "unload"):
         theirs.unload()
+    else:
+        theirs.base_model.delete_adapter("default")
 
 
 def write_peft(
@@ -133,20 +156,23 @@ def write_peft(
     Raises:
         ExportError: PEFT has no form for this method, or for one of its layers.
     """
-    form = _require_expressible(handle)
+    form, own, whole = _require_expressible(handle), handle.own(), _whole(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths),
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(whole) or None,
         "revision": revision,
-        "target_modules": _targets(handle.model, handle.paths),
+        "target_modules": _targets(own.model, own.paths),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
-    config.update(form.settings(handle), peft_type=form.peft_type)
+    if any(_kind(own, path) == "conv1d-transposed" for path in own.paths):
+        config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
+    config.update(form.settings(own), peft_type=form.peft_type)
+    config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})
+    tensors = {**_foreign_tensors(form, own), **_whole_tensors(handle, whole)}
+    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
 
 
 def _require_expressible(handle: Handle) -> Form:
@@ -162,17 +188,22 @@ def _require_expressible(handle: Handle) -> Form:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.paths}
+    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.own().paths}
     other = [path for path, kind in kinds.items() if not (kind and kind.among(form.kinds))]
     if other:
-        only = "linear layers are" if form.kinds == Form.kinds else f"layers of these kinds are: {', '.join(form.kinds)};"
+        linear = form.kinds == Form.kinds
+        kinds_in_words = "linear" if linear else f"of these kinds: {', '.join(form.kinds)}"
         raise ExportError(
-            f"{len(other)} adapted layers are not {'linear' if form.kinds == Form.kinds else 'of a kind that PEFT has a form for'}, "
-            f"first '{other[0]}'",
+            f"{len(other)} adapted layers are not {kinds_in_words}, first '{other[0]}'",
             where={"kind": _kind(handle, other[0])},
-            hint=f"only {only} written for PEFT; '--to merged' keeps all of them",
+            hint="only such layers are written for PEFT; '--to merged' keeps all of them",
         )
-    if problems := form.problems(handle):
+    problems = form.problems(handle.own())
+    if "modules_to_save" in form.unknown and _whole(handle):
+        problems.append(f"PEFT's {form.peft_type} has no modules_to_save")
+    if handle.merged and any(isinstance(adapter, WholeAdapter) for adapter in handle.adapters.values()):
+        problems.append("it is merged, so that its change is part of the base's values")
+    if problems:
         raise ExportError("; ".join(problems), hint="the native folder keeps it")
     return form
 
@@ -197,8 +228,22 @@ def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, adapter in handle.adapters.items():
         for name, tensor in form.tensors(adapter, view_at(handle, path)).items():
-            found[f"{PREFIX}{path}.{name}"] = tensor
+            found[form.key(path, name)] = tensor
         if adapter.common is not None:
             for name, tensor in form.shared(adapter.common).items():
                 found[f"{SHARED_PREFIX}{name}"] = tensor
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
+
+
+def _whole(handle: Handle) -> list[str]:
+    own = set(handle.own().paths)
+    return [path for path in handle.paths if path not in own]
+
+
+def _whole_tensors(handle: Handle, paths: list[str]) -> dict[str, Tensor]:
+    adapters = {path: cast(WholeAdapter, handle.adapters[path]) for path in paths}
+    return {
+        f"{PREFIX}{path}.{name}": tensor.detach().cpu().clone().contiguous()
+        for path, adapter in adapters.items()
+        for name, tensor in values(adapter, view_at(handle, path)).items()
+    }

@@ -13,8 +13,21 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.layers import view_of
+from addenda.core.targets import resolve
 
-__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_of", "forms"]
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "SHARED_PREFIX",
+    "TENSORS",
+    "Form",
+    "form",
+    "form_for",
+    "form_of",
+    "forms",
+    "layers_of",
+]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -40,10 +53,22 @@ class Form(ABC):
     """Keys of the configuration that `read_settings` takes into account."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    of_model: ClassVar[bool] = False
+    """Whether the adapter stands on the model as a whole, so that its tensors carry no layer's path."""
+    literal_targets: ClassVar[bool] = False
+    """Whether a text for ``target_modules`` is a name, and no regular expression."""
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """Those of all these names whose tensors hold whole numbers."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Those of `names` that a file may lack; `fill` then makes up for them."""
     shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that all layers share, after ``base_model.``."""
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+    answers_alone: ClassVar[bool] = True
+    """Whether PEFT's model can be called as the base is, without arguments of the method's own."""
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -74,15 +99,51 @@ class Form(ABC):
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
 
+    def key(self, path: str, name: str) -> str:
+        """Return what a tensor of the layer at ``path`` is called in the file."""
+        return name if self.of_model else f"{PREFIX}{path}.{name}"
+
+    def apart(
+        self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what was read with a tensor for each name that `tensors` and `shared` return.
+
+        Overridden where PEFT keeps several layers under one name, writes a tensor many times, or makes it anew.
+
+        Args:
+            model: the base, before anything is attached.
+            config: the configuration.
+            tensors: the file's tensors under their whole names.
+        """
+        return dict(config), dict(tensors)
+
+    def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Return layers that PEFT adapts along with these, though neither settings nor tensors name them."""
+        return []
+
     def problems(self, handle: Handle) -> list[str]:
         """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
+
+    def prepare(  # noqa: B027  (most forms have nothing to make up for)
+        self, adapter: Adapter, layer: Base, method: Method
+    ) -> None:
+        """Set what PEFT computes from the layer when it loads; called once, before `tensors` and `fill`."""
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
         """Write tensors under PEFT's names, whose shapes are right, into the adapter."""
         with torch.no_grad():
             for name, place in self.tensors(adapter, layer).items():
                 place.copy_(given[name])
+
+
+def layers_of(
+    model: nn.Module, config: Mapping[str, Any], kinds: Sequence[str] = Form.kinds
+) -> dict[str, Base]:
+    """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
+    targets = config.get("target_modules") or "all-linear"
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=kinds).items()}
 
 
 _FORMS: dict[str, Form] = {}

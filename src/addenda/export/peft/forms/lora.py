@@ -64,7 +64,7 @@ class LoRAForm(Form):
 
     def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
         ours = cast(LoRAAdapter, adapter)
-        found = factors(ours.A, ours.B, layer)
+        found = factors(*ours.factors(), layer)
         return found if ours.bias is None else {**found, "lora_B.bias": ours.bias}
 
     def problems(self, handle: Handle) -> list[str]:
@@ -74,7 +74,7 @@ class LoRAForm(Form):
 def low_rank_settings(handle: Handle) -> dict[str, Any]:
     """Return the settings of a pair A, B under PEFT's keys."""
     method = cast(LowRank, handle.method)
-    ranks = {path: method.rank_at(path) for path in handle.paths}
+    ranks = {path: _rank(method, path) for path in handle.paths}
     alphas = {path: _alpha(method, path) for path in handle.paths}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
@@ -149,8 +149,13 @@ def layer_problems(handle: Handle, *, dilation: bool = False) -> list[str]:
     return found
 
 
+def _rank(method: LowRank, path: str) -> int:
+    """PEFT's rank of a layer: twice ours where the adapter also takes off what it began with."""
+    return method.rank_at(path) * (2 if isinstance(method, LoRA) and method.begins().moved else 1)
+
+
 def _alpha(method: LowRank, path: str) -> int | float:
-    rank = method.rank_at(path)
+    rank = _rank(method, path)
     alpha = method.scaling_at(path) * (math.sqrt(rank) if method.rank_stabilized else rank)
     # The way through the scaling costs the last bit; 12 digits give back the number that was set.
     alpha = float(f"{alpha:.12g}")
