@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from addenda.core.contract import Adapter, Base, Method, ParameterSource
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
+from addenda.methods.vera import Projections, kaiming_uniform
 
 __all__ = ["PVeRA"]
 
@@ -81,7 +81,7 @@ class PVeRA(Method):
 
     def build_common(self, bases: Sequence[Base], source: ParameterSource) -> nn.Module:
         d_in, d_out = max(base.d_in for base in bases), max(base.d_out for base in bases)
-        return NoisyProjections(
+        return Projections(
             source.constant(2 * self.rank, d_in, init=kaiming_uniform),
             source.constant(d_out, self.rank, init=kaiming_uniform),
         )
@@ -91,29 +91,11 @@ class PVeRA(Method):
         return PVeRAAdapter(d, base.parameter(base.d_out), d_in=base.d_in, sample=self.sample)
 
 
-def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a (rows, columns) matrix uniformly within +-sqrt(6 / columns)."""
-    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(tensor.shape[1]))
-    tensor.uniform_(-bound, bound, generator=generator)
-
-
-class NoisyProjections(nn.Module):
-    """A: (2 * rank, largest d_in), B: (largest d_out, rank); frozen."""
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
-
-
 class PVeRAAdapter(Adapter):
     """d: (2 * rank,), b: (d_out,)."""
 
     additive = True
-    common: NoisyProjections
+    common: Projections
 
     def __init__(self, d: nn.Parameter, b: nn.Parameter, *, d_in: int, sample: str) -> None:
         super().__init__()

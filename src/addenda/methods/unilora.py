@@ -30,7 +30,7 @@ class UniLoRA(Method):
     not at zero. Mergeable exactly. Parameters: size, once for the whole model.
 
     Args:
-        rank: inner dimension, >= 1.
+        rank: inner dimension, 1 <= rank <= min(d_in, d_out).
         size: length of the vector, >= 1.
 
     **Cost**: that of LoRA of the same rank, and one look-up for each number of the factors in each step. Gradients and
@@ -66,6 +66,10 @@ class UniLoRA(Method):
 
     def problems(self) -> list[str]:
         return integer("rank", self.rank) + integer("size", self.size)
+
+    def problems_at(self, base: Base) -> list[str]:
+        limit = min(base.d_in, base.d_out)
+        return [f"rank {self.rank} exceeds min(d_in, d_out) = {limit}"] if self.rank > limit else []
 
     def build_common(self, bases: Sequence[Base], source: ParameterSource) -> nn.Module:
         counts = {base.path: self.rank * (base.d_in + base.d_out) for base in bases}

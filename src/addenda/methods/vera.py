@@ -60,8 +60,8 @@ class VeRA(Method):
     def build_common(self, bases: Sequence[Base], source: ParameterSource) -> nn.Module:
         d_in, d_out = max(base.d_in for base in bases), max(base.d_out for base in bases)
         return Projections(
-            source.constant(self.rank, d_in, init=_kaiming_uniform),
-            source.constant(d_out, self.rank, init=_kaiming_uniform),
+            source.constant(self.rank, d_in, init=kaiming_uniform),
+            source.constant(d_out, self.rank, init=kaiming_uniform),
         )
 
     def build(self, base: Base) -> VeRAAdapter:
@@ -69,12 +69,14 @@ class VeRA(Method):
         return VeRAAdapter(d, base.parameter(base.d_out), d_in=base.d_in)
 
 
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    tensor.uniform_(-1, 1, generator=generator).mul_(math.sqrt(6 / tensor.shape[1]))
+def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill a (rows, columns) matrix uniformly within +-sqrt(6 / columns), rounded as PEFT rounds that."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(tensor.shape[1]))
+    tensor.uniform_(-bound, bound, generator=generator)
 
 
 class Projections(nn.Module):
-    """A: (rank, largest d_in), B: (largest d_out, rank); frozen."""
+    """A: (rows, largest d_in), B: (largest d_out, rank); frozen."""
 
     A: Tensor
     B: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
 from addenda.core.layers import view_of
 from addenda.core.targets import resolve
+from addenda.errors import CheckpointError
 
 __all__ = [
     "CONFIG",
@@ -22,11 +23,13 @@ __all__ = [
     "SHARED_PREFIX",
     "TENSORS",
     "Form",
+    "agreed",
     "form",
     "form_for",
     "form_named",
     "forms",
     "layers_of",
+    "seeded",
 ]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -120,6 +123,34 @@ def layers_of(
     targets = config.get("target_modules") or "all-linear"
     chosen = [targets] if isinstance(targets, str) else list(targets)
     return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=kinds).items()}
+
+
+def agreed(config: Mapping[str, Any], key: str, default: int, sizes: Iterable[int]) -> int:
+    """Return a configuration's size, which the tensors have to show too, before anything of that size is made.
+
+    Raises:
+        CheckpointError: they show another one, or none.
+    """
+    stated, shown = config.get(key, default), set(sizes)
+    if shown != {stated}:
+        found = " ".join(map(str, sorted(shown))) or "none"
+        raise CheckpointError(
+            f"{key} = {stated!r}, and its tensors show {found}",
+            hint="save it again with PEFT, or copy it anew",
+        )
+    return int(stated)
+
+
+def seeded(config: Mapping[str, Any], key: str, default: int, *, more: int = 0) -> torch.Generator:
+    """Return a generator that begins at a configuration's seed, or some numbers after it.
+
+    Raises:
+        CheckpointError: the seed is no whole number of a machine word.
+    """
+    seed = config.get(key, default)
+    if not isinstance(seed, int) or not 0 <= seed < 2**62:
+        raise CheckpointError(f"{key} = {seed!r} is no seed", hint="copy the folder anew")
+    return torch.Generator().manual_seed(seed + more)
 
 
 _FORMS: dict[str, Form] = {}

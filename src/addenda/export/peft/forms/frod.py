@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.export.peft.form import SHARED_PREFIX, Form, form, layers_of
+from addenda.errors import CheckpointError
+from addenda.export.peft.form import SHARED_PREFIX, Form, form, layers_of, seeded
 from addenda.methods.frod import (
     Basis,
     FRoD,
@@ -76,13 +77,17 @@ class FRoDForm(Form):
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Decompose and draw as PEFT does where it has not saved basis and places."""
         found = dict(tensors)
+        for key, places in found.items():
+            sides = found.get(key.replace(".frod_s_indices.", ".frod_s_size."), torch.zeros(1))
+            if ".frod_s_indices." in key and not bool(((places >= 0) & (places < sides.min())).all()):
+                raise CheckpointError(f"'{key}' points beyond its matrix", hint="copy the folder anew")
         if config.get("save_projection", True) or any(k.startswith(f"{SHARED_PREFIX}frod_") for k in found):
             return dict(config), found
         method = cast(FRoD, self.read_settings(config, (), found))
         roles: dict[str, list[Base]] = {}
         for path, layer in layers_of(model, config).items():
             roles.setdefault(role_of(path), []).append(layer)
-        generator = torch.Generator().manual_seed(config.get("projection_prng_key") or 0)
+        generator = seeded(config, "projection_prng_key", 0)
         for role, layers in sorted(roles.items()):
             size = layers[0].d_in
             basis = joint_basis([layer.weight() for layer in layers], method.ridge)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.export.peft.form import SHARED_PREFIX, Form, form, layers_of
-from addenda.methods.pvera import NoisyProjections, PVeRA, PVeRAAdapter, kaiming_uniform
+from addenda.export.peft.form import SHARED_PREFIX, Form, agreed, form
+from addenda.export.peft.forms.vera import drawn_pair
+from addenda.methods.pvera import PVeRA, PVeRAAdapter
+from addenda.methods.vera import Projections
 
 __all__ = ["PVeRAForm"]
 
@@ -53,17 +54,11 @@ class PVeRAForm(Form):
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Draw the pair as PEFT does where it has not saved it."""
         found = dict(tensors)
-        shared = [SHARED_PREFIX + name for name in self.shared_names]
-        if not config.get("save_projection", True) and not any(name in found for name in shared):
-            layers, rank = layers_of(model, config).values(), config.get("r", 256)
-            generator = torch.Generator().manual_seed(config.get("projection_prng_key") or 0)
-            A = torch.empty(2 * rank, max(layer.d_in for layer in layers))
-            B = torch.empty(max(layer.d_out for layer in layers), rank)
-            for name, tensor in zip(shared, (A, B), strict=True):
-                kaiming_uniform(tensor, generator)
-                found[name] = tensor
+        if not config.get("save_projection", True) and f"{SHARED_PREFIX}pvera_A" not in found:
+            rank = agreed(config, "r", 256, (len(t) // 2 for k, t in found.items() if k.endswith("lambda_d")))
+            pair = drawn_pair(model, config, rows=2 * rank, rank=rank)
+            found.update(zip((SHARED_PREFIX + name for name in self.shared_names), pair, strict=True))
         return dict(config), found
 
     def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
@@ -71,5 +66,5 @@ class PVeRAForm(Form):
         return {"pvera_lambda_b": ours.b, "pvera_lambda_d": ours.d}
 
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
-        pair = cast(NoisyProjections, common)
+        pair = cast(Projections, common)
         return {"pvera_A": pair.A, "pvera_B": pair.B}

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.export.peft.form import PREFIX, SHARED_PREFIX, Form, form, layers_of
+from addenda.export.peft.form import PREFIX, SHARED_PREFIX, Form, agreed, form, layers_of, seeded
 from addenda.methods.randlora import RandLoRA, RandLoRAAdapter, RandomBases
 
 __all__ = ["RandLoRAForm"]
@@ -64,10 +63,11 @@ class RandLoRAForm(Form):
         if not config.get("save_projection", True) and not any(
             SHARED_PREFIX + name in found for name in _BASES
         ):
+            agreed(config, "r", 32, (len(t) for k, t in found.items() if k.endswith(".randlora_lambda")))
             method = cast(RandLoRA, self.read_settings(config, (), found))
             layers = layers_of(model, config).values()
             sides = max(layer.d_in for layer in layers), max(layer.d_out for layer in layers)
-            generator = torch.Generator().manual_seed(config.get("projection_prng_key") or 0)
+            generator = seeded(config, "projection_prng_key", 0)
             found[f"{SHARED_PREFIX}randlora_A"] = method.draw_smaller(min(sides), generator)
             found[f"{SHARED_PREFIX}randlora_B"] = method.draw_larger(min(sides), max(sides), generator)
         return dict(config), found

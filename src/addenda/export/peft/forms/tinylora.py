@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.export.peft.form import PREFIX, Form, form, layers_of
+from addenda.export.peft.form import PREFIX, Form, agreed, form, layers_of, seeded
 from addenda.methods.tinylora import TinyLoRA, TinyLoRAAdapter, Vectors
 
 __all__ = ["TinyLoRAForm"]
@@ -52,9 +52,10 @@ class TinyLoRAForm(Form):
         """Draw the mixtures as PEFT does where it has not saved them: each layer from a seed of its own."""
         found = dict(tensors)
         if not config.get("save_projection", True) and not any(k.endswith(".tinylora_P") for k in found):
-            rank, size, seed = config.get("r", 2), config.get("u", 64), config.get("projection_seed", 42)
+            rank = agreed(config, "r", 2, (len(t) for k, t in found.items() if k.endswith(".tinylora_A")))
+            size = agreed(config, "u", 64, (len(t) for k, t in found.items() if ".tinylora_v." in k))
             for i, path in enumerate(layers_of(model, config, self.kinds)):
-                generator = torch.Generator().manual_seed(seed + i)
+                generator = seeded(config, "projection_seed", 42, more=i)
                 drawn = torch.normal(0.0, rank**-0.5, size=(size, rank, rank), generator=generator)
                 found[f"{PREFIX}{path}.tinylora_P"] = drawn
         return dict(config), found

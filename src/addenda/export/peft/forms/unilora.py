@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
 from addenda.errors import CheckpointError
-from addenda.export.peft.form import PREFIX, Form, form, layers_of
+from addenda.export.peft.form import PREFIX, SHARED_PREFIX, Form, agreed, form, layers_of, seeded
 from addenda.methods.unilora import OneVector, UniLoRA, UniLoRAAdapter
 
 __all__ = ["UniLoRAForm"]
@@ -54,14 +54,21 @@ class UniLoRAForm(Form):
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Draw the indices as PEFT does where it has not saved them."""
+        theta = (len(t) for k, t in tensors.items() if k == f"{SHARED_PREFIX}unilora_theta_d")
+        size = agreed(config, "theta_d_length", 256, theta)
         if config.get("save_indices"):
+            _require_one_scale(tensors, size)
             return dict(config), dict(tensors)
-        rank, size = config.get("r", 4), config.get("theta_d_length", 256)
-        shapes = {}
-        for path, layer in layers_of(model, config).items():
+        method, layers = cast(UniLoRA, self.read_settings(config, (), tensors)), layers_of(model, config)
+        rank, shapes = method.rank, {}
+        for path, layer in layers.items():
+            if problems := method.problems_at(layer):
+                raise _unfit(f"{problems[0]} at '{path}'")
             shapes[f"{PREFIX}{path}.unilora_%s_A"] = (rank, layer.d_in)
             shapes[f"{PREFIX}{path}.unilora_%s_B"] = (layer.d_out, rank)
-        drawn = _drawn(sum(m * n for m, n in shapes.values()), size, config.get("proj_seed", 42))
+        drawn = _drawn(
+            sum(m * n for m, n in shapes.values()), size, seeded(config, "proj_seed", 42).initial_seed()
+        )
         scales = drawn.bincount(minlength=size).clamp_min(1).float().rsqrt()
         found = dict(tensors)
         parts = drawn.split([m * n for m, n in shapes.values()])
@@ -79,18 +86,10 @@ class UniLoRAForm(Form):
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
         """Write the indices; the scale of an entry of the vector is the same wherever it is used."""
         ours = cast(UniLoRAAdapter, adapter)
-        scales = ours.common.scales
         for place, side in zip(ours.indices(), "AB", strict=True):
-            indices, wanted = (
-                given[f"unilora_indices_{side}"].long(),
-                given[f"unilora_scales_{side}"].to(scales),
-            )
-            if not bool(((indices >= 0) & (indices < len(scales))).all()):
-                raise _unfit(f"unilora_indices_{side} of '{layer.path}' points beyond the vector")
+            indices, scales = given[f"unilora_indices_{side}"], given[f"unilora_scales_{side}"]
             place.copy_(indices)
-            scales[indices.flatten()] = wanted.flatten()
-            if not torch.equal(scales[indices], wanted):
-                raise _unfit(f"unilora_scales_{side} of '{layer.path}' gives one number several scales")
+            ours.common.scales[indices.flatten().long()] = scales.flatten().to(ours.common.scales)
 
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
         return {"unilora_theta_d": cast(OneVector, common).theta}
@@ -105,6 +104,23 @@ def _drawn(count: int, size: int, seed: int) -> Tensor:
         indices = np.concatenate([indices, draws.choice(size, size=more, replace=False)])
     draws.shuffle(indices)
     return torch.from_numpy(indices)
+
+
+def _require_one_scale(tensors: Mapping[str, Tensor], size: int) -> None:
+    """Refuse indices beyond the vector, and scales that are not one for each of its entries."""
+    table = torch.zeros(size)
+    parts = []
+    for key, indices in tensors.items():
+        scales = tensors.get(key.replace("unilora_indices", "unilora_scales"))
+        if "unilora_indices" not in key or scales is None or scales.shape != indices.shape:
+            continue  # what is missing or misshapen is refused as for every method
+        if not bool(((indices >= 0) & (indices < size)).all()):
+            raise _unfit(f"'{key}' points beyond the vector")
+        table[indices.flatten().long()] = scales.flatten().float()
+        parts.append((key, indices, scales))
+    for key, indices, scales in parts:
+        if not torch.equal(table[indices.long()], scales.float()):
+            raise _unfit(f"'{key}' gives one number several scales")
 
 
 def _unfit(problem: str) -> CheckpointError:

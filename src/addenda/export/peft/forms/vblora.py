@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.errors import CheckpointError
 from addenda.export.peft.form import SHARED_PREFIX, Form, form
 from addenda.methods.vblora import VBLoRA, VBLoRAAdapter, VectorBank
 
@@ -66,11 +67,14 @@ class VBLoRAForm(Form):
             weights = tensors.get(name + _WEIGHTS)
             if name == key or weights is None or indices.shape[:-1] != weights.shape[:-1]:
                 continue
+            if not bool(((indices.long() >= 0) & (indices.long() < len(bank))).all()):
+                raise CheckpointError(
+                    f"'{key}' points beyond the {len(bank)} vectors of the bank", hint="copy the folder anew"
+                )
             last = 1 - weights.sum(-1, keepdim=True)
             logits = torch.cat([weights, last], -1).clamp_min(torch.finfo(weights.dtype).tiny).log()
-            places = indices.long().clamp(0, max(0, len(bank) - 1))
-            empty = logits.new_full((*places.shape[:-1], len(bank)), _NEVER)
-            found[name] = empty.scatter(-1, places, logits)
+            empty = logits.new_full((*indices.shape[:-1], len(bank)), _NEVER)
+            found[name] = empty.scatter(-1, indices.long(), logits)
         return dict(config), found
 
     def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
