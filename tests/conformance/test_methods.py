@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import addenda
@@ -107,8 +109,21 @@ def _embedding() -> tuple[nn.Module, Tensor]:
     return Small(nn.Embedding(30, 24), nn.Identity(), 24), torch.randint(30, (4, 7))
 
 
+def _norm(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model = nn.Sequential()
+    model.add_module("layer", layer)
+    return model, torch.randn(*shape)
+
+
 def _block() -> tuple[nn.Module, Tensor]:
     return Small(FeedForward(24, 40), nn.Identity(), 24), torch.randn(4, 5, 24)
+
+
+def _transformer_block() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True)
+    return Small(layer, nn.Identity(), 24), torch.randn(4, 5, 24)
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -123,14 +138,14 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "conv2d-reflect": lambda: _conv(nn.Conv2d(16, 20, 3, padding="same", padding_mode="reflect"), 8, 9),
     "conv3d": lambda: _conv(nn.Conv3d(16, 20, (1, 2, 3)), 4, 5, 6),
     "embedding": _embedding,
+    "layer-norm": lambda: _norm(nn.LayerNorm(24), 4, 5, 24),
+    "rms-norm": lambda: _norm(LlamaRMSNorm(24), 4, 5, 24),
+    "group-norm": lambda: _norm(nn.GroupNorm(4, 16), 2, 16, 8, 9),
+    "batch-norm": lambda: _norm(nn.BatchNorm2d(16).eval(), 2, 16, 8, 9),
     "block": _block,
+    "transformer-block": _transformer_block,
 }
 """Every layer on which every method is tried; the layer is called ``layer``."""
-
-
-VARIANTS = [
-    registry.get(name).from_settings(v) for name in registry.names() for v in registry.get(name).variants
-]
 
 
 def refused(method: Method, layer: str) -> bool:
@@ -138,9 +153,27 @@ def refused(method: Method, layer: str) -> bool:
     return not kind_of(view.module).among(method.layer_kinds()) or bool(method.problems_at(view))
 
 
-PAIRS = [(f"{m.name}-{i}-{layer}", m, layer) for i, m in enumerate(VARIANTS) for layer in LAYERS]
-CASES = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if not refused(method, layer)]
-REFUSED = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if refused(method, layer)]
+EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
+"""Layers on which the everyday suite tries all methods; on the others it tries three. The slow suite has all pairs."""
+THREE = ("lora", "ia3", "bottleneck")
+
+
+def pair(name: str, number: int, method: Method, layer: str) -> Any:
+    """A method on a layer, marked slow where only the slow suite tries it."""
+    often = layer == "linear" or (number == 0 and (layer in EVERY_DAY or method.name in THREE))
+    return pytest.param(method, layer, id=name, marks=[] if often else [pytest.mark.slow])
+
+
+NUMBERED = [
+    (number, registry.get(name).from_settings(settings))
+    for name in registry.names()
+    for number, settings in enumerate(registry.get(name).variants)
+]
+PAIRS = [(f"{m.name}-{n}-{layer}", n, m, layer) for n, m in NUMBERED for layer in LAYERS]
+SORTED = {True: [], False: []}
+for each in PAIRS:
+    SORTED[refused(*each[2:])].append(pair(*each))
+CASES, REFUSED = SORTED[False], SORTED[True]
 
 
 @pytest.fixture

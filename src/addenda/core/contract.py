@@ -11,12 +11,19 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from addenda.core.observations import Needs, Observer
+from addenda.core.prompts import Prompts
+from addenda.core.ranges import suffixes
+from addenda.core.tokens import TokenWatch
 from addenda.errors import ConfigError, MethodError, nearest
+
+if TYPE_CHECKING:
+    from addenda.core.terms import Part
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
@@ -74,6 +81,11 @@ class Base(ABC):
     """Name of the layer kind, as in ``core/layers.py``."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
+    observed: Mapping[str, Tensor] | None
+    """What an :class:`Observer` found out about the layer beforehand."""
+
+    watch: TokenWatch | None
+    """Tells the token ids of the pass that runs, where a method :meth:`~Method.reads_tokens`."""
 
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
@@ -84,6 +96,8 @@ class Base(ABC):
         """Whether the adapter's values count; False where saved ones are about to be written over them."""
         self._source: ParameterSource | None = None
         self.common = None
+        self.observed = None
+        self.watch = None
 
     @property
     @abstractmethod
@@ -109,6 +123,16 @@ class Base(ABC):
     def groups(self) -> int:
         """Into how many groups a convolution divides its channels; 1 for every other kind."""
         return 1
+
+    @property
+    def kernel_volume(self) -> int:
+        """How many positions of the input an output position reads: more than 1 for convolutions alone."""
+        return 1 if self.channels_in is None else self.d_in * self.groups // self.channels_in
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the weight maps the features in the input's last dimension to those in the output's, W x."""
+        return False
 
     @property
     @abstractmethod
@@ -148,6 +172,34 @@ class Base(ABC):
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
+
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        """Return ``base(x)`` with the terms of several adapters, each on rows of its own, where the kind can fuse
+        that, else None."""
+        return None
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        """Return rows W^T, (n, d_out), for rows (n, d_in): the frozen weight's product without a bias; no gradient.
+
+        Cheaper than :meth:`weight` where that has to be unpacked. In the layer's dtype.
+        """
+        with torch.no_grad():
+            return rows.to(self.dtype) @ self.weight().t()
+
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return what the layer gives for ``x`` with ``weight`` (d_out, d_in) and ``bias`` (d_out,) added to its own.
+
+        They may be wider than the layer's dtype: the sum is rounded once. Give no bias where the layer has none.
+        """
+        return self(x) + self.apply(x, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def tied_to(self, other: Base) -> bool:
+        """Whether both layers hold one and the same weight."""
+        return self is other
+
+    def prompts(self, y: Tensor) -> Prompts:
+        """Return where the prompts lie in the layer's output ``y``, (rows, tokens, features); each row, if unknown."""
+        return Prompts.of_rows(torch.ones(y.shape[:2], dtype=torch.bool, device=y.device))
 
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
@@ -211,8 +263,18 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
+    may_rest: bool = False
+    """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
+    reads_weight: bool = False
+    """Whether what it computes depends on the layer's weight itself, so that none may be folded in below it."""
+    training_only: tuple[str, ...] = ()
+    """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common = None  # of the object: a class's attribute would hide the module
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
@@ -257,8 +319,11 @@ class Method(ABC):
     exceptions: ClassVar[Mapping[str, str]] = {}
     """Conformance properties it does not have, each with the reason."""
 
+    whole: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    """Literal suffixes of layers, or of modules full of them, that are trained whole instead, such as a head."""
+
     def __post_init__(self) -> None:
-        found = self.problems()
+        found = suffixes("whole", self.whole) + self.problems()
         if found:
             raise ConfigError(
                 "; ".join(found), where={"method": self.name or type(self).__name__}, hint=self._hint()
@@ -274,6 +339,26 @@ class Method(ABC):
         Called once before ``build``, which finds it as ``base.common``. It is counted, saved and trained once.
         """
         return None
+
+    def needs(self) -> Needs | None:
+        """Return what the first values are computed from; None where they are drawn or fixed."""
+        return None
+
+    def observer(self, base: Base) -> Observer:
+        """Return what gathers what ``build`` will find as ``base.observed``; asked of methods that need such."""
+        raise MethodError(f"method '{self.name}' observes nothing", hint="attach it as it is")
+
+    def rows_to_observe(self) -> int:
+        """Return on how many rows of data a run should observe what is needed."""
+        return 64
+
+    def settled(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Self:
+        """Return the method with the settings that follow from what was observed of each layer, by path."""
+        return self
+
+    def reads_tokens(self) -> bool:
+        """Whether its adapters ask ``base.watch`` for the token ids of the pass that runs."""
+        return False
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
@@ -303,6 +388,15 @@ class Method(ABC):
         """Return what is wrong with the settings for these layers taken together, one short sentence each."""
         return []
 
+    @property
+    def positions(self) -> int:
+        """How many positions it puts in front of every sequence: so much less of a context is left."""
+        return 0
+
+    def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
+        """Return the method with the tokens of the texts that its settings hold, or as it is where they hold none."""
+        return self
+
     def layer_kinds(self) -> tuple[str, ...]:
         """Return the layer kinds these settings can adapt."""
         return self.kinds
@@ -331,7 +425,8 @@ class Method(ABC):
                 where={"settings": " ".join(known)},
                 hint=f"did you mean '{close[0]}'?" if close else "remove them, or see 'addenda methods'",
             )
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
 
     def _hint(self) -> str:
         return f"see 'addenda methods {self.name}' for the range of each setting"

@@ -22,9 +22,11 @@ from addenda.core.host import (
     require_module,
     running_on,
 )
+from addenda.core.tokens import TokenWatch
+from addenda.core.whole import is_whole
 from addenda.errors import MethodError
 
-__all__ = ["Handle", "handles"]
+__all__ = ["Handle", "handles", "tokens_kept"]
 
 
 class Handle:
@@ -97,11 +99,17 @@ class Handle:
         """
         return ((name, value) for name, value in self.tensors().items() if isinstance(value, nn.Parameter))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise."""
+    def tensors(self, *, training: bool = True) -> dict[str, Tensor]:
+        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise.
+
+        Args:
+            training: with what only training on needs.
+        """
         found: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
             for name, value in adapter.state_dict(keep_vars=True).items():
+                if not training and name in adapter.training_only:
+                    continue
                 first, _, rest = name.partition(".")
                 found[f"*.{rest}" if first == COMMON and rest else f"{path}.{name}"] = value
         return found
@@ -109,11 +117,11 @@ class Handle:
     def rate_of(self, name: str) -> float:
         """Return the method's factor on the learning rate for the parameter of this name."""
         path = next((p for p in self._hosts if name.startswith(f"{p}.")), "*")
-        return self.method.rate_of(name[len(path) + 1 :])
+        return 1.0 if is_whole(self.method, path) else self.method.rate_of(name[len(path) + 1 :])
 
     def penalty(self) -> Tensor | None:
         """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
-        return self.method.penalty(self.adapters)
+        return self.method.penalty(self.own().adapters)
 
     def after_update(self, *, step: int, of_steps: int) -> None:
         """Let the method change the adapter after an optimiser step, while the step's gradients are still there.
@@ -123,7 +131,12 @@ class Handle:
             of_steps: how many there will be.
         """
         with torch.no_grad():
-            self.method.after_update(self.adapters, step=step, of_steps=of_steps)
+            self.method.after_update(self.own().adapters, step=step, of_steps=of_steps)
+
+    def own(self) -> Handle:
+        """Return a handle on those layers alone that the method itself adapts, without those trained whole."""
+        hosts = {path: module for path, module in self._hosts.items() if not is_whole(self.method, path)}
+        return Handle(self.model, self.method, self.name, hosts)
 
     def enable(self) -> None:
         """Let the adapter run again, in its place in the order of attaching.
@@ -168,6 +181,7 @@ class Handle:
         self._stack("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
+        self._require_unread("merge")
         folded = {path: self.folded(path) for path in self._hosts}
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
@@ -188,6 +202,7 @@ class Handle:
                 f"adapter '{self.name}' is not merged", hint="only a merged adapter can be unmerged"
             )
         self._require_order("unmerge", merged=False)
+        self._require_unread("unmerge")
         self._unfold()
         self.enable()
 
@@ -203,6 +218,8 @@ class Handle:
         self._hosts = {}
         registry.handles.pop(self.name, None)
         if not registry.handles:
+            if registry.watch is not None:
+                registry.watch.remove()
             _thaw(self.model, registry.thawed)
             del self.model.__dict__["_addenda_registry"]
 
@@ -310,6 +327,19 @@ class Handle:
     def _selection(self) -> Selection:
         return _registry(self.model).selection
 
+    def _require_unread(self, verb: str) -> None:
+        """Refuse to change a weight that an adapter which was attached on top of this one goes by."""
+        for path in self._hosts:
+            host = self._host(path)
+            later = list(host.adapters)[list(host.adapters).index(self.name) + 1 :]
+            readers = [n for n in later if cast(Adapter, host.adapters[n]).reads_weight]
+            if readers:
+                raise MethodError(
+                    f"cannot {verb} '{self.name}': '{readers[0]}' on top of it goes by the weight as it is",
+                    where={"layer": path, "order of attaching": " ".join(host.adapters)},
+                    hint=f"detach '{readers[0]}' first, or attach it after the other is merged",
+                )
+
     def _require_attached(self, verb: str) -> None:
         if not self._hosts:
             raise MethodError(f"cannot {verb} '{self.name}': it was detached", hint="attach or load it again")
@@ -332,11 +362,12 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, which run, and which base parameters were trainable."""
+    """What a model remembers of its adapters: the handles, which run, who tells them token ids, what was trainable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
         self.selection = Selection()
+        self.watch: TokenWatch | None = None
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 
@@ -351,6 +382,22 @@ def _registry(model: nn.Module) -> Registry:
         for name in registry.thawed:
             parameters[name].requires_grad_(False)
     return cast(Registry, registry)
+
+
+@contextlib.contextmanager
+def tokens_kept(model: nn.Module, *, probing: bool = False) -> Iterator[None]:
+    """Let calls within the block change nothing of what adapters know of token ids.
+
+    Args:
+        model: carries adapters, or none.
+        probing: let every adapter take part meanwhile, whatever the ids.
+    """
+    registry = model.__dict__.get("_addenda_registry")
+    if registry is None or registry.watch is None:
+        yield
+        return
+    with registry.watch.kept(probing=probing):
+        yield
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:

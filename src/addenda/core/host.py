@@ -7,7 +7,6 @@ the class back.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Mapping
 from typing import Any, cast
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from addenda.core.composition import Composition, Stack, Stacked
 from addenda.core.contract import Adapter, Base
 from addenda.core.views import LayerView
-from addenda.errors import TargetError
+from addenda.errors import MethodError, TargetError
 
 __all__ = [
     "Host",
@@ -69,21 +68,18 @@ class Host:
         acting = compositions_on(self)
         if not acting:
             return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
-        view = self._addenda.view
-        x, *rest = args if args else (kwargs.pop(view.input_name),)
+        x, base = self._addenda.view.received(args, kwargs)
         count_call(self)
-        return _run(self, acting, _bound(view, tuple(rest), kwargs), x)
+        return _run(self, acting, base, x)
 
 
-def _bound(view: LayerView, args: tuple[object, ...], kwargs: dict[str, object]) -> LayerView:
-    if not args and not kwargs:
-        return view
-    bound = copy.copy(view)
-    bound.args, bound.kwargs = args, kwargs
-    return bound
-
-
-def _run(host: Host, acting: list[Composition], base: Base, x: Tensor) -> Tensor:
+def _run(host: Host, acting: list[Composition], base: Base, x: Any) -> Any:
+    unfit = [each for each in acting if not isinstance(each, Stack)]
+    if unfit and not isinstance(x, Tensor):
+        raise MethodError(
+            f"adapters on '{base.path}', a whole {base.kind}, cannot be composed as {unfit[0]}",
+            hint="let one act, or several stacked: addenda.activate(model, [...])",
+        )
     adapters = cast(Mapping[str, Adapter], host.adapters)
     *inner, last = acting
     for composition in inner:
@@ -113,8 +109,10 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
     """Return the host class of a layer class; one for each, so that hosts of a kind compare and compile alike."""
     if original not in _CLASSES:
+        # Where transformers looks a class up by its full name, the host has to be found as what it stands for.
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _CLASSES[original] = type(
-            f"Adapted{original.__name__}", (Host, original), {"original_class": original}
+            f"Adapted{original.__name__}", (Host, original), {"original_class": original, **names}
         )
     return _CLASSES[original]
 

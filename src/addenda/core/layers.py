@@ -5,7 +5,6 @@ A new kind is one class and one row of ``KINDS``; no method, and nothing of the 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core.blocks import TransformerBlockView, WeightlessView, is_transformer_block
 from addenda.core.foreign import QuantizedView, is_quantized
+from addenda.core.norms import NormView, is_norm
 from addenda.core.packed_layers import PackedLinear, PackedView
+from addenda.core.transformer import AttentionView, TransformerView, is_attention, is_transformer
 from addenda.core.views import LayerView, LinearView
 from addenda.errors import MethodError
 
@@ -132,27 +134,37 @@ class EmbeddingView(LayerView):
     def sample(self) -> Tensor:
         return torch.arange(min(4, self.d_in), device=self.device)
 
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.original.forward is not nn.Embedding.forward:
+            return super().add_weight(x, weight, bias)
+        # Rows are added after they were looked up: the table is not.
+        return (self(x) + self.apply(x, weight, bias)).to(self.dtype)
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = F.embedding(x, weight.t())
+        y = self._scaled(F.embedding(x, weight.t()))
         return y if bias is None else y + bias
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(F.embedding(x, A.t()), B)
+        return self._scaled(F.linear(F.embedding(x, A.t()), B))
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """Put on ``y`` the factor that embeddings such as Gemma's have for what they look up."""
+        scale = getattr(self.module, "embed_scale", None)
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
 
-class BlockView(LayerView):
-    """A feed-forward block: a module of linear layers that maps features to features of the same width.
-
-    It has no single weight, so only methods that work on activations can stand on it.
-    """
+class BlockView(WeightlessView):
+    """A feed-forward block: a module of linear layers that maps features to features of the same width."""
 
     kind = "block"
+    called = "block"
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(module, path, **settings)
         views = [view for child in _linear_children(module) if (view := _leaf_view(child, path))]
         self._first, self._last = views[0], views[-1]
-        self.input_name = list(inspect.signature(self.original.forward).parameters)[1]
 
     @property
     def d_in(self) -> int:
@@ -163,34 +175,12 @@ class BlockView(LayerView):
         return self._last.d_out
 
     @property
-    def has_bias(self) -> bool:
-        return False
-
-    @property
     def device(self) -> torch.device:
         return self._first.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self._first.dtype
-
-    def weight(self) -> Tensor:
-        raise self._no_weight()
-
-    def bias(self) -> Tensor | None:
-        raise self._no_weight()
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        raise self._no_weight()
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        raise self._no_weight()
-
-    def _no_weight(self) -> MethodError:
-        return MethodError(
-            f"block '{self.path}' has no single weight",
-            hint="target the linear layers inside it, or use a method that works on activations",
-        )
 
 
 @dataclass(frozen=True)
@@ -251,13 +241,19 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("conv1d-transposed", _is_transposed, TransposedView, linear=True),
     LayerKind("conv", lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d), ConvView),
     LayerKind("embedding", _is_plain_embedding, EmbeddingView),
+    LayerKind("norm", is_norm, NormView),
+    LayerKind("attention", is_attention, AttentionView),
     LayerKind("block", _is_block, BlockView),
+    LayerKind("transformer", is_transformer, TransformerView),
+    LayerKind("transformer-block", is_transformer_block, TransformerBlockView),
 )
 """Every kind of layer that can be adapted; the first row that matches a module is its kind."""
 
 
 def _leaf_kind(module: nn.Module) -> LayerKind | None:
-    return next((k for k in KINDS if k.name != "block" and k.matches(module)), None)
+    return next(
+        (k for k in KINDS if k.name not in ("block", "attention", "transformer") and k.matches(module)), None
+    )
 
 
 def _leaf_view(module: nn.Module, path: str) -> LayerView | None:

@@ -18,6 +18,7 @@ from addenda.core.layers import view_of
 from addenda.core.packed_layers import packed_numel
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
 from addenda.core.views import LayerView
+from addenda.core.whole import is_whole, whole_layers, whole_problems
 from addenda.errors import MethodError
 
 __all__ = ["Plan", "PlannedLayer", "plan", "require_possible"]
@@ -110,9 +111,10 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
             hint="make one of the classes that 'addenda methods' lists, with its settings",
         )
     wanted = default_targets(model, method) if targets is None else targets
-    layers = resolve(model, wanted, kinds=method.layer_kinds())
-    rows, shared = _planned(method, _possible_views(method, layers))
-    notes = _notes(model, wanted, list(layers))
+    targeted, whole = resolve(model, wanted, kinds=method.layer_kinds()), whole_layers(model, method)
+    layers = {p: m for p, (m, _) in adaptable(model).items() if p in targeted or p in whole}
+    rows, shared = _planned(method, _possible_views(method, layers, whole_problems(model, method)))
+    notes = _notes(model, wanted, list(targeted))
     if (
         targets is None
         and wanted == "all-linear"
@@ -131,10 +133,12 @@ def require_possible(method: Method, layers: Mapping[str, nn.Module]) -> None:
     _possible_views(method, layers)
 
 
-def _possible_views(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, LayerView]:
+def _possible_views(
+    method: Method, layers: Mapping[str, nn.Module], problems: Sequence[str] = ()
+) -> dict[str, LayerView]:
     meta = torch.device("meta")
     views = {path: view_of(module, path, parameter_device=meta) for path, module in layers.items()}
-    _require_possible(method, list(views.values()))
+    _require_possible(method, list(views.values()), problems)
     return views
 
 
@@ -144,18 +148,19 @@ def default_targets(model: nn.Module, method: Method) -> Targets:
     return method.default_targets(paths)
 
 
-def _require_possible(method: Method, views: Sequence[LayerView]) -> None:
+def _require_possible(method: Method, views: Sequence[LayerView], problems: Sequence[str]) -> None:
     by_problem: dict[str, list[str]] = {}
     tried: dict[object, list[str]] = {}
     for view in views:
         form = (view.original, type(getattr(view.module, "weight", None)))
         if form not in tried:  # one of each class stands for all of it: a trial runs the layer
             tried[form] = view.problems()
-        for problem in tried[form] + method.problems_at(view):
+        own = [] if is_whole(method, view.path) else method.problems_at(view)
+        for problem in tried[form] + own:
             by_problem.setdefault(problem, []).append(view.path)
     paths = [view.path for view in views]
-    lines = [f"{problem} at {_some(places)}" for problem, places in by_problem.items()]
-    lines += method.problems_among(paths)
+    lines = [*problems, *(f"{problem} at {_some(places)}" for problem, places in by_problem.items())]
+    lines += method.problems_among([path for path in paths if not is_whole(method, path)])
     if lines:
         last_names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
         raise MethodError(
@@ -175,7 +180,7 @@ def _planned(
 ) -> tuple[tuple[PlannedLayer, ...], tuple[int, int]]:
     """Return the row of each layer, and the parameters and bytes of what all share."""
     adapters = build_adapters(method, views)
-    shared = next(iter(adapters.values())).common
+    shared = next((adapter.common for adapter in adapters.values() if adapter.common is not None), None)
     rows = tuple(
         PlannedLayer(view.path, view.kind, (view.d_out, view.d_in), *_size(adapters[path], without=shared))
         for path, view in views.items()

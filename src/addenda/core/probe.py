@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from addenda.core.handle import Handle
+from addenda.core.handle import Handle, tokens_kept
 from addenda.errors import TargetError
 
 __all__ = ["Probe", "own_batch", "prove", "prove_by_own_batch"]
@@ -80,7 +80,7 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
     for calls in counts.values():
         calls.pop(handle.name, None)
     parameters = dict(handle.named_parameters())
-    with torch.enable_grad(), _undisturbed(handle.model):
+    with torch.enable_grad(), _undisturbed(handle.model), tokens_kept(handle.model, probing=True):
         loss = _scalar(_output(handle.model, batch))
         trained = [p for p in parameters.values() if p.requires_grad]
         found = (
@@ -90,7 +90,11 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
         )
     moved = {id(p) for p, g in zip(trained, found, strict=True) if g is not None and bool(g.abs().sum() != 0)}
     silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
-    still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
+    still = [
+        path
+        for path, a in handle.adapters.items()
+        if not a.may_rest and not any(id(p) in moved for p in a.parameters())
+    ]
     _report(handle, silent, [path for path in still if gradients and path not in silent])
     handle.probed = f"all {len(counts)} adapters were called" + " and received a gradient" * gradients
 

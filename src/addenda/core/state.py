@@ -22,7 +22,7 @@ from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
 from addenda.core.host import require_module
 from addenda.core.planning import require_possible
-from addenda.core.targets import exact
+from addenda.core.whole import exact_layers
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
 __all__ = ["FORMAT_VERSION", "load", "publish", "read_manifest", "save"]
@@ -116,7 +116,7 @@ def load(
     tensors = _verified_tensors(source, manifest)
     try:
         method = registry.get(manifest["method"]).from_settings(manifest["settings"])
-        layers = exact(model, manifest["layers"], kinds=method.layer_kinds())
+        layers = exact_layers(model, method, manifest["layers"])
         require_possible(method, layers)
     except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
         raise CheckpointError(
@@ -216,7 +216,7 @@ def _the_one(model: nn.Module, name: str | None) -> Handle:
 
 
 def _tensors(handle: Handle) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in handle.tensors().items()}
+    return {name: value.detach().cpu().contiguous() for name, value in handle.tensors(training=False).items()}
 
 
 def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _refuse(problem: str, place: Path, *, unless: bool) -> None:
 
 
 def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
-    wanted = handle.tensors()
+    wanted = handle.tensors(training=False)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     _refuse(f"{len(missing)} tensors are missing, first '{(missing or [''])[0]}'", source, unless=not missing)
     _refuse(f"{len(extra)} tensors belong to nothing, first '{(extra or [''])[0]}'", source, unless=not extra)

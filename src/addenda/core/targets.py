@@ -1,4 +1,4 @@
-"""Which layers a target names: literal suffixes at a dot, or every linear layer but the output head.
+"""Which layers a target names: literal suffixes at a dot, every linear layer but the output head, every norm or block.
 
 No regular expressions: a target may come from a file somebody else wrote.
 """
@@ -6,6 +6,7 @@ No regular expressions: a target may come from a file somebody else wrote.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -19,6 +20,7 @@ __all__ = [
     "KEYS_AND_VALUES",
     "Targets",
     "adaptable",
+    "at",
     "bypass_of",
     "exact",
     "listed",
@@ -28,8 +30,13 @@ __all__ = [
     "unmatched",
 ]
 
+T = TypeVar("T")
+
 Targets = str | Sequence[str]
-"""``"all-linear"``, one literal suffix, or several."""
+"""``"all-linear"``, ``"all-norms"``, ``"all-blocks"``, one literal suffix, or several of these."""
+
+ALL_OF_A_KIND = {"all-norms": "norm", "all-blocks": "transformer-block"}
+"""Targets that name every layer of a kind."""
 
 # Names that well-known models give to the layers with these roles; used only for the defaults of methods.
 KEYS_AND_VALUES = (
@@ -119,6 +126,17 @@ def unmatched(paths: Sequence[str], suffixes: Iterable[str]) -> list[str]:
     return [suffix for suffix in suffixes if not any(matches(path, suffix) for path in paths)]
 
 
+def at(path: str, table: Mapping[str, T], default: T) -> T:
+    """Return what a table of suffixes says of the layer at ``path``: the last that matches counts.
+
+    Example:
+        >>> at("0.q_proj", {"q_proj": 4}, 8), at("0.k_proj", {"q_proj": 4}, 8)
+        (4, 8)
+    """
+    found = [value for suffix, value in table.items() if matches(path, suffix)]
+    return found[-1] if found else default
+
+
 def adaptable(model: nn.Module) -> dict[str, tuple[nn.Module, LayerKind]]:
     """Return every layer of a known kind by its path; adapters themselves are not layers."""
     inside = adapter_prefixes(model)
@@ -141,11 +159,12 @@ def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict
     chosen: set[str] = set()
     problems: list[str] = []
     for target in wanted:
-        found = (
-            _all_linear(model, layers)
-            if target == "all-linear"
-            else {p for p in layers if any(matches(name, target) for name in (p, *also_called.get(p, ())))}
-        )
+        if target == "all-linear":
+            found = _all_linear(model, layers)
+        elif target in ALL_OF_A_KIND:
+            found = {p for p, (_, kind) in layers.items() if kind.name == ALL_OF_A_KIND[target]}
+        else:
+            found = {p for p in layers if any(matches(name, target) for name in (p, *also_called.get(p, ())))}
         bypassed = sorted(p for p in found if bypass_of(model, p))
         if target == "all-linear":
             found -= set(bypassed)

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from addenda.bases.registry import find
 from addenda.core.handle import Handle
 from addenda.core.layers import kind_of
 from addenda.core.progress import OnProgress
+from addenda.core.whole import WholeAdapter
 from addenda.errors import ExportError
 from addenda.export.card import model_card
 from addenda.export.folder import new_folder, write_record
 from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
 from addenda.export.peft.reading import import_peft, view_at
+from addenda.export.peft.values import values
 
 __all__ = ["export_peft", "write_peft"]
 
@@ -117,9 +119,23 @@ def _read_again(
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(model, folder)
     try:
-        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+        found = logits_of(theirs, rows, on_progress=on_progress)
+        # PEFT scores virtual positions too.
+        return f"peft {peft.__version__}", [
+            each[-row.numel() :] for each, row in zip(found, rows, strict=True)
+        ]
     finally:
+        _take_off(form, theirs)
+
+
+def _take_off(form: Form | None, theirs: Any) -> None:
+    """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
+    if form is not None and form.of_model:
+        return
+    if hasattr(theirs.base_model, "unload"):
         theirs.unload()
+    else:
+        theirs.base_model.delete_adapter("default")
 
 
 def write_peft(
@@ -140,21 +156,23 @@ def write_peft(
     Raises:
         ExportError: PEFT has no form for this method, or for one of its layers.
     """
-    form = _require_expressible(handle)
+    form, own, whole = _require_expressible(handle), handle.own(), _whole(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths),
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(whole) or None,
         "revision": revision,
-        "target_modules": _targets(handle.model, handle.paths),
+        "target_modules": _targets(own.model, own.paths),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
-    config.update(form.settings(handle), peft_type=form.peft_type)
+    if any(_kind(own, path) == "conv1d-transposed" for path in own.paths):
+        config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
+    config.update(form.settings(own), peft_type=form.peft_type)
     config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})
+    tensors = {**_foreign_tensors(form, own), **_whole_tensors(handle, whole)}
+    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
 
 
 def _require_expressible(handle: Handle) -> Form:
@@ -170,7 +188,7 @@ def _require_expressible(handle: Handle) -> Form:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.paths}
+    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.own().paths}
     other = [path for path, kind in kinds.items() if not (kind and kind.among(form.kinds))]
     if other:
         linear = form.kinds == Form.kinds
@@ -180,7 +198,12 @@ def _require_expressible(handle: Handle) -> Form:
             where={"kind": _kind(handle, other[0])},
             hint="only such layers are written for PEFT; '--to merged' keeps all of them",
         )
-    if problems := form.problems(handle):
+    problems = form.problems(handle.own())
+    if "modules_to_save" in form.unknown and _whole(handle):
+        problems.append(f"PEFT's {form.peft_type} has no modules_to_save")
+    if handle.merged and any(isinstance(adapter, WholeAdapter) for adapter in handle.adapters.values()):
+        problems.append("it is merged, so that its change is part of the base's values")
+    if problems:
         raise ExportError("; ".join(problems), hint="the native folder keeps it")
     return form
 
@@ -205,8 +228,22 @@ def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, adapter in handle.adapters.items():
         for name, tensor in form.tensors(adapter, view_at(handle, path)).items():
-            found[f"{PREFIX}{path}.{name}"] = tensor
+            found[form.key(path, name)] = tensor
         if adapter.common is not None:
             for name, tensor in form.shared(adapter.common).items():
                 found[f"{SHARED_PREFIX}{name}"] = tensor
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
+
+
+def _whole(handle: Handle) -> list[str]:
+    own = set(handle.own().paths)
+    return [path for path in handle.paths if path not in own]
+
+
+def _whole_tensors(handle: Handle, paths: list[str]) -> dict[str, Tensor]:
+    adapters = {path: cast(WholeAdapter, handle.adapters[path]) for path in paths}
+    return {
+        f"{PREFIX}{path}.{name}": tensor.detach().cpu().clone().contiguous()
+        for path, adapter in adapters.items()
+        for name, tensor in values(adapter, view_at(handle, path)).items()
+    }

@@ -26,7 +26,7 @@ __all__ = [
     "agreed",
     "form",
     "form_for",
-    "form_named",
+    "form_of",
     "forms",
     "layers_of",
     "seeded",
@@ -56,16 +56,27 @@ class Form(ABC):
     """Keys of the configuration that `read_settings` takes into account."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
-    names: ClassVar[tuple[str, ...]]
-    """What a layer's tensors are called after its path and a dot."""
-    shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
-    whole: ClassVar[tuple[str, ...]] = ()
-    """Which of all these names stand for whole numbers."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    of_model: ClassVar[bool] = False
+    """Whether the adapter stands on the model as a whole, so that its tensors carry no layer's path."""
+    literal_targets: ClassVar[bool] = False
+    """Whether a text for ``target_modules`` is a name, and no regular expression."""
+    names: ClassVar[tuple[str, ...]]
+    """What a layer's tensors are called after its path and a dot."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """Those of all these names whose tensors hold whole numbers."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Those of `names` that a file may lack; `fill` then makes up for them."""
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
     answers_alone: ClassVar[bool] = True
     """Whether PEFT's model can be called as the base is, without arguments of the method's own."""
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of `peft_type` is of this form; several methods may go by one name there."""
+        return True
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -91,6 +102,10 @@ class Form(ABC):
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
 
+    def key(self, path: str, name: str) -> str:
+        """Return what a tensor of the layer at ``path`` is called in the file."""
+        return name if self.of_model else f"{PREFIX}{path}.{name}"
+
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -105,9 +120,18 @@ class Form(ABC):
         """
         return dict(config), dict(tensors)
 
-    def problems(self, handle: Handle) -> list[str]:
-        """Return why PEFT has no form for this adapter, though it has one for the method."""
+    def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Return layers that PEFT adapts along with these, though neither settings nor tensors name them."""
         return []
+
+    def problems(self, handle: Handle) -> list[str]:
+        """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
+        return []
+
+    def prepare(  # noqa: B027  (most forms have nothing to make up for)
+        self, adapter: Adapter, layer: Base, method: Method
+    ) -> None:
+        """Set what PEFT computes from the layer when it loads; called once, before `tensors` and `fill`."""
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
         """Write tensors under PEFT's names, whose shapes are right, into the adapter."""
@@ -177,6 +201,7 @@ def form_for(method: Method) -> Form | None:
     return found if found is not None and isinstance(method, found.method) else None
 
 
-def form_named(peft_type: object) -> Form | None:
-    """Return the form of PEFT's name, or None."""
-    return next((found for found in forms().values() if found.peft_type == peft_type), None)
+def form_of(config: Mapping[str, Any]) -> Form | None:
+    """Return the form of a configuration of PEFT's, or None."""
+    named = (found for found in forms().values() if found.peft_type == config.get("peft_type"))
+    return next((found for found in named if found.claims(config)), None)

@@ -46,7 +46,7 @@ class FRoDForm(Form):
     )
     names: ClassVar[tuple[str, ...]] = ("frod_lambda_l", "frod_lambda_s_values")
     shared_names: ClassVar[tuple[str, ...]] = ("frod_V", "frod_s_indices", "frod_s_size")
-    whole: ClassVar[tuple[str, ...]] = shared_names[1:]
+    integers: ClassVar[tuple[str, ...]] = shared_names[1:]
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         method = cast(FRoD, handle.method)
