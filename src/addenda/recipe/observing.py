@@ -77,7 +77,9 @@ def _groups(examples: Iterable[Example], tokens: int) -> Iterator[list[Example]]
 def _run(model: nn.Module, *, packed: PackedModel, examples: Sequence[Example], gradients: bool) -> Tensor:
     """Run rows through the model; the states, or with gradients the mean loss, in little memory."""
     batch = packed_batch(examples, next(model.parameters()).device)
-    hidden = packed.hidden(batch.input_ids, batch.lengths, recompute=packed.blocks if gradients else 0)
+    hidden = packed.hidden(
+        batch.input_ids, batch.lengths, prompts=batch.prompts, recompute=packed.blocks if gradients else 0
+    )
     if not gradients:
         return hidden
     return packed_loss(packed, hidden, batch.predict_from, batch.targets, denominator=len(batch.targets))

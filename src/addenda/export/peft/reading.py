@@ -67,7 +67,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     source = Path(folder)
     config = read_config(source)
     form = _form(config, source)
-    tensors = _without_base(model, _read_tensors(source), source)
+    tensors = _without_base(model, config, _read_tensors(source), source)
     _require_numbers(form, tensors, source)
     config, tensors = form.apart(model, config, tensors)
     paths, whole = (
@@ -166,13 +166,20 @@ def _require_numbers(form: Form, tensors: Mapping[str, Tensor], source: Path) ->
         raise _unfit(f"{len(bad)} tensors hold values that are no finite numbers, first '{bad[0]}'", source)
 
 
-def _without_base(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+def _without_base(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
+) -> dict[str, Tensor]:
     """Leave out weights of the base, which PEFT writes beside an adapted embedding; they must be this base's."""
     own = dict(model.named_parameters(remove_duplicate=False))
     names = {
         key: key.removeprefix(PREFIX).replace(_BASE_LAYER, ".") for key in tensors if key.startswith(PREFIX)
     }
-    held = {key: own[name] for key, name in names.items() if name in own}
+    saved = _saved(config, source)  # trained anew, and so no longer the base's
+    held = {
+        key: own[name]
+        for key, name in names.items()
+        if name in own and not _is_saved(name.rpartition(".")[0], saved)
+    }
     other = [key for key, value in held.items() if not _same(tensors[key], value.detach())]
     if other:
         raise _unfit(f"'{other[0]}' is a weight of the base, and not this base's", source)
@@ -323,7 +330,7 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         set_values(
             changed, layer, _given(tensors, {name: f"{PREFIX}{path}.{name}" for name in ("weight", "bias")})
         )
-    if problems := form.problems(handle):
+    if problems := form.problems(own):
         raise _unfit("; ".join(problems), source)
 
 
@@ -336,6 +343,8 @@ def _require_one_value(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tenso
     """Refuse a folder that gives several values to one tensor, as where layers share otherwise than here."""
     first: dict[tuple[int, ...], str] = {}
     for key, place in wanted.items():
+        if key not in tensors:
+            continue
         other = first.setdefault((place.data_ptr(), *place.shape), key)
         if not torch.equal(tensors[other], tensors[key]):
             raise _unfit(f"'{other}' and '{key}' differ, and these layers share it here", source)
