@@ -430,3 +430,18 @@ def test_a_mask_of_pairs_is_refused_where_positions_are_added(
     addenda.attach(model, method)
     with pytest.raises(addenda.errors.MethodError, match="no room for virtual positions"):
         logits(model, ids, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+
+
+COMPILED = [
+    case
+    for case in CASES
+    if case.id in ("prompt-tuning-0-llama", "prefix-tuning-0-llama", "llama-adapter-0-llama")
+]
+
+
+@pytest.mark.parametrize(("method", "kind"), COMPILED)
+def test_compiled_equals_eager(method: Method, model: nn.Module, ids: Tensor) -> None:
+    stirred(addenda.attach(model, method))
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, ids), logits(model, ids), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
