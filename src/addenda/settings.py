@@ -290,7 +290,7 @@ def _build(
     if problems:
         _refuse(problems)
     if built["train"].learning_rate is None:
-        rate = method_type.learning_rate
+        rate = built["method"].usual_rate()
         built["train"] = dataclasses.replace(built["train"], learning_rate=rate)
         origins["train.learning_rate"] = Origin("derived", f"suits {method_type.name}")
     chosen = {

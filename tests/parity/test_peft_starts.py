@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import addenda
 from addenda import LoRA
+from addenda.export.peft import import_peft
 
 peft = pytest.importorskip("peft")
 lora = pytest.importorskip("peft.tuners.lora.config")
@@ -208,3 +210,24 @@ def test_drawn_factors_are_as_large_as_those_of_peft(start: str) -> None:
             for t in (getattr(handle.adapters["0"], mine), theirs["default"].weight)
         ]
         assert sizes[0] == pytest.approx(sizes[1], rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:.* changes the base weights:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_peft_converts_from_such_a_start_is_read(
+    init: str, base: nn.Module, x: Tensor, tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(copy.deepcopy(base), config(init))
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT asks before the first save
+    theirs.save_pretrained(tmp_path / "begun")
+    theirs.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    wanted = theirs(x).detach()
+    theirs.save_pretrained(tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / "begun"))
+    ours_ = copy.deepcopy(base)
+    handle = import_peft(ours_, tmp_path / "out")
+    torch.testing.assert_close(ours_(x), wanted, rtol=1e-4, atol=1e-4)
+    assert {len(adapter.A) for adapter in handle.adapters.values()} == {2 * RANK}

@@ -282,6 +282,10 @@ class Method(ABC):
         """
         return None
 
+    def usual_rate(self) -> float:
+        """Return the peak learning rate that suits these settings when the user names none (AdamW)."""
+        return self.learning_rate
+
     def needs(self) -> Needs | None:
         """Return what the first values are computed from; None where they are drawn or fixed."""
         return None

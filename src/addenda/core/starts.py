@@ -38,6 +38,8 @@ class Start(ABC):
     """Whether B0 A0 is other than zero, so that the adapter has to take it off what it adds."""
     exact: ClassVar[bool] = True
     """Whether the adapted layer starts equal to its base."""
+    rate: ClassVar[float] = 1.0
+    """Factor on the method's usual learning rate: large factors move what they multiply further with each step."""
 
     @abstractmethod
     def factors(

@@ -132,6 +132,9 @@ class LoRA(Method):
         """Return the start with its settings."""
         return starts.make(self.start, self.start_settings)
 
+    def usual_rate(self) -> float:
+        return self.learning_rate * self.begins().rate
+
     def needs(self) -> Needs | None:
         return self.begins().needs
 

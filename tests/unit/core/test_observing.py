@@ -13,6 +13,7 @@ from addenda import LoRA
 from addenda.core import Progress
 from addenda.core.decomposition import leading_svd
 from addenda.errors import ConfigError, MethodError, TargetError
+from addenda.settings import resolve
 
 
 class Sequence(nn.Module):
@@ -225,3 +226,12 @@ def test_a_sketch_finds_the_leading_singular_vectors() -> None:
     torch.testing.assert_close(U * S @ Vh, left[:, :6] * values[:6] @ right[:, :6].t(), rtol=0, atol=1e-5)
     again = leading_svd(matrix, 6, iterations=6, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again[0], U)
+
+
+def test_a_start_with_large_factors_lowers_the_usual_learning_rate_and_no_rate_that_is_set() -> None:
+    usual = resolve().train.learning_rate
+    assert resolve(sets=["method.start=gaussian"]).train.learning_rate == usual
+    lowered = resolve(sets=["method.start=pissa"])
+    assert lowered.train.learning_rate == pytest.approx(usual * 0.1)
+    assert lowered.origin("train.learning_rate").kind == "derived"
+    assert resolve(sets=["method.start=pissa", "train.learning_rate=0.02"]).train.learning_rate == 0.02

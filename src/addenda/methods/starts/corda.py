@@ -49,6 +49,7 @@ class CorDA(Start):
 
     needs = "inputs"
     moved = True
+    rate = 0.1
 
     mode: str = "ipm"
     """``ipm``: the directions that matter most for the observed inputs; ``kpm``: those that matter least."""

@@ -50,6 +50,7 @@ class LoRAGA(Start):
 
     needs = "gradients"
     moved = True
+    rate = 0.1
 
     direction: str = "ArB2r"
     """Which singular vectors are A's and which B's."""

@@ -34,6 +34,7 @@ class OLoRA(Start):
 
     needs = "weight"
     moved = True
+    rate = 0.1
 
     def factors(
         self, base: Base, rank: int, scaling: float, generator: torch.Generator

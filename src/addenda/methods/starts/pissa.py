@@ -40,6 +40,7 @@ class PiSSA(Start):
 
     needs = "weight"
     moved = True
+    rate = 0.1
 
     iterations: int = 0
     """Rounds of refining a random sketch; 0 decomposes the whole weight."""
