@@ -12,7 +12,7 @@ from addenda.core.contract import Adapter, Method
 from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.host import host_of, install
-from addenda.core.layers import view_of
+from addenda.core.layers import layer_at, view_of
 from addenda.core.planning import plan
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.targets import Targets
@@ -86,9 +86,7 @@ def attach_paths(
     every adapter is called: a trained one may well have a gradient of zero.
     """
     _require_free(model, name, paths)
-    views = {
-        path: view_of(model.get_submodule(path), path, seed=seed, initialize=fill is None) for path in paths
-    }
+    views = {path: view_of(layer_at(model, path), path, seed=seed, initialize=fill is None) for path in paths}
     adapters = build_adapters(method, views)
     handle = _install(model, method, name, views, adapters)
     try:
@@ -158,7 +156,7 @@ def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
             where={"adapters": " ".join(taken)},
             hint=f"choose another name, or detach it first: addenda.detach(model, '{name}')",
         )
-    modules = {path: model.get_submodule(path) for path in paths}
+    modules = {path: layer_at(model, path) for path in paths}
     held = [path for path, module in modules.items() if (host := host_of(module)) and name in host.adapters]
     if held:
         raise TargetError(

@@ -68,7 +68,7 @@ class Base(ABC):
     path: str
     """Dotted path of the layer in its model."""
     kind: str
-    """Name of the layer kind, as in ``core/layers.py``."""
+    """Name of the layer kind, as in ``core/layers``."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
 
@@ -111,6 +111,11 @@ class Base(ABC):
     @abstractmethod
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
+
+    @property
+    def bias_possible(self) -> bool:
+        """Whether the layer has a bias, or can be given one."""
+        return True
 
     @property
     @abstractmethod

@@ -8,20 +8,23 @@ the class back.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base
+from addenda.core.parts import Part, adapted_class
 from addenda.core.views import LayerView
-from addenda.errors import TargetError
+from addenda.errors import MethodError, TargetError
 
 __all__ = [
     "Host",
     "HostState",
     "adapter_prefixes",
     "count_call",
+    "fold",
     "host_of",
     "install",
     "remove",
@@ -96,18 +99,6 @@ class _Stacked:
         return getattr(self._base, name)
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """Return the host class of a layer class; one for each, so that hosts of a kind compare and compile alike."""
-    if original not in _CLASSES:
-        _CLASSES[original] = type(
-            f"Adapted{original.__name__}", (Host, original), {"original_class": original}
-        )
-    return _CLASSES[original]
-
-
 def _noop_hook(module: nn.Module, args: object, output: object) -> None:
     """Present only so that PyTorch's fused inference paths, which read weights and call no layer, stay off."""
 
@@ -137,6 +128,27 @@ def sole_adapter(host: Host) -> Adapter | None:
     return cast(Adapter, host.adapters[active[0]]) if len(active) == 1 else None
 
 
+def fold(view: LayerView, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's (d_out, d_in) weight and its bias with adapters folded in, one after another.
+
+    It is done in float32 at least, whatever the layer's dtype, and rounded once.
+
+    Raises:
+        MethodError: an adapter cannot be folded, or gives a bias for which the layer has no place.
+    """
+    wide = torch.promote_types(view.dtype, torch.float32)
+    weight, bias = view.weight().to(wide), view.bias()
+    bias = None if bias is None else bias.to(wide)
+    for adapter in adapters:
+        weight, bias = adapter.fold(weight, bias)
+    if bias is not None and view.bias_place() is None:
+        raise MethodError(
+            f"the adapter on '{view.path}' folds into a bias, for which its module has no place",
+            hint="leave the layer out of the targets, or keep the adapter beside its base",
+        )
+    return weight.to(view.dtype), None if bias is None else bias.to(view.dtype)
+
+
 def count_call(host: Host | None) -> None:
     """Note that the adapters of a layer ran, where something other than the layer ran them."""
     if host is not None and not torch.compiler.is_compiling():
@@ -154,7 +166,9 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter) -> None:
     """Put an adapter on a layer and make it active, swapping the layer's class if it is the first."""
     if not isinstance(module, Host):
-        module.__class__ = _adapted_class(type(module))
+        if isinstance(module, Part):
+            module.join()
+        module.__class__ = adapted_class(type(module), Host)
         module.adapters = nn.ModuleDict()
         object.__setattr__(module, "_addenda", HostState(view))
         handle = module.register_forward_hook(_noop_hook)
@@ -176,3 +190,5 @@ def remove(module: nn.Module, name: str) -> None:
         object.__delattr__(module, "_addenda")
         object.__delattr__(module, "_addenda_hook")
         module.__class__ = host.original_class
+        if isinstance(module, Part):
+            module.leave()

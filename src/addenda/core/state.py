@@ -116,7 +116,7 @@ def load(
     tensors = _verified_tensors(source, manifest)
     try:
         method = registry.get(manifest["method"]).from_settings(manifest["settings"])
-        layers = exact(model, manifest["layers"], kinds=method.layer_kinds())
+        layers = exact(model, manifest["layers"], lambda kind: kind.why_not(method))
         require_possible(method, layers)
     except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
         raise CheckpointError(

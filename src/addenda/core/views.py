@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
+from addenda.core.parts import Part, Place
 from addenda.memory.arena import product
 
-__all__ = ["CompressedView", "LayerView", "LinearView", "autocast_on"]
+__all__ = ["CompressedView", "LayerView", "LinearView", "PartView", "autocast_on"]
 
 
 def autocast_on(x: Tensor) -> bool:
@@ -34,6 +35,10 @@ class LayerView(Base):
     """What the layer's forward calls its first argument."""
     writable: ClassVar[bool] = True
     """Whether a merge may write the layer's weight."""
+    folded: ClassVar[bool] = False
+    """Whether the layer is never called: its weight is read, so an adapter acts by what it folds into alone."""
+    routed: ClassVar[bool] = False
+    """Whether the layer runs only for the rows that a router sends it."""
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(**settings)
@@ -81,9 +86,22 @@ class LayerView(Base):
     def bias(self) -> Tensor | None:
         return self.module.bias.detach() if self.has_bias else None
 
+    @property
+    def form(self) -> object:
+        """What layers have in common for which `problems` is the same."""
+        return self.original, type(getattr(self.module, "weight", None))
+
     def problems(self) -> list[str]:
         """Return why no adapter can be trained on the layer, one short sentence each."""
         return []
+
+    def weight_place(self) -> Place:
+        """Where the weight is kept."""
+        return Place(self.module, "weight")
+
+    def bias_place(self) -> Place | None:
+        """Where the bias is kept, or would be; None where there is no place for one."""
+        return Place(self.module, "bias")
 
     def is_plain(self) -> bool:
         """Whether the layer computes its kind's operation with its weight, and nothing more.
@@ -131,6 +149,9 @@ _PLAIN_FORWARDS = (
     nn.Conv1d.forward,
     nn.Conv2d.forward,
     nn.Conv3d.forward,
+    nn.ConvTranspose1d.forward,
+    nn.ConvTranspose2d.forward,
+    nn.ConvTranspose3d.forward,
 )
 
 
@@ -192,3 +213,27 @@ class CompressedView(LinearView):
         own = itertools.chain(self.module.parameters(recurse=False), self.module.buffers(recurse=False))
         first: Tensor = next(own)
         return first.device
+
+
+class PartView(LinearView):
+    """One of the weights that a module holds, seen as a linear layer."""
+
+    module: Part
+
+    @property
+    def form(self) -> object:
+        owner = type(self.module.owner)
+        return self.kind, getattr(owner, "original_class", owner), type(self.weight_place().parameter)
+
+    @property
+    def bias_possible(self) -> bool:
+        return self.has_bias or not self.folded
+
+    def weight_place(self) -> Place:
+        return self.module.weight_at
+
+    def bias_place(self) -> Place | None:
+        return self.module.bias_at
+
+    def fusible(self, x: Tensor) -> bool:
+        return super().fusible(x) and not self.stored().requires_grad

@@ -51,7 +51,12 @@ class BitFit(Method):
         return flag("create", self.create)
 
     def problems_at(self, base: Base) -> list[str]:
-        return [] if base.has_bias or self.create else ["it has no bias (create=True gives it one)"]
+        if base.has_bias or (self.create and base.bias_possible):
+            return []
+        return [
+            "it has no bias"
+            + (" (create=True gives it one)" if base.bias_possible else " and no place for one")
+        ]
 
     def build(self, base: Base) -> BitFitAdapter:
         return BitFitAdapter(base.parameter(base.channels_out))

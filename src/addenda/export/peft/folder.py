@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from addenda.bases import LoadedBase
 from addenda.bases.registry import find
 from addenda.core.handle import Handle
-from addenda.core.layers import kind_of
+from addenda.core.layers import kind_of, layer_at
+from addenda.core.layers.experts import ExpertPart
+from addenda.core.parts import Part
 from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
 from addenda.export.card import model_card
@@ -24,6 +26,7 @@ from addenda.export.folder import new_folder, write_record
 from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
 from addenda.export.peft.reading import import_peft, view_at
+from addenda.export.peft.stacked import target_of
 
 __all__ = ["export_peft", "write_peft"]
 
@@ -42,6 +45,7 @@ from peft import PeftModel
 base = addenda.load_base({source!r})
 model = PeftModel.from_pretrained(base.model, "this folder")
 """
+
 
 def export_peft(
     base: LoadedBase,
@@ -140,13 +144,14 @@ def write_peft(
         "inference_mode": True,
         "modules_to_save": None,
         "revision": revision,
-        "target_modules": _targets(handle.model, handle.paths),
+        "target_modules": _targets(handle),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
     config.update(form.settings(handle), peft_type=form.peft_type)
+    config, tensors = form.together(handle, config, _foreign_tensors(form, handle))
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(_foreign_tensors(form, handle), path / TENSORS, metadata={"format": "pt"})
+    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
 
 
 def _require_expressible(handle: Handle) -> Form:
@@ -162,15 +167,13 @@ def _require_expressible(handle: Handle) -> Form:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.paths}
-    other = [path for path, kind in kinds.items() if not (kind and kind.among(form.kinds))]
+    kinds = {path: kind_of(layer_at(handle.model, path)) for path in handle.paths}
+    other = [path for path, kind in kinds.items() if not (kind and form.has_layout(kind))]
     if other:
-        only = "linear layers are" if form.kinds == Form.kinds else f"layers of these kinds are: {', '.join(form.kinds)};"
         raise ExportError(
-            f"{len(other)} adapted layers are not {'linear' if form.kinds == Form.kinds else 'of a kind that PEFT has a form for'}, "
-            f"first '{other[0]}'",
+            f"PEFT has no form for {len(other)} of the adapted layers, first '{other[0]}'",
             where={"kind": _kind(handle, other[0])},
-            hint=f"only {only} written for PEFT; '--to merged' keeps all of them",
+            hint=f"it has one for the kinds {', '.join(form.kinds)}; '--to merged' keeps all layers",
         )
     if problems := form.problems(handle):
         raise ExportError("; ".join(problems), hint="the native folder keeps it")
@@ -178,19 +181,21 @@ def _require_expressible(handle: Handle) -> Form:
 
 
 def _kind(handle: Handle, path: str) -> str:
-    kind = kind_of(handle.model.get_submodule(path))
+    kind = kind_of(layer_at(handle.model, path))
     return kind.name if kind else "unknown"
 
 
-def _targets(model: nn.Module, paths: list[str]) -> list[str]:
+def _targets(handle: Handle) -> list[str]:
     """Last names where they name exactly the adapted layers, as serving engines like them; else whole paths."""
+    layers = {path: layer_at(handle.model, path) for path in handle.paths}
+    paths = {target_of(path, layer) for path, layer in layers.items() if not isinstance(layer, ExpertPart)}
     names = sorted({path.rpartition(".")[2] for path in paths})
     named = {
         path
-        for path, _ in model.named_modules()
-        if ".adapters." not in path and path.rpartition(".")[2] in names
+        for path, module in handle.model.named_modules()
+        if ".adapters." not in path and not isinstance(module, Part) and path.rpartition(".")[2] in names
     }
-    return names if named == set(paths) else sorted(paths)
+    return names if named == paths else sorted(paths)
 
 
 def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:

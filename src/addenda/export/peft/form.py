@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.layers import LayerKind
+from addenda.core.views import PartView
 
 __all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_named", "forms"]
 
@@ -68,6 +70,24 @@ class Form(ABC):
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
+
+    def has_layout(self, kind: LayerKind) -> bool:
+        """Whether PEFT has a layout for adapters on layers of this kind."""
+        if issubclass(kind.view, PartView):
+            return kind.name in self.kinds
+        return kind.among(self.kinds)
+
+    def apart(
+        self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what was read with a name for each layer, where PEFT keeps several of them under one."""
+        return dict(config), dict(tensors)
+
+    def together(
+        self, handle: Handle, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Undo `apart` for what is to be written."""
+        return dict(config), dict(tensors)
 
     def problems(self, handle: Handle) -> list[str]:
         """Return why PEFT has no form for this adapter, though it has one for the method."""

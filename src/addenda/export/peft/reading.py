@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from addenda.core.attaching import attach_paths
 from addenda.core.contract import Base
 from addenda.core.handle import Handle
-from addenda.core.layers import kind_of, view_of
+from addenda.core.layers import layer_at, view_of
 from addenda.core.planning import require_possible
-from addenda.core.targets import exact, matches
+from addenda.core.targets import adaptable, exact
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_named, forms
+from addenda.export.peft.stacked import is_target
 
 __all__ = ["import_peft", "read_config", "view_at"]
 
@@ -36,6 +37,7 @@ _HARMLESS = (
     "peft_version",
     "revision",
     "target_modules",
+    "target_parameters",
     "task_type",
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
@@ -61,10 +63,11 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     config = read_config(source)
     tensors = _read_tensors(source)
     form = _form(config, source)
+    config, tensors = form.apart(model, config, tensors)
     paths = _paths(form, tensors, source)
     method = form.read_settings(config, paths, tensors)
     _require_same_targets(model, config, paths, source)
-    layers = exact(model, paths, kinds=form.kinds)
+    layers = exact(model, paths, lambda kind: None if form.has_layout(kind) else "PEFT has no layout for it")
     require_possible(method, layers)
     handle = attach_paths(
         model, method, list(layers), name=name, fill=lambda made: _fill(form, made, tensors, source)
@@ -176,8 +179,7 @@ def _require_same_targets(
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return
-    modules = [path for path, module in model.named_modules() if kind_of(module) is not None]
-    named = {path for path in modules if any(matches(path, target) for target in targets)}
+    named = {path for path, (layer, _) in adaptable(model).items() if is_target(path, layer, config)}
     missing, extra = sorted(named - set(paths)), sorted(set(paths) - named)
     if missing:
         raise _unfit(f"{len(missing)} target layers have no tensors, first '{missing[0]}'", source)
@@ -206,7 +208,9 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
     for path, (adapter, layer) in adapters.items():
-        form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)})
+        form.fill(
+            adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)}
+        )
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
@@ -214,7 +218,7 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
 
 def view_at(handle: Handle, path: str) -> Base:
     """Return the adapted layer at ``path`` as its adapter sees it."""
-    return view_of(handle.model.get_submodule(path), path)
+    return view_of(layer_at(handle.model, path), path)
 
 
 def _unfit(problem: str, source: Path) -> CheckpointError:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
 from addenda.errors import CheckpointError
+from addenda.export.peft import stacked
 from addenda.export.peft.form import Form, form
 from addenda.methods.lora import LoRA, LoRAAdapter
 
@@ -37,6 +38,7 @@ class LoRAForm(Form):
         "init_lora_weights",
     )
     harmless: ClassVar[tuple[str, ...]] = ("eva_config", "loftq_config", "megatron_core", "qalora_group_size")
+    kinds: ClassVar[tuple[str, ...]] = (*Form.kinds, "attention", "expert")
     names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
 
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -77,6 +79,19 @@ class LoRAForm(Form):
             ranks=ranks,
             alphas=alphas,
         )
+
+    def problems(self, handle: Handle) -> list[str]:
+        return stacked.problems(handle)
+
+    def apart(
+        self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return stacked.apart(model, config, tensors)
+
+    def together(
+        self, handle: Handle, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return stacked.together(handle, config, tensors)
 
     def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
         ours = cast(LoRAAdapter, adapter)
