@@ -481,7 +481,7 @@ def test_what_is_declared_additive_commutes(
     if not layer_at(model, path).adapters["first"].additive:
         return
     before = model(batch)
-    layer_at(model, path)._addenda.active.reverse()
+    addenda.activate(model, ["second", "first"])
     torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
     x = input_of(model, path, batch)
     adapted = layer_at(model, path)
@@ -512,21 +512,21 @@ class Pair(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(24, 20), nn.Linear(20, 24)
+        self.first, self.second = nn.Module(), nn.Module()
+        self.first.layer, self.second.layer = nn.Linear(24, 20), nn.Linear(20, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+        return self.second.layer(torch.tanh(self.first.layer(x)))
 
 
-LAYERS_OF_THE_PAIR = ["first", "second"]
 ON_LINEAR = [pytest.param(case.values[0], id=case.id) for case in CASES if case.values[1] == "linear"]
 
 
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
     model, batch = Pair(), torch.randn(4, 5, 24)
-    planned = addenda.plan(model, method, LAYERS_OF_THE_PAIR)
-    handle = stirred(addenda.attach(model, method, LAYERS_OF_THE_PAIR))
+    planned = addenda.plan(model, method, "layer")
+    handle = stirred(addenda.attach(model, method, "layer"))
     commons = [adapter.common for adapter in handle.adapters.values()]
     assert commons[0] is commons[1]
     assert handle.trainable_parameters == planned.parameters
@@ -548,7 +548,7 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
     model, batch = Pair().double(), torch.randn(4, 5, 24).double()
-    handle = stirred(addenda.attach(model, method, LAYERS_OF_THE_PAIR))
+    handle = stirred(addenda.attach(model, method, "layer"))
     model(batch).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
     shared = next(iter(handle.adapters.values())).common
@@ -562,3 +562,50 @@ def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) ->
         torch.testing.assert_close(
             torch.tensor((sides[0] - sides[1]) / (2 * size)), grad[place].float(), rtol=1e-4, atol=1e-6
         )
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    rows = batch.repeat(2, *[1] * (batch.dim() - 1))[:4]
+    names = ["a", None, "b", "a"]
+    loaded = {name: stirred(addenda.attach(model, method, "layer", name=name)) for name in ("a", "b")}
+
+    def alone(name: str | None) -> Tensor:
+        with addenda.activated(model, name):
+            return model(rows)
+
+    weight = torch.randn_like(alone(None))
+    with addenda.activated(model, addenda.Rows(tuple(names))):
+        routed = model(rows)
+        (routed * weight).sum().backward()
+    for place, name in enumerate(names):
+        torch.testing.assert_close(routed[place], alone(name)[place], rtol=1e-4, atol=1e-5)
+    mixed = {name: [p.grad for p in handle.parameters()] for name, handle in loaded.items()}
+    model.zero_grad()
+    for name in loaded:
+        own = torch.tensor([other == name for other in names])
+        with addenda.activated(model, name):
+            (model(rows) * weight)[own].sum().backward()
+        for parameter, grad in zip(loaded[name].parameters(), mixed[name], strict=True):
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
+def test_a_weighted_sum_adds_what_each_alone_changes(
+    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    x = model.before(batch) if hasattr(model, "before") else batch
+    for name in ("a", "b"):
+        stirred(addenda.attach(model, method, "layer", name=name))
+
+    def under(wanted: object) -> Tensor:
+        with addenda.activated(model, wanted):
+            return model.layer(x)
+
+    base = under(None)
+    wanted = base + 0.7 * (under("a") - base) - 0.4 * (under("b") - base)
+    torch.testing.assert_close(under(addenda.Sum({"a": 0.7, "b": -0.4})), wanted, rtol=1e-4, atol=1e-4)

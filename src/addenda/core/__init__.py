@@ -9,8 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from addenda.core.activating import activate as activate
+    from addenda.core.activating import activated as activated
+    from addenda.core.activating import active_composition as active_composition
     from addenda.core.attaching import attach as attach
     from addenda.core.attaching import detach as detach
+    from addenda.core.combining import combine as combine
+    from addenda.core.composition import Composition as Composition
+    from addenda.core.composition import Rows as Rows
+    from addenda.core.composition import Stack as Stack
+    from addenda.core.composition import Sum as Sum
+    from addenda.core.composition import average as average
+    from addenda.core.composition import parallel as parallel
     from addenda.core.contract import Adapter as Adapter
     from addenda.core.contract import Base as Base
     from addenda.core.contract import Method as Method
@@ -22,6 +32,8 @@ if TYPE_CHECKING:
     from addenda.core.planning import plan as plan
     from addenda.core.progress import OnProgress as OnProgress
     from addenda.core.progress import Progress as Progress
+    from addenda.core.several import load_all as load_all
+    from addenda.core.several import save_all as save_all
     from addenda.core.state import load as load
     from addenda.core.state import read_manifest as read_manifest
     from addenda.core.state import save as save
@@ -30,20 +42,32 @@ if TYPE_CHECKING:
 _PLACES = {
     "Adapter": "contract",
     "Base": "contract",
+    "Composition": "composition",
     "Handle": "handle",
     "Method": "contract",
     "OnProgress": "progress",
     "Plan": "planning",
     "PlannedLayer": "planning",
     "Progress": "progress",
+    "Rows": "composition",
+    "Stack": "composition",
+    "Sum": "composition",
+    "activate": "activating",
+    "activated": "activating",
+    "active_composition": "activating",
     "attach": "attaching",
+    "average": "composition",
+    "combine": "combining",
     "detach": "attaching",
     "fingerprint": "fingerprints",
     "handles": "handle",
     "load": "state",
+    "load_all": "several",
+    "parallel": "composition",
     "plan": "planning",
     "read_manifest": "state",
     "save": "state",
+    "save_all": "several",
 }
 
 __all__ = sorted(_PLACES)

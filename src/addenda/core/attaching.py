@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 from addenda.core.building import build_adapters
+from addenda.core.composition import Stack
 from addenda.core.contract import Adapter, Method
 from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
@@ -136,9 +137,10 @@ def _install(
     keep_layout(model)
     registry = _registry(model)
     for path, view in views.items():
-        install(view.module, view, name, adapters[path])
+        install(view.module, view, name, adapters[path], registry.selection)
     handle = Handle(model, method, name, {path: view.module for path, view in views.items()})
     registry.handles[name] = handle
+    registry.selection.composition = Stack((*registry.selection.composition.names, name))
     return handle
 
 
@@ -150,6 +152,12 @@ def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
             "use themselves, such as 'keys' or 'training', are not free",
         )
     taken = handles(model)
+    if taken and not isinstance(_registry(model).selection.composition, Stack):
+        raise TargetError(
+            f"cannot attach '{name}' while {_registry(model).selection.composition} is active",
+            where={"adapters": " ".join(taken)},
+            hint="activate a stack first, such as addenda.activate(model, [])",
+        )
     if name in taken:
         raise TargetError(
             f"the model already carries an adapter '{name}'",

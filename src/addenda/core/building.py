@@ -19,7 +19,6 @@ def build_adapters(method: Method, bases: Mapping[str, Base]) -> dict[str, Adapt
     for base in layers:
         base.common = shared
     adapters = {path: method.build(base) for path, base in bases.items()}
-    if shared is not None:
-        for adapter in adapters.values():
-            adapter.common = shared
+    for adapter in adapters.values():
+        adapter.common = shared
     return adapters

@@ -69,6 +69,8 @@ class Base(ABC):
     """Dotted path of the layer in its model."""
     kind: str
     """Name of the layer kind, as in ``core/layers``."""
+    routed: ClassVar[bool] = False
+    """Whether the layer is given only those rows that a router sends it, in an order of their own."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
 
@@ -211,7 +213,7 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
-    common: nn.Module | None = None
+    common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -283,7 +285,9 @@ class Method(ABC):
         """Return a scalar whose gradient joins that of the loss in each step, given the adapters by path; or None."""
         return None
 
-    def after_update(self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int) -> None:
+    def after_update(  # noqa: B027  (most methods have nothing to do here)
+        self, adapters: Mapping[str, Adapter], *, step: int, of_steps: int
+    ) -> None:
         """Change the adapters after optimiser step ``step``, counted from 1; the step's gradients are still there.
 
         What it has to remember lies in buffers of the adapters, so that a resumed run goes on with the same bits.

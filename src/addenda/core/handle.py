@@ -11,8 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.building import COMMON
+from addenda.core.composition import Stack
 from addenda.core.contract import Adapter, Method
-from addenda.core.host import Host, HostState, adapter_prefixes, fold, remove, require_module
+from addenda.core.host import (
+    Host,
+    HostState,
+    Selection,
+    adapter_prefixes,
+    fold,
+    remove,
+    require_module,
+    running_on,
+)
 from addenda.core.views import LayerView
 from addenda.errors import MethodError
 
@@ -71,7 +81,7 @@ class Handle:
     @property
     def active(self) -> bool:
         """Whether the adapter changes what the model computes, by running or by being merged."""
-        return self.merged or any(self.name in state.active for state in self._states())
+        return self.merged or (bool(self._hosts) and self.name in self._selection.composition.names)
 
     @property
     def merged(self) -> bool:
@@ -118,31 +128,35 @@ class Handle:
             self.method.after_update(self.adapters, step=step, of_steps=of_steps)
 
     def enable(self) -> None:
-        """Let the adapter run again, in its place in the order of attaching."""
+        """Let the adapter run again, in its place in the order of attaching.
+
+        Raises:
+            MethodError: it is merged or detached, or the active adapters are not a stack.
+        """
         self._require_unmerged("enable")
+        stack = self._stack("enable")
         self._require_order("enable", merged=False)
-        for path in self._hosts:
-            host = self._host(path)
-            active = {*host._addenda.active, self.name}
-            host._addenda.active = [n for n in host.adapters if n in active]
+        if self.name not in stack:
+            attached = list(handles(self.model))
+            later = attached[attached.index(self.name) + 1 :]
+            place = next((i for i, name in enumerate(stack) if name in later), len(stack))
+            self._selection.composition = Stack((*stack[:place], self.name, *stack[place:]))
 
     def disable(self) -> None:
         """Stop the adapter from running: the model computes what it would without it, bit for bit."""
         self._require_unmerged("disable")
-        for state in self._states():
-            if self.name in state.active:
-                state.active.remove(self.name)
+        self._selection.composition = self._selection.composition.without(self.name)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable the adapter inside a ``with`` block."""
-        was_active = self.active
+        self._require_unmerged("disable")
+        before = self._selection.composition
         self.disable()
         try:
             yield
         finally:
-            if was_active:
-                self.enable()
+            self._selection.composition = before
 
     def merge(self) -> None:
         """Fold the adapter into the base's weights; the original weights are kept for :meth:`unmerge`.
@@ -153,6 +167,7 @@ class Handle:
                 it was.
         """
         self._require_unmerged("merge")
+        self._stack("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
         folded = {path: self.folded(path) for path in self._hosts}
@@ -162,8 +177,7 @@ class Handle:
                 state.kept = _copy_of(state.view)
             _write(state.view, weight, bias)
             state.merged.append(self.name)
-            if self.name in state.active:
-                state.active.remove(self.name)
+        self._selection.composition = self._selection.composition.without(self.name)
 
     def unmerge(self) -> None:
         """Take the adapter out of the weights again, and let it run; with the last one out they are as they were.
@@ -184,10 +198,11 @@ class Handle:
         self._require_attached("detach")
         if self.merged:
             self._unfold()
+        registry = _registry(self.model)
+        registry.selection.composition = registry.selection.composition.without(self.name)
         for module in self._hosts.values():
             remove(module, self.name)
         self._hosts = {}
-        registry = _registry(self.model)
         registry.handles.pop(self.name, None)
         if not registry.handles:
             _thaw(self.model, registry.thawed)
@@ -271,7 +286,7 @@ class Handle:
         for path in self._hosts:
             host = self._host(path)
             folded = [n for n in host._addenda.merged if n != self.name] + [self.name] * merged
-            running = {*host._addenda.active, self.name} - set(folded)
+            running = {*running_on(host), self.name} - set(folded)
             order = list(host.adapters)
             effect = [*folded, *(n for n in order if n in running)]
             for first, second in itertools.combinations(effect, 2):
@@ -282,6 +297,21 @@ class Handle:
                         where={"layer": path, "order of attaching": " ".join(order)},
                         hint="merge in the order of attaching and unmerge in the reverse one, or disable the other",
                     )
+
+    def _stack(self, verb: str) -> tuple[str, ...]:
+        """The active adapters, if they are stacked in the order of attaching."""
+        composition = self._selection.composition
+        attached = [name for name in handles(self.model) if name in composition.names]
+        if not isinstance(composition, Stack) or list(composition.names) != attached:
+            raise MethodError(
+                f"cannot {verb} '{self.name}' while {composition} is active",
+                hint="activate the adapters as a stack in the order of attaching first: addenda.activate(model, [...])",
+            )
+        return composition.names
+
+    @property
+    def _selection(self) -> Selection:
+        return _registry(self.model).selection
 
     def _require_attached(self, verb: str) -> None:
         if not self._hosts:
@@ -308,10 +338,11 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, and which base parameters were trainable."""
+    """What a model remembers of its adapters: the handles, which run, and which base parameters were trainable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
+        self.selection = Selection()
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 
@@ -365,7 +396,7 @@ def tied(model: nn.Module, views: Mapping[str, LayerView]) -> dict[str, str]:
 
 def _fold(adapter: Adapter, view: LayerView) -> tuple[Tensor, Tensor | None]:
     with torch.no_grad():
-        weight, bias = fold(view, [adapter])
+        weight, bias = fold(view, [adapter.fold])
     return view.from_matrix(weight), bias
 
 

@@ -8,12 +8,14 @@ the class back.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from addenda.core.composition import Composition, Stack, Stacked
 from addenda.core.contract import Adapter, Base
 from addenda.core.parts import Part, adapted_class
 from addenda.core.views import LayerView
@@ -22,15 +24,24 @@ from addenda.errors import MethodError, TargetError
 __all__ = [
     "Host",
     "HostState",
+    "Selection",
     "adapter_prefixes",
+    "compositions_on",
     "count_call",
     "fold",
     "host_of",
     "install",
     "remove",
     "require_module",
-    "sole_adapter",
+    "running_on",
 ]
+
+
+class Selection:
+    """Which of the adapters attached through one model run; held by the model and by each of its hosts."""
+
+    def __init__(self) -> None:
+        self.composition: Composition = Stack()
 
 
 class HostState:
@@ -38,8 +49,8 @@ class HostState:
 
     def __init__(self, view: LayerView) -> None:
         self.view = view
-        self.active: list[str] = []
-        """Names of the adapters that run, in the order in which they were attached."""
+        self.selections: list[Selection] = []
+        """Of the models through which its adapters were attached: one, save where a part was adapted for itself."""
         self.merged: list[str] = []
         """Names of the adapters folded into the weight, in the order of folding."""
         self.kept: tuple[Tensor, Tensor | None] | None = None
@@ -57,11 +68,13 @@ class Host:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with its active adapters; arguments as the layer's own."""
-        state = self._addenda
-        if not state.active:
+        acting = compositions_on(self)
+        if not acting:
             return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
-        x, *rest = args if args else (kwargs.pop(state.view.input_name),)
-        return _run(self, _bound(state.view, tuple(rest), kwargs), x)
+        view = self._addenda.view
+        x, *rest = args if args else (kwargs.pop(view.input_name),)
+        count_call(self)
+        return _run(self, acting, _bound(view, tuple(rest), kwargs), x)
 
 
 def _bound(view: LayerView, args: tuple[object, ...], kwargs: dict[str, object]) -> LayerView:
@@ -72,31 +85,28 @@ def _bound(view: LayerView, args: tuple[object, ...], kwargs: dict[str, object])
     return bound
 
 
-def _run(host: Host, base: Base, x: Tensor) -> Tensor:
-    state = host._addenda
-    *inner, last = [cast(Adapter, host.adapters[name]) for name in state.active]
-    for adapter in inner:
-        base = cast(Base, _Stacked(base, adapter))
-    count_call(host)
-    y: Tensor = last(x, base)
-    return y
+def _run(host: Host, acting: list[Composition], base: Base, x: Tensor) -> Tensor:
+    adapters = cast(Mapping[str, Adapter], host.adapters)
+    *inner, last = acting
+    for composition in inner:
+        base = cast(Base, Stacked(base, functools.partial(_composed, composition, adapters)))
+    return last.run(x, base, adapters)
 
 
-class _Stacked:
-    """A base with an adapter already on it: calling it runs both, everything else is the bare layer's."""
+def _composed(composition: Composition, adapters: Mapping[str, Adapter], x: Tensor, base: Base) -> Tensor:
+    return composition.run(x, base, adapters)
 
-    def __init__(self, base: Base, adapter: Adapter) -> None:
-        self._base, self._adapter = base, adapter
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self._adapter(x, self._base)
-        return y
+def compositions_on(host: Host) -> list[Composition]:
+    """Return what runs on a layer, the innermost first; nothing where none of its adapters takes part."""
+    adapters = host.adapters
+    selected = [selection.composition for selection in host._addenda.selections]
+    return [each for each in selected if any(name in adapters for name in each.names)]
 
-    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
+def running_on(host: Host) -> list[str]:
+    """Return the names of the adapters that run on a layer, in the order in which they act."""
+    return [name for each in compositions_on(host) for name in each.names if name in host.adapters]
 
 
 def _noop_hook(module: nn.Module, args: object, output: object) -> None:
@@ -122,13 +132,11 @@ def host_of(module: nn.Module) -> Host | None:
     return module if isinstance(module, Host) else None
 
 
-def sole_adapter(host: Host) -> Adapter | None:
-    """Return the one adapter that runs on a layer, or None where none or several do."""
-    active = host._addenda.active
-    return cast(Adapter, host.adapters[active[0]]) if len(active) == 1 else None
+Fold = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Changes a (d_out, d_in) weight and a bias as `Adapter.fold` does."""
 
 
-def fold(view: LayerView, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor | None]:
+def fold(view: LayerView, folds: Iterable[Fold]) -> tuple[Tensor, Tensor | None]:
     """Return the layer's (d_out, d_in) weight and its bias with adapters folded in, one after another.
 
     It is done in float32 at least, whatever the layer's dtype, and rounded once.
@@ -139,8 +147,8 @@ def fold(view: LayerView, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor |
     wide = torch.promote_types(view.dtype, torch.float32)
     weight, bias = view.weight().to(wide), view.bias()
     bias = None if bias is None else bias.to(wide)
-    for adapter in adapters:
-        weight, bias = adapter.fold(weight, bias)
+    for each in folds:
+        weight, bias = each(weight, bias)
     if bias is not None and view.bias_place() is None:
         raise MethodError(
             f"the adapter on '{view.path}' folds into a bias, for which its module has no place",
@@ -150,10 +158,10 @@ def fold(view: LayerView, adapters: Iterable[Adapter]) -> tuple[Tensor, Tensor |
 
 
 def count_call(host: Host | None) -> None:
-    """Note that the adapters of a layer ran, where something other than the layer ran them."""
+    """Note that the adapters of a layer run."""
     if host is not None and not torch.compiler.is_compiling():
         calls = host._addenda.calls
-        for name in host._addenda.active:
+        for name in running_on(host):
             calls[name] = calls.get(name, 0) + 1
 
 
@@ -163,8 +171,8 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.adapters." if path else "adapters." for path in paths)
 
 
-def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter) -> None:
-    """Put an adapter on a layer and make it active, swapping the layer's class if it is the first."""
+def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter, selection: Selection) -> None:
+    """Put an adapter on a layer, swapping the layer's class if it is the first; ``selection`` says whether it runs."""
     if not isinstance(module, Host):
         if isinstance(module, Part):
             module.join()
@@ -175,15 +183,14 @@ def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter) -> 
         object.__setattr__(module, "_addenda_hook", handle)
     host = cast(Host, module)
     host.adapters[name] = adapter.train(module.training)
-    host._addenda.active.append(name)
+    if not any(known is selection for known in host._addenda.selections):
+        host._addenda.selections.append(selection)
 
 
 def remove(module: nn.Module, name: str) -> None:
     """Take an adapter off a layer; the last one to go gives the layer its class back."""
     host = cast(Host, module)
     del host.adapters[name]
-    if name in host._addenda.active:
-        host._addenda.active.remove(name)
     if len(host.adapters) == 0:
         cast(Any, module)._addenda_hook.remove()
         del module.adapters

@@ -70,8 +70,8 @@ def prove_by_own_batch(handle: Handle, *, gradients: bool = True) -> None:
 def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
     """Run one batch forward and backward, and check that each adapter was called and got a gradient.
 
-    Without ``gradients``, it is enough to be called. The model is in evaluation mode meanwhile, so that nothing is dropped and no running statistic moves. Gradients,
-    modes and the global random generator are as before afterwards.
+    Without ``gradients``, it is enough to be called. The model is in evaluation mode meanwhile, so that nothing is
+    dropped and no running statistic moves. Gradients, modes and the global random generator are as before afterwards.
 
     Raises:
         TargetError: an adapter was not called, or got no gradient; all of them are named.

@@ -8,15 +8,16 @@ kept for the backward, or none where it can be made again (`addenda.core.remakin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from addenda.core.host import Host, count_call, sole_adapter
+from addenda.core.contract import Adapter
+from addenda.core.host import Host, compositions_on, count_call
 from addenda.core.lowrank import FrozenLinear, add_scaled
 from addenda.core.packed_layers import PackedLinear, PackedView
 from addenda.core.remaking import Remade, kept
@@ -57,10 +58,12 @@ def term_of(module: nn.Module, x: Tensor) -> Term | None:
     view = module._addenda.view if isinstance(module, Host) else _plain_view(module)
     if not isinstance(view, LinearView) or not view.fusible(x) or _is_watched(module):
         return None
-    if not isinstance(module, Host) or not module._addenda.active:
-        return Term(view, host=module if isinstance(module, Host) else None)
-    adapter = sole_adapter(module)
-    found = adapter.low_rank_term() if adapter is not None else None
+    if not isinstance(module, Host):
+        return Term(view)
+    acting = compositions_on(module)
+    if not acting:
+        return Term(view, host=module)
+    found = acting[0].term(cast(Mapping[str, Adapter], module.adapters)) if len(acting) == 1 else None
     return None if found is None else Term(view, *found, host=module)
 
 

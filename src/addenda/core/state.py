@@ -25,7 +25,7 @@ from addenda.core.planning import require_possible
 from addenda.core.targets import exact
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
-__all__ = ["FORMAT_VERSION", "load", "read_manifest", "save"]
+__all__ = ["FORMAT_VERSION", "load", "publish", "read_manifest", "save"]
 
 FORMAT_VERSION = 1
 _TENSORS, _MANIFEST = "adapter.safetensors", "adapter.json"
@@ -78,7 +78,7 @@ def save(
         (beside / _MANIFEST).write_text(
             json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )
-        _publish(beside, target)
+        publish(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
@@ -333,9 +333,9 @@ def _require_replaceable(target: Path) -> None:
         )
 
 
-def _publish(beside: Path, target: Path) -> None:
+def publish(beside: Path, target: Path) -> None:
     """Flush the new folder to disk, then put it in the place of the old one."""
-    for file in beside.iterdir():
+    for file in (path for path in beside.rglob("*") if path.is_file()):
         with open(file, "rb") as stream:
             os.fsync(stream.fileno())
     beside.chmod(0o755)

@@ -37,8 +37,6 @@ class LayerView(Base):
     """Whether a merge may write the layer's weight."""
     folded: ClassVar[bool] = False
     """Whether the layer is never called: its weight is read, so an adapter acts by what it folds into alone."""
-    routed: ClassVar[bool] = False
-    """Whether the layer runs only for the rows that a router sends it."""
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(**settings)

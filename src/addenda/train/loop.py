@@ -212,7 +212,9 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             continue
 
         parallel.add_gradients(parameters)
-        if (penalty := handle.penalty()) is not None:  # every process adds it whole, after the sum over processes
+        if (
+            penalty := handle.penalty()
+        ) is not None:  # every process adds it whole, after the sum over processes
             penalty.backward()
         [loss] = parallel.total(loss)
         norm = clip(parameters, config.clip_norm)

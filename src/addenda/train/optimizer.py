@@ -35,8 +35,9 @@ def make_optimizer(
     Raises:
         MissingDependencyError: 8 bits were asked for, and bitsandbytes is not installed.
     """
+    every = list(parameters)
     by_kind: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for parameter in parameters:
+    for parameter in every:
         by_kind.setdefault((rate_of(parameter), parameter.ndim < 2), []).append(parameter)
     groups = [
         {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core.host import compositions_on
 from addenda.core.layers.kind import LayerKind
 from addenda.core.parts import Holder, Part, Place
 from addenda.core.views import PartView
@@ -27,7 +28,7 @@ class _ExpertsHolder(Holder):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the experts with their active adapters; arguments as the module's own."""
         module = cast(Any, self)
-        if not any(part._addenda.active for part in module.adapted_parts.values()):
+        if not any(compositions_on(part) for part in module.adapted_parts.values()):
             return self.original_class.forward(module, *args, **kwargs)
         given = inspect.signature(self.original_class.forward).bind(module, *args, **kwargs).arguments
         _, x, chosen, gates = given.values()

@@ -7,13 +7,14 @@ for each call of the module: in training as in use, and with the gradient of wha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter
-from addenda.core.host import Host, count_call, fold
+from addenda.core.host import Host, compositions_on, count_call, fold
 from addenda.core.parts import Holder, Part
 from addenda.core.views import PartView
 
@@ -40,11 +41,13 @@ def _folded(parts: Iterable[Part]) -> dict[tuple[nn.Module, str], Tensor]:
     changed: dict[tuple[nn.Module, str], Tensor] = {}
     for part in parts:
         host = cast(Host, part)
-        state = host._addenda
-        if not state.active:
+        acting = compositions_on(host)
+        if not acting:
             continue
         count_call(host)
-        folded = fold(state.view, [cast(Adapter, host.adapters[name]) for name in state.active])
+        adapters = cast(Mapping[str, Adapter], host.adapters)
+        folds = [functools.partial(composition.fold, adapters=adapters) for composition in acting]
+        folded = fold(host._addenda.view, folds)
         for place, value in zip((part.weight_at, part.bias_at), folded, strict=True):
             if place is not None and value is not None:
                 key = place.module, place.name

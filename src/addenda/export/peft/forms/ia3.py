@@ -1,4 +1,4 @@
-"""(IA)3 in PEFT's folder: one ``ia3_l`` a layer, (1, d_in) where the input is scaled, (d_out, 1) where the output is."""
+"""(IA)3 in PEFT's folder: one ``ia3_l`` a layer, (1, d_in) where the input is scaled, else (d_out, 1)."""
 
 from __future__ import annotations
 
