@@ -41,7 +41,8 @@ def attach(
     ``eval()``, or the adapter belongs to a base that is nowhere else.
 
     Args:
-        model: any module; the layers named by ``targets`` change their class, nothing else does.
+        model: any module; the layers named by ``targets`` change their class, and what holds or runs them where it
+            passes them by: attention, recurrent modules, stacked experts, ``nn.TransformerEncoder``. Nothing else does.
         method: which method, with its settings, such as ``LoRA(rank=16)``.
         targets: ``"all-linear"`` (every linear layer but the output head), the literal end of a layer's path such as
             ``"q_proj"``, or several. None lets the method choose.

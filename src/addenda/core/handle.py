@@ -16,9 +16,11 @@ from addenda.core.contract import Adapter, Method
 from addenda.core.host import (
     Host,
     HostState,
+    PaddedEncoder,
     Selection,
     adapter_prefixes,
     fold,
+    pad_encoders,
     remove,
     require_module,
     running_on,
@@ -206,6 +208,8 @@ class Handle:
         registry.handles.pop(self.name, None)
         if not registry.handles:
             _thaw(self.model, registry.thawed)
+            for encoder in registry.padded:
+                encoder.__class__ = cast(PaddedEncoder, encoder).original_class
             del self.model.__dict__["_addenda_registry"]
 
     def _unfold(self) -> None:
@@ -343,6 +347,7 @@ class Registry:
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
         self.selection = Selection()
+        self.padded: list[nn.Module] = []
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 
@@ -356,6 +361,7 @@ def _registry(model: nn.Module) -> Registry:
         parameters = dict(model.named_parameters())
         for name in registry.thawed:
             parameters[name].requires_grad_(False)
+        registry.padded = pad_encoders(model)
     return cast(Registry, registry)
 
 

@@ -24,6 +24,7 @@ from addenda.errors import MethodError, TargetError
 __all__ = [
     "Host",
     "HostState",
+    "PaddedEncoder",
     "Selection",
     "adapter_prefixes",
     "compositions_on",
@@ -31,6 +32,7 @@ __all__ = [
     "fold",
     "host_of",
     "install",
+    "pad_encoders",
     "remove",
     "require_module",
     "running_on",
@@ -111,6 +113,35 @@ def running_on(host: Host) -> list[str]:
 
 def _noop_hook(module: nn.Module, args: object, output: object) -> None:
     """Present only so that PyTorch's fused inference paths, which read weights and call no layer, stay off."""
+
+
+class PaddedEncoder:
+    """Mixed in before ``nn.TransformerEncoder``: where gradients are wanted it computes on padded batches.
+
+    Whether they are wanted the encoder tells by its weights, and those of a base are frozen. On nested tensors its
+    attention would then refuse to be differentiated.
+    """
+
+    original_class: type[nn.Module]
+    use_nested_tensor: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the encoder; arguments as its own."""
+        nested = self.use_nested_tensor
+        self.use_nested_tensor = nested and not torch.is_grad_enabled()
+        try:
+            return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
+        finally:
+            self.use_nested_tensor = nested
+
+
+def pad_encoders(model: nn.Module) -> list[nn.Module]:
+    """Let every ``nn.TransformerEncoder`` of the model compute on padded batches for gradients; returns those changed."""
+    found = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    changed = [module for module in found if not isinstance(module, PaddedEncoder)]
+    for module in changed:
+        module.__class__ = adapted_class(type(module), PaddedEncoder)
+    return changed
 
 
 def require_module(model: object) -> None:

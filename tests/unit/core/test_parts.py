@@ -132,12 +132,20 @@ def test_a_transformer_encoder_runs_its_adapters_in_inference_on_padded_batches_
     x = torch.randn(3, 6, 16)
     padded = torch.arange(6).expand(3, 6) >= torch.tensor([6, 4, 2])[:, None]
     handle = stirred(addenda.attach(encoder, LORA, targets, probe=x))
-    trained = encoder.train()(x, src_key_padding_mask=padded).detach()
+    trained = encoder.train()(x, src_key_padding_mask=padded)
+    expected = torch.autograd.grad(trained[~padded].square().sum(), list(handle.parameters()))
+    answered = encoder.eval()(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(answered[~padded], trained[~padded])
+    found = torch.autograd.grad(answered[~padded].square().sum(), list(handle.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    trained = trained.detach()
     with torch.no_grad():
         answered = encoder.eval()(x, src_key_padding_mask=padded)
         torch.testing.assert_close(answered[~padded], trained[~padded])
         handle.disable()
         assert not torch.allclose(encoder(x, src_key_padding_mask=padded)[~padded], trained[~padded])
+    handle.detach()
+    assert type(encoder) is nn.TransformerEncoder
 
 
 def test_what_is_only_read_takes_methods_that_merge_and_no_dropout() -> None:
@@ -152,6 +160,33 @@ def test_what_is_only_read_takes_methods_that_merge_and_no_dropout() -> None:
     bare = nn.TransformerEncoderLayer(16, 2, 32, bias=False)
     with pytest.raises(MethodError, match="no bias and no place for one"):
         addenda.plan(bare, addenda.BitFit(), "self_attn")
+
+
+def test_compositions_act_on_what_is_only_read() -> None:
+    model, x = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0).eval(), torch.randn(5, 3, 16)
+    base = model(x)
+    for name, method in (("law", LORA), ("style", addenda.IA3()), ("shift", addenda.BitFit())):
+        stirred(addenda.attach(model, method, ["v_proj"], name=name))
+
+    def at(composition: object) -> Tensor:
+        with addenda.core.activated(model, composition):
+            return model(x).detach()
+
+    assert torch.equal(at(None), base)
+    torch.testing.assert_close(at(addenda.core.Sum({"law": 1.0})), at("law"))
+    torch.testing.assert_close(at(addenda.core.Sum({"law": 0.0, "shift": 0.0})), base)
+    weight = dict.fromkeys(("law", "style", "shift"), 0.5)
+    view = layer_at(model, "self_attn.v_proj")._addenda.view
+    values = torch.randn(4, 16)
+    with addenda.core.activated(model, addenda.core.Sum(weight)):
+        called = layer_at(model, "self_attn.v_proj")(values)
+        folded = addenda.core.Sum(weight).fold(
+            view.weight(), view.bias(), layer_at(model, "self_attn.v_proj").adapters
+        )
+    torch.testing.assert_close(view.apply(values, *folded), called)
+    with pytest.raises(MethodError, match="rows cannot have adapters of their own"):
+        at(addenda.core.Rows(("law", None, "law")))
+    torch.testing.assert_close(at(addenda.core.Rows(("law",) * 3)), at("law"))
 
 
 # ----------------------------------------------------------------------------------------------------- recurrent
@@ -340,6 +375,16 @@ def test_any_method_acts_on_the_rows_of_an_expert_with_dropout_too() -> None:
     handle = stirred(addenda.attach(model, addenda.BitFit(), ["down_proj"]))
     with pytest.raises(MethodError, match="its module has no place"):
         handle.merge()
+
+
+def test_rows_that_a_router_has_ordered_are_not_routed_to_adapters() -> None:
+    model, batch = mixtral(), tokens(2)
+    addenda.attach(model, LORA, "experts", name="law")
+    with (
+        addenda.core.activated(model, addenda.core.Rows(("law", None))),
+        pytest.raises(TargetError, match="cannot be routed to adapters"),
+    ):
+        model(**batch)
 
 
 def test_experts_without_a_gate_are_adapted() -> None:
