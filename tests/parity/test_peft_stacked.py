@@ -78,16 +78,15 @@ def randomized(handle: Handle) -> Handle:
     return handle
 
 
-def there_and_back(base: nn.Module, handle: Handle, folder: Path) -> None:
-    """What is written answers the same under PEFT, and when it is read here again."""
+def there_and_back(base: nn.Module, handle: Handle, folder: Path) -> float:
+    """How far the answers of what is written are from the handle's, under PEFT and when it is read here again."""
     bare, wanted = copy.deepcopy(base), answer(handle.model)
     folder.mkdir()
     write_peft(handle, folder)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bare), folder)
-    assert (answer(theirs) - wanted).abs().max() <= TOLERANCE
     assert (wanted - answer(bare)).abs().max() > 1e-2
     import_peft(bare, folder)
-    assert (answer(bare) - wanted).abs().max() <= TOLERANCE
+    return max(float((answer(read) - wanted).abs().max()) for read in (theirs, bare))
 
 
 OURS = {
@@ -106,7 +105,8 @@ def test_our_adapter_on_an_attention_answers_the_same_under_peft(
     targets: list[str], method: LoRA, tmp_path: Path
 ) -> None:
     base = Encoder().eval()
-    there_and_back(base, randomized(attach(copy.deepcopy(base), method, targets)), tmp_path / "out")
+    handle = randomized(attach(copy.deepcopy(base), method, targets))
+    assert there_and_back(base, handle, tmp_path / "out") <= TOLERANCE
 
 
 EXPERTS = {
@@ -129,7 +129,8 @@ def test_our_adapter_on_experts_answers_the_same_under_peft(
     kind: str, targets: list[str], method: LoRA, tmp_path: Path
 ) -> None:
     base = mixture(kind)
-    there_and_back(base, randomized(attach(copy.deepcopy(base), method, targets)), tmp_path / "out")
+    handle = randomized(attach(copy.deepcopy(base), method, targets))
+    assert there_and_back(base, handle, tmp_path / "out") <= TOLERANCE
 
 
 def from_peft(base: nn.Module, config: object, folder: Path) -> tuple[Handle, Tensor]:

@@ -136,7 +136,7 @@ class PaddedEncoder:
 
 
 def pad_encoders(model: nn.Module) -> list[nn.Module]:
-    """Let every ``nn.TransformerEncoder`` of the model compute on padded batches for gradients; returns those changed."""
+    """Let every ``nn.TransformerEncoder`` compute on padded batches for gradients; returns those that are changed."""
     found = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
     changed = [module for module in found if not isinstance(module, PaddedEncoder)]
     for module in changed:

@@ -7,13 +7,15 @@ that holds the weight, its holder, only as long as it carries one, so the names 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-__all__ = ["Holder", "Part", "Place", "adapted_class"]
+__all__ = ["Holder", "Part", "Place", "adapted_class", "reading"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +126,20 @@ def adapted_class(original: type[nn.Module], mixin: type) -> type[nn.Module]:
             f"Adapted{original.__name__}", (mixin, original), {"original_class": original}
         )
     return _CLASSES[original, mixin]
+
+
+@contextlib.contextmanager
+def reading(changed: Mapping[tuple[nn.Module, str], Tensor | None]) -> Iterator[None]:
+    """Let modules read other tensors in place of their parameters inside a ``with`` block.
+
+    Args:
+        changed: what to read, by the module and the parameter's name.
+    """
+    kept = {(module, name): module._parameters[name] for module, name in changed}
+    try:
+        for (module, name), value in changed.items():
+            module._parameters[name] = cast("nn.Parameter | None", value)
+        yield
+    finally:
+        for (module, name), parameter in kept.items():
+            module._parameters[name] = parameter

@@ -107,7 +107,7 @@ class LayerView(Base):
         A subclass may do more: an embedding that scales what it looks up, a linear layer with a norm. One that
         defines a forward of its own is tried on a small input.
         """
-        if self.original.forward in _PLAIN_FORWARDS:
+        if self.runs_plain_forward():
             return True
         with torch.no_grad():
             x = self.sample()
@@ -118,6 +118,10 @@ class LayerView(Base):
             plain = self.apply(x, self.weight(), self.bias())
             same_form = isinstance(y, Tensor) and y.shape == plain.shape
             return same_form and not bool((y - plain).abs().max() > 0.01 * plain.abs().max())
+
+    def runs_plain_forward(self) -> bool:
+        """Whether the layer has the forward of PyTorch's own class."""
+        return self.original.forward in _PLAIN_FORWARDS
 
     def sample(self) -> Tensor:
         """A small input."""

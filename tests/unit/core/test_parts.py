@@ -509,6 +509,39 @@ def test_a_transposed_convolution_takes_the_size_of_its_output() -> None:
         torch.testing.assert_close(layer(x, output_size=size), y)
 
 
+class SelfPadding(nn.Conv2d):
+    """Pads its input itself, more on one side, as convolutions taken over from TensorFlow do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Standardizing(nn.Conv2d):
+    """Computes with the weight less its mean: nothing that is linear in a change of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / self.weight.norm()
+        return nn.functional.conv2d(x, weight, self.bias, self.stride)
+
+
+def test_a_convolution_with_a_forward_of_its_own_is_adapted_as_it_computes() -> None:
+    x = torch.randn(2, 4, 7, 7)
+    model = nn.Sequential(SelfPadding(4, 6, 2, stride=2, groups=2))
+    handle = stirred(addenda.attach(model, LORA, "0"))
+    adapted = model(x)
+    bare = nn.Conv2d(4, 6, 2, stride=2, groups=2)
+    weight, bias = handle.folded("0")
+    padded = nn.functional.pad(x, (0, 1, 0, 1))
+    torch.testing.assert_close(adapted, nn.functional.conv2d(padded, weight, bias, bare.stride, groups=2))
+    handle.merge()
+    torch.testing.assert_close(model(x), adapted)
+    odd = nn.Sequential(Standardizing(4, 6, 2))
+    handle = stirred(addenda.attach(odd, LORA, "0"))
+    assert odd(x).shape == (2, 6, 6, 6)
+    with pytest.raises(MethodError, match="does more than apply its weight"):
+        handle.merge()
+
+
 def test_what_cannot_be_adapted_is_refused_with_the_reason_and_counted() -> None:
     model = nn.ModuleDict(
         {"pair": nn.Bilinear(4, 5, 6), "bag": nn.EmbeddingBag(9, 6), "linear": nn.Linear(4, 5)}

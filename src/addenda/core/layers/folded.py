@@ -6,16 +6,15 @@ for each call of the module: in training as in use, and with the gradient of wha
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter
 from addenda.core.host import Host, compositions_on, count_call, fold
-from addenda.core.parts import Holder, Part
+from addenda.core.parts import Holder, Part, reading
 from addenda.core.views import PartView
 
 __all__ = ["FoldedHolder", "FoldedView"]
@@ -32,7 +31,7 @@ class FoldedHolder(Holder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the active adapters of its parts; arguments as the module's own."""
-        with _reading(_folded(cast(Iterable[Part], self.adapted_parts.values()))):
+        with reading(_folded(cast(Iterable[Part], self.adapted_parts.values()))):
             return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
 
 
@@ -53,16 +52,3 @@ def _folded(parts: Iterable[Part]) -> dict[tuple[nn.Module, str], Tensor]:
                 key = place.module, place.name
                 changed[key] = place.into(changed.get(key), value)
     return changed
-
-
-@contextlib.contextmanager
-def _reading(changed: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
-    """Let modules read other tensors in place of their parameters inside a ``with`` block."""
-    kept = {(module, name): module._parameters[name] for module, name in changed}
-    try:
-        for (module, name), value in changed.items():
-            module._parameters[name] = cast(nn.Parameter, value)
-        yield
-    finally:
-        for (module, name), parameter in kept.items():
-            module._parameters[name] = parameter
