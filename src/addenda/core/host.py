@@ -137,8 +137,11 @@ class PaddedEncoder:
 
 def pad_encoders(model: nn.Module) -> list[nn.Module]:
     """Let every ``nn.TransformerEncoder`` compute on padded batches for gradients; returns those that are changed."""
-    found = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
-    changed = [module for module in found if not isinstance(module, PaddedEncoder)]
+    changed: list[nn.Module] = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and not isinstance(module, PaddedEncoder)
+    ]
     for module in changed:
         module.__class__ = adapted_class(type(module), PaddedEncoder)
     return changed
