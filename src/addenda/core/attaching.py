@@ -87,8 +87,9 @@ def attach_paths(
     With ``fill``, which writes saved values into the adapter, nothing is initialized, and the probe asks only whether
     every adapter is called: a trained one may well have a gradient of zero.
     """
-    _require_free(model, name, paths)
-    views = {path: view_of(layer_at(model, path), path, seed=seed, initialize=fill is None) for path in paths}
+    layers = {path: layer_at(model, path) for path in paths}
+    _require_free(model, name, layers)
+    views = {path: view_of(layers[path], path, seed=seed, initialize=fill is None) for path in paths}
     adapters = build_adapters(method, views)
     handle = _install(model, method, name, views, adapters)
     try:
@@ -145,7 +146,7 @@ def _install(
     return handle
 
 
-def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
+def _require_free(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN_NAMES:
         raise TargetError(
             f"{name!r} cannot be an adapter's name",
@@ -165,17 +166,14 @@ def _require_free(model: nn.Module, name: str, paths: list[str]) -> None:
             where={"adapters": " ".join(taken)},
             hint=f"choose another name, or detach it first: addenda.detach(model, '{name}')",
         )
-    modules = {path: layer_at(model, path) for path in paths}
-    held = [path for path, module in modules.items() if (host := host_of(module)) and name in host.adapters]
+    held = [path for path, module in layers.items() if (host := host_of(module)) and name in host.adapters]
     if held:
         raise TargetError(
             f"'{held[0]}' already carries an adapter '{name}', attached through another module",
             where={"layers": len(held)},
             hint="choose another name, or detach it by the handle of that attach",
         )
-    foreign = [
-        path for path, module in modules.items() if hasattr(module, "adapters") and not host_of(module)
-    ]
+    foreign = [path for path, module in layers.items() if hasattr(module, "adapters") and not host_of(module)]
     if foreign:
         raise TargetError(
             f"'{foreign[0]}' already has an attribute 'adapters' of its own",

@@ -112,8 +112,10 @@ class Handle:
 
     def rate_of(self, name: str) -> float:
         """Return the method's factor on the learning rate for the parameter of this name."""
-        path = next((p for p in self._hosts if name.startswith(f"{p}.")), "*")
-        return self.method.rate_of(name[len(path) + 1 :])
+        path = name
+        while path and path not in self._hosts:
+            path = path.rpartition(".")[0]
+        return self.method.rate_of(name[len(path or "*") + 1 :])
 
     def penalty(self) -> Tensor | None:
         """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
@@ -237,7 +239,7 @@ class Handle:
             MethodError: the method has no such weight, or a folded value is not finite.
         """
         host = self._host(path)
-        weight, bias = _fold(self.adapters[path], host._addenda.view)
+        weight, bias = _fold(cast(Adapter, host.adapters[self.name]), host._addenda.view)
         if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
             raise MethodError(
                 f"folding '{self.name}' into '{path}' gives values that are not finite",

@@ -22,7 +22,7 @@ from addenda.errors import MethodError, TargetError
 
 __all__ = ["KINDS", "LayerKind", "LayerView", "kind_of", "layer_at", "parts_of", "view_of"]
 
-KINDS: tuple[LayerKind, ...] = (*DENSE, BLOCK, ATTENTION, RECURRENT, EXPERT)
+KINDS: tuple[LayerKind, ...] = (ATTENTION, RECURRENT, EXPERT, *DENSE, BLOCK)
 """Every kind of layer that can be adapted; the first row that matches a module is its kind."""
 
 _PARTS: tuple[type[Part], ...] = (AttentionPart, RecurrentPart, ExpertPart)
