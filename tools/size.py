@@ -26,7 +26,7 @@ BUDGETS = {
     "methods": 7000,  # some fifty papers, of which the docstrings are half
     "bases": 6900,  # four sources, each checked byte by byte; packing; lean forms, in batches too; formats; GPUs
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
-    "train": 4500,  # checkpoints, locks, guards, memory and its offload, processes, forecasts, beside the loop
+    "train": 5400,  # checkpoints, locks, guards, memory, processes, forecasts, several runs at once, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 3400,  # a file for each method that PEFT has too
     "cli": 2000,

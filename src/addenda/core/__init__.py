@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from addenda.core.fingerprints import fingerprint as fingerprint
     from addenda.core.handle import Handle as Handle
     from addenda.core.handle import handles as handles
+    from addenda.core.observations import Observed as Observed
+    from addenda.core.observing import observe as observe
     from addenda.core.planning import Plan as Plan
     from addenda.core.planning import PlannedLayer as PlannedLayer
     from addenda.core.planning import plan as plan
@@ -45,6 +47,7 @@ _PLACES = {
     "Composition": "composition",
     "Handle": "handle",
     "Method": "contract",
+    "Observed": "observations",
     "OnProgress": "progress",
     "Plan": "planning",
     "PlannedLayer": "planning",
@@ -63,6 +66,7 @@ _PLACES = {
     "handles": "handle",
     "load": "state",
     "load_all": "several",
+    "observe": "observing",
     "parallel": "composition",
     "plan": "planning",
     "read_manifest": "state",

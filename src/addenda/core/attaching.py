@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -14,13 +14,15 @@ from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.host import host_of, install
 from addenda.core.layers import layer_at, view_of
+from addenda.core.observations import Observed
 from addenda.core.planning import plan
 from addenda.core.probe import Probe, prove, prove_by_own_batch
+from addenda.core.progress import OnProgress
 from addenda.core.targets import Targets
 from addenda.core.views import LayerView
-from addenda.errors import NotFoundError, TargetError
+from addenda.errors import MethodError, NotFoundError, TargetError
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "attach_paths", "detach", "install_adapters", "require_free"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _OWN_NAMES = frozenset(dir(nn.ModuleDict()))
@@ -34,6 +36,8 @@ def attach(
     name: str = "default",
     seed: int = 0,
     probe: Probe | None = None,
+    observed: Observed | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Handle:
     """Put a new adapter on a model, in place, and freeze the base.
 
@@ -50,13 +54,15 @@ def attach(
         seed: decides the initial values, layer by layer.
         probe: a batch that reaches every target: keyword arguments, a tensor, or a function of the model. With it,
             every adapter is proved to be called and to get a gradient. transformers models carry a batch of their own.
+        observed: what :func:`addenda.observe` found out about this model for this method, if its start needs that.
+        on_progress: told how many adapters are made; some starts decompose each weight.
 
     Returns:
         The handle on the adapter.
 
     Raises:
         TargetError: a target matches nothing, the name is taken, or the probe shows an adapter that does not work.
-        MethodError: the method cannot stand on one of the layers.
+        MethodError: the method cannot stand on one of the layers, or needs to have observed them.
 
     Example:
         >>> import addenda, torch
@@ -68,8 +74,11 @@ def attach(
         >>> type(model[0]).__name__
         'Linear'
     """
-    rows = plan(model, method, targets).rows
-    return attach_paths(model, method, [row.path for row in rows], name=name, seed=seed, probe=probe)
+    paths = [row.path for row in plan(model, method, targets).rows]
+    _require_observed(method, paths, observed)
+    return attach_paths(
+        model, method, paths, name=name, seed=seed, probe=probe, observed=observed, on_progress=on_progress
+    )
 
 
 def attach_paths(
@@ -81,6 +90,8 @@ def attach_paths(
     seed: int = 0,
     probe: Probe | None = None,
     fill: Callable[[Handle], None] | None = None,
+    observed: Observed | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Handle:
     """Attach to exactly these layers; for callers that have resolved the targets already.
 
@@ -88,10 +99,12 @@ def attach_paths(
     every adapter is called: a trained one may well have a gradient of zero.
     """
     layers = {path: layer_at(model, path) for path in paths}
-    _require_free(model, name, layers)
+    require_free(model, name, layers)
     views = {path: view_of(layers[path], path, seed=seed, initialize=fill is None) for path in paths}
-    adapters = build_adapters(method, views)
-    handle = _install(model, method, name, views, adapters)
+    for path, view in views.items():
+        view.observed = observed.layers[path] if observed is not None else None
+    adapters = build_adapters(method, views, on_progress=on_progress)
+    handle = install_adapters(model, method, name, views, adapters)
     try:
         if fill is not None:
             fill(handle)
@@ -129,13 +142,14 @@ def detach(model: nn.Module, name: str = "default") -> None:
     on_model[name].detach()
 
 
-def _install(
+def install_adapters(
     model: nn.Module,
     method: Method,
     name: str,
     views: dict[str, LayerView],
     adapters: dict[str, Adapter],
 ) -> Handle:
+    """Put made adapters on the layers that were viewed for them; the base is frozen."""
     keep_layout(model)
     registry = _registry(model)
     for path, view in views.items():
@@ -146,7 +160,33 @@ def _install(
     return handle
 
 
-def _require_free(model: nn.Module, name: str, layers: dict[str, nn.Module]) -> None:
+def _require_observed(method: Method, paths: list[str], observed: Observed | None) -> None:
+    needs = method.needs()
+    if needs in (None, "weight"):
+        return
+    if observed is None:
+        given = "original=the model it was quantized from" if needs == "original" else "batches=a few batches"
+        raise MethodError(
+            f"method '{method.name}' begins with the {needs} of each layer, which have to be observed first",
+            hint=f"observed = addenda.observe(model, method, targets, {given}); "
+            "then attach(model, observed.method, targets, observed=observed)",
+        )
+    missing = [path for path in paths if path not in observed.layers]
+    if observed.method != method or missing:
+        what = f"not of '{missing[0]}'" if missing else "for other settings of the method"
+        raise MethodError(
+            f"what was observed is {what}",
+            where={"layers missing": len(missing)},
+            hint="attach observed.method, to the targets that were observed",
+        )
+
+
+def require_free(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse a name that an adapter on these layers cannot have.
+
+    Raises:
+        TargetError: it is no name, or taken.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _OWN_NAMES:
         raise TargetError(
             f"{name!r} cannot be an adapter's name",

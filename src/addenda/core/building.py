@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.progress import OnProgress, Progress
 
 __all__ = ["build_adapters"]
 
@@ -12,13 +13,19 @@ COMMON = "common"
 """Name under which every adapter of an attach holds the module they share."""
 
 
-def build_adapters(method: Method, bases: Mapping[str, Base]) -> dict[str, Adapter]:
+def build_adapters(
+    method: Method, bases: Mapping[str, Base], *, on_progress: OnProgress | None = None
+) -> dict[str, Adapter]:
     """Return an adapter for each layer, by path; all hold the same module as ``common``, where the method has one."""
     layers = list(bases.values())
     shared = method.build_common(layers, layers[0].source(COMMON)) if layers else None
     for base in layers:
         base.common = shared
-    adapters = {path: method.build(base) for path, base in bases.items()}
+    adapters = {}
+    for done, (path, base) in enumerate(bases.items(), start=1):
+        adapters[path] = method.build(base)
+        if on_progress is not None:
+            on_progress(Progress("make adapters", done, len(bases), "layers"))
     for adapter in adapters.values():
         adapter.common = shared
     return adapters

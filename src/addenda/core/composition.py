@@ -7,6 +7,7 @@ layer has, so adapters on different layers compose too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,10 @@ import torch
 from torch import Tensor
 
 from addenda.core.contract import Adapter, Base
+from addenda.core.terms import Part
 from addenda.errors import ConfigError, MethodError, TargetError
 
 __all__ = ["Composition", "Rows", "Stack", "Stacked", "Sum", "average", "from_settings", "parallel"]
-
-Term = tuple[Tensor, Tensor, float]
-"""A, B and the scaling of a low-rank term."""
 
 
 class Composition(ABC):
@@ -51,8 +50,14 @@ class Composition(ABC):
             MethodError: there is no such weight.
         """
 
-    def term(self, adapters: Mapping[str, Adapter]) -> Term | None:
-        """Return the one low-rank term that `run` adds to the layer's output, if that is all it does."""
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+        """Return the low-rank terms that `run` adds to the layer's output, if that is all it does, else None.
+
+        Args:
+            adapters: the layer's, by name.
+            x: its input, (..., d_in); rows are counted over all dimensions but the last.
+            path: where the layer is.
+        """
         return None
 
     def settings(self) -> dict[str, Any]:
@@ -67,40 +72,40 @@ class Stack(Composition):
     y = a_n(... a_2(a_1(base)) ...)(x). Adapters that only add a term, such as LoRA, give their sum.
 
     Args:
-        parts: names, the innermost first.
+        of: names, the innermost first.
 
     Example:
         >>> Stack(("a", "b")).without("a")
-        Stack(parts=('b',))
+        Stack(of=('b',))
     """
 
-    parts: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_names(self.parts)
+        _require_names(self.of)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.parts
+        return self.of
 
     def without(self, name: str) -> Stack:
-        return Stack(tuple(part for part in self.parts if part != name))
+        return Stack(tuple(other for other in self.of if other != name))
 
-    def term(self, adapters: Mapping[str, Adapter]) -> Term | None:
-        return _joined([(adapters[name], 1.0) for name in self.parts if name in adapters])
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+        return _joined([(adapters[name], 1.0) for name in self.names if name in adapters])
 
     def fold(
         self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
     ) -> tuple[Tensor, Tensor | None]:
-        for name in self.parts:
+        for name in self.names:
             if name in adapters:
                 weight, bias = adapters[name].fold(weight, bias)
         return weight, bias
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
-        present = [adapters[name] for name in self.parts if name in adapters]
-        if len(present) > 1 and (term := self.term(adapters)) is not None:
-            return base.add_low_rank(x, *term)
+        present = [adapters[name] for name in self.names if name in adapters]
+        if len(present) > 1 and (parts := self.parts(adapters, x, base.path)) is not None:
+            return base.add_low_rank(x, *parts[0][:3])
         *inner, last = present or [_BARE]
         for adapter in inner:
             base = cast(Base, Stacked(base, adapter))
@@ -139,7 +144,7 @@ class Sum(Composition):
     def without(self, name: str) -> Sum:
         return Sum({other: weight for other, weight in self.weights.items() if other != name})
 
-    def term(self, adapters: Mapping[str, Adapter]) -> Term | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
         return _joined(
             [(adapters[name], weight) for name, weight in self.weights.items() if name in adapters]
         )
@@ -159,8 +164,8 @@ class Sum(Composition):
         return total, total_bias
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
-        if (term := self.term(adapters)) is not None:
-            return base.add_low_rank(x, *term)
+        if (parts := self.parts(adapters, x, base.path)) is not None:
+            return base.add_low_rank(x, *parts[0][:3])
         once = cast(Base, _Once(base, x))
         total = plain = once(x)
         for name, weight in self.weights.items():
@@ -232,77 +237,67 @@ class Rows(Composition):
         [owner] = owners
         return (weight, bias) if owner is None else adapters[owner].fold(weight, bias)
 
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+        dim = self._dim(x, path, features=True)
+        each = x.shape[:-1].numel() // x.shape[dim]  # rows of the flattened input to one place in ``dim``
+        found = []
+        for name, start, stop in self._stretches:
+            if name is None or name not in adapters:
+                continue
+            term = adapters[name].low_rank_term()
+            if term is None:
+                return None
+            found.append(Part(*term, (start * each, stop * each)))
+        return tuple(found)
+
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         if base.routed and len({name if name in adapters else None for name in self.of}) > 1:
             raise TargetError(
                 f"layer '{base.path}' is given rows in an order of its router's: they cannot be routed to adapters",
                 hint="route adapters on layers that see every row",
             )
-        dim, groups = self._groups(x, adapters, base.path)
-        if len(groups) == 1:
-            [(adapter, _)] = groups
-            y: Tensor = (adapter or _BARE)(x, base)
-            return y
-        order = torch.cat([places for _, places in groups])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        terms = [adapter.low_rank_term() if adapter else None for adapter, _ in groups]
-        if all(term is not None or adapter is None for term, (adapter, _) in zip(terms, groups, strict=True)):
-            return base(x) + self._terms(x, base, groups, terms, dim).index_select(dim, back)
-        parts = [(adapter or _BARE)(x.index_select(dim, places), base) for adapter, places in groups]
-        return torch.cat(parts, dim).index_select(dim, back)
-
-    @staticmethod
-    def _terms(
-        x: Tensor,
-        base: Base,
-        groups: Sequence[tuple[Adapter | None, Tensor]],
-        terms: Sequence[Term | None],
-        dim: int,
-    ) -> Tensor:
-        """What the low-rank terms add, group after group; the frozen product is one for all rows."""
-        made: list[Tensor | int] = []
-        for (_, places), term in zip(groups, terms, strict=True):
-            if term is None:
-                made.append(len(places))
-                continue
-            A, B, scaling = term
-            made.append(
-                scaling * base.low_rank(x.index_select(dim, places), A.to(base.dtype), B.to(base.dtype))
+        features = base.channels_in is not None
+        dim = self._dim(x, base.path, features=features)
+        terms = self.parts(adapters, x, base.path) if features else None
+        if terms is not None and (fused := base.add_low_ranks(x, terms)) is not None:
+            return fused
+        made = [
+            (adapters[name] if name is not None and name in adapters else _BARE)(
+                x.narrow(dim, start, stop - start), base
             )
-        like = next(part for part in made if isinstance(part, Tensor))
-        parts = [
-            part
-            if isinstance(part, Tensor)
-            else like.new_zeros(*like.shape[:dim], part, *like.shape[dim + 1 :])
-            for part in made
+            for name, start, stop in self._until(x.shape[dim])
         ]
-        return torch.cat(parts, dim)
+        return made[0] if len(made) == 1 else torch.cat(made, dim)
 
-    def _groups(
-        self, x: Tensor, adapters: Mapping[str, Adapter], path: str
-    ) -> tuple[int, list[tuple[Adapter | None, Tensor]]]:
-        """The dimension that counts rows or tokens, and for each adapter its places there."""
-        owners = [name if name in adapters else None for name in self.of]
-        if self.lengths is None:
-            dim, size = 0, len(owners)
-        else:
-            size = sum(self.lengths)
-            dim = 0 if x.shape[0] == size else 1
-            owners = [name for name, length in zip(owners, self.lengths, strict=True) for _ in range(length)]
-        if x.dim() <= dim or x.shape[dim] != size:
+    def _dim(self, x: Tensor, path: str, *, features: bool) -> int:
+        """Return the dimension that counts rows, or tokens where they lie end to end."""
+        size = self._stretches[-1][2] if self._stretches else 0
+        dim = 0 if self.lengths is None else x.dim() - (2 if features else 1)
+        found = x.shape[dim] if x.dim() > dim >= 0 and x.shape[:dim].numel() == 1 else 0
+        if found < size or (found > size and self.lengths is None):
             raise TargetError(
                 f"{size} {'rows' if self.lengths is None else 'tokens'} are routed, and layer '{path}' is given "
                 f"an input of shape {tuple(x.shape)}",
                 hint="route as many rows as the batch has; layers that mix rows cannot be routed",
             )
-        places: dict[str | None, list[int]] = {}
-        for place, name in enumerate(owners):
-            places.setdefault(name, []).append(place)
-        return dim, [
-            (None if name is None else adapters[name], torch.tensor(found, device=x.device))
-            for name, found in places.items()
-        ]
+        return dim
+
+    def _until(self, size: int) -> list[tuple[str | None, int, int]]:
+        """The stretches of a sequence of that size: what is filled up behind the last row runs the bare layer."""
+        end = self._stretches[-1][2] if self._stretches else 0
+        return [*self._stretches, (None, end, size)] if size > end else self._stretches
+
+    @functools.cached_property
+    def _stretches(self) -> list[tuple[str | None, int, int]]:
+        """Neighbouring rows of one adapter: its name, their first place and the one after the last."""
+        sizes = self.lengths or (1,) * len(self.of)
+        found: list[tuple[str | None, int, int]] = []
+        end = 0
+        for name, size in zip(self.of, sizes, strict=True):
+            start = found.pop()[1] if found and found[-1][0] == name else end
+            end += size
+            found.append((name, start, end))
+        return found
 
 
 _KINDS: dict[str, Callable[..., Composition]] = {"stack": Stack, "sum": Sum, "rows": Rows}
@@ -315,8 +310,8 @@ def from_settings(settings: Mapping[str, Any]) -> Composition:
         ConfigError: they describe none.
 
     Example:
-        >>> from_settings({"kind": "stack", "parts": ["a"]})
-        Stack(parts=('a',))
+        >>> from_settings({"kind": "stack", "of": ["a"]})
+        Stack(of=('a',))
     """
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "kind"}
     try:
@@ -351,6 +346,9 @@ class Stacked:
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
 
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
+        return None
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
@@ -367,24 +365,24 @@ class _Once:
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
 
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
+        return None
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)
 
 
-def _joined(parts: Sequence[tuple[Adapter, float]]) -> Term | None:
+def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:
     """The terms of several adapters as one of the sum of their ranks; None where one of them has none."""
-    terms = [(adapter.low_rank_term(), weight) for adapter, weight in parts]
+    terms = [(adapter.low_rank_term(), weight) for adapter, weight in every]
     found = [(*term, weight) for term, weight in terms if term is not None]
     if not found or len(found) < len(terms):
         return None
     if len(found) == 1:
         A, B, scaling, weight = found[0]
-        return A, B, weight * scaling
-    return (
-        torch.cat([A for A, _, _, _ in found]),
-        torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1),
-        1.0,
-    )
+        return (Part(A, B, weight * scaling),)
+    A = torch.cat([A for A, _, _, _ in found])
+    return (Part(A, torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1), 1.0),)
 
 
 def _require_names(names: Sequence[str]) -> None:

@@ -11,12 +11,16 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from addenda.core.observations import Needs, Observer
 from addenda.errors import ConfigError, MethodError, nearest
+
+if TYPE_CHECKING:
+    from addenda.core.terms import Part
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
@@ -42,12 +46,15 @@ class ParameterSource:
         """Make a tensor that is trained."""
         return nn.Parameter(self.constant(*shape, init=init))
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
-        """Make a tensor that is not trained, for ``register_buffer``."""
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Make a tensor that is not trained, for ``register_buffer``; of whole numbers where ``dtype`` says so."""
         self._drawn += 1
+        kind = dtype or self.dtype
         if self.device.type == "meta":
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-        value = torch.zeros(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=kind, device=self.device)
+        value = torch.zeros(shape, dtype=kind)
         if not self._initialize:  # saved values will be written over it
             return value.to(self.device)
         if callable(init):
@@ -73,6 +80,8 @@ class Base(ABC):
     """Whether the layer is given only those rows that a router sends it, in an order of their own."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
+    observed: Mapping[str, Tensor] | None
+    """What an :class:`Observer` found out about the layer beforehand."""
 
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
@@ -83,6 +92,7 @@ class Base(ABC):
         """Whether the adapter's values count; False where saved ones are about to be written over them."""
         self._source: ParameterSource | None = None
         self.common = None
+        self.observed = None
 
     @property
     @abstractmethod
@@ -108,6 +118,16 @@ class Base(ABC):
     def groups(self) -> int:
         """Into how many groups a convolution divides its channels; 1 for every other kind."""
         return 1
+
+    @property
+    def kernel_volume(self) -> int:
+        """How many positions of the input an output position reads: more than 1 for convolutions alone."""
+        return 1 if self.channels_in is None else self.d_in * self.groups // self.channels_in
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether the weight maps the features in the input's last dimension to those in the output's, W x."""
+        return False
 
     @property
     @abstractmethod
@@ -153,6 +173,11 @@ class Base(ABC):
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
 
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        """Return ``base(x)`` with the terms of several adapters, each on rows of its own, where the kind can fuse
+        that, else None."""
+        return None
+
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
         return x
@@ -178,9 +203,11 @@ class Base(ABC):
         """
         return self.source().parameter(*shape, init=init)
 
-    def constant(self, *shape: int, init: Initializer | float = 0.0) -> Tensor:
+    def constant(
+        self, *shape: int, init: Initializer | float = 0.0, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Make a tensor likewise that is kept beside the parameters and not trained, for ``register_buffer``."""
-        return self.source().constant(*shape, init=init)
+        return self.source().constant(*shape, init=init, dtype=dtype)
 
     def source(self, label: str | None = None) -> ParameterSource:
         """Return what makes the adapter's tensors on this layer, or with a label a new one of its own."""
@@ -277,6 +304,22 @@ class Method(ABC):
         """
         return None
 
+    def needs(self) -> Needs | None:
+        """Return what the first values are computed from; None where they are drawn or fixed."""
+        return None
+
+    def observer(self, base: Base) -> Observer:
+        """Return what gathers what ``build`` will find as ``base.observed``; asked of methods that need such."""
+        raise MethodError(f"method '{self.name}' observes nothing", hint="attach it as it is")
+
+    def rows_to_observe(self) -> int:
+        """Return on how many rows of data a run should observe what is needed."""
+        return 64
+
+    def settled(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Self:
+        """Return the method with the settings that follow from what was observed of each layer, by path."""
+        return self
+
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
         return 1.0
@@ -304,6 +347,10 @@ class Method(ABC):
     def problems_among(self, paths: Sequence[str]) -> list[str]:
         """Return what is wrong with the settings for these layers taken together, one short sentence each."""
         return []
+
+    def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
+        """Return the method with the tokens of the texts that its settings hold, or as it is where they hold none."""
+        return self
 
     def layer_kinds(self) -> tuple[str, ...]:
         """Return the layer kinds these settings can adapt."""

@@ -7,7 +7,6 @@ the class back.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -73,21 +72,18 @@ class Host:
         acting = compositions_on(self)
         if not acting:
             return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
-        view = self._addenda.view
-        x, *rest = args if args else (kwargs.pop(view.input_name),)
+        x, base = self._addenda.view.received(args, kwargs)
         count_call(self)
-        return _run(self, acting, _bound(view, tuple(rest), kwargs), x)
+        return _run(self, acting, base, x)
 
 
-def _bound(view: LayerView, args: tuple[object, ...], kwargs: dict[str, object]) -> LayerView:
-    if not args and not kwargs:
-        return view
-    bound = copy.copy(view)
-    bound.args, bound.kwargs = args, kwargs
-    return bound
-
-
-def _run(host: Host, acting: list[Composition], base: Base, x: Tensor) -> Tensor:
+def _run(host: Host, acting: list[Composition], base: Base, x: Any) -> Any:
+    unfit = [each for each in acting if not isinstance(each, Stack)]
+    if unfit and not isinstance(x, Tensor):
+        raise MethodError(
+            f"adapters on '{base.path}', a whole {base.kind}, cannot be composed as {unfit[0]}",
+            hint="let one act, or several stacked: addenda.activate(model, [...])",
+        )
     adapters = cast(Mapping[str, Adapter], host.adapters)
     *inner, last = acting
     for composition in inner:

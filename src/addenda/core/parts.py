@@ -122,8 +122,10 @@ _CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
 def adapted_class(original: type[nn.Module], mixin: type) -> type[nn.Module]:
     """Return a module class with ``mixin`` before it; one for each, so that such modules compare and compile alike."""
     if (original, mixin) not in _CLASSES:
+        # Where transformers looks a class up by its full name, it has to be found as what it stands for.
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
         _CLASSES[original, mixin] = type(
-            f"Adapted{original.__name__}", (mixin, original), {"original_class": original}
+            f"Adapted{original.__name__}", (mixin, original), {"original_class": original, **names}
         )
     return _CLASSES[original, mixin]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 
-__all__ = ["flag", "integer", "number", "suffixes"]
+__all__ = ["flag", "integer", "number", "one_of", "suffixes", "table"]
 
 
 def flag(name: str, value: object) -> list[str]:
@@ -27,6 +28,30 @@ def suffixes(name: str, value: object) -> list[str]:
     if isinstance(value, list | tuple) and all(isinstance(each, str) and each for each in value):
         return []
     return [f"{name} must be a list of texts, none of them empty, got {value!r}"]
+
+
+def table(name: str, value: object, check: Callable[[str, object], list[str]]) -> list[str]:
+    """Check that ``value`` maps suffixes to settings that ``check`` finds right.
+
+    Example:
+        >>> table("ranks", {"down_proj": 0}, integer)
+        ["ranks['down_proj'] must be a whole number >= 1, got 0"]
+    """
+    if not isinstance(value, Mapping):
+        return [f"{name} must map suffixes to numbers, got {value!r}"]
+    found = suffixes(f"keys of {name}", list(value))
+    return found + [each for key, entry in value.items() for each in check(f"{name}[{key!r}]", entry)]
+
+
+def one_of(name: str, value: object, known: tuple[str, ...]) -> list[str]:
+    """Check that ``value`` is one of the words ``known``.
+
+    Example:
+        >>> one_of("mode", "bad", ("bat", "mini"))
+        ["mode must be one of bat, mini, got 'bad'"]
+    """
+    good = isinstance(value, str) and value in known
+    return [] if good else [f"{name} must be one of {', '.join(known)}, got {value!r}"]
 
 
 LARGEST = 2**63 - 1

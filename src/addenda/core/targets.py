@@ -6,6 +6,7 @@ No regular expressions: a target may come from a file somebody else wrote.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -20,6 +21,7 @@ __all__ = [
     "KEYS_AND_VALUES",
     "Targets",
     "adaptable",
+    "at",
     "bypass_of",
     "exact",
     "listed",
@@ -29,6 +31,8 @@ __all__ = [
     "unmatched",
     "why_unknown",
 ]
+
+T = TypeVar("T")
 
 Targets = str | Sequence[str]
 """``"all-linear"``, one literal suffix, or several."""
@@ -124,6 +128,17 @@ def unmatched(paths: Sequence[str], suffixes: Iterable[str]) -> list[str]:
         ['v_proj']
     """
     return [suffix for suffix in suffixes if not any(matches(path, suffix) for path in paths)]
+
+
+def at(path: str, table: Mapping[str, T], default: T) -> T:
+    """Return what a table of suffixes says of the layer at ``path``: the last that matches counts.
+
+    Example:
+        >>> at("0.q_proj", {"q_proj": 4}, 8), at("0.k_proj", {"q_proj": 4}, 8)
+        (4, 8)
+    """
+    found = [value for suffix, value in table.items() if matches(path, suffix)]
+    return found[-1] if found else default
 
 
 def adaptable(model: nn.Module) -> dict[str, tuple[nn.Module, LayerKind]]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core import parts
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
-from addenda.core.parts import Part, Place
+from addenda.core.terms import Part, Term, linear_with_terms
 from addenda.memory.arena import product
 
 __all__ = ["CompressedView", "LayerView", "LinearView", "PartView", "autocast_on"]
@@ -45,6 +48,15 @@ class LayerView(Base):
         self.original: Any = getattr(type(module), "original_class", type(module))
         self.args: tuple[object, ...] = ()
         self.kwargs: dict[str, object] = {}
+
+    def received(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, LayerView]:
+        """Return a call's input, and the layer as it is called with everything else that was given."""
+        x, *rest = args if args else (kwargs.pop(self.input_name),)
+        if not rest and not kwargs:
+            return x, self
+        bound = copy.copy(self)
+        bound.args, bound.kwargs = tuple(rest), kwargs
+        return x, bound
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)
@@ -93,13 +105,13 @@ class LayerView(Base):
         """Return why no adapter can be trained on the layer, one short sentence each."""
         return []
 
-    def weight_place(self) -> Place:
+    def weight_place(self) -> parts.Place:
         """Where the weight is kept."""
-        return Place(self.module, "weight")
+        return parts.Place(self.module, "weight")
 
-    def bias_place(self) -> Place | None:
+    def bias_place(self) -> parts.Place | None:
         """Where the bias is kept, or would be; None where there is no place for one."""
-        return Place(self.module, "bias")
+        return parts.Place(self.module, "bias")
 
     def is_plain(self) -> bool:
         """Whether the layer computes its kind's operation with its weight, and nothing more.
@@ -162,6 +174,10 @@ class LinearView(LayerView):
 
     kind = "linear"
 
+    @property
+    def pointwise(self) -> bool:
+        return True
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
 
@@ -184,6 +200,9 @@ class LinearView(LayerView):
         if self.fusible(x):
             return low_rank_linear(x, A, B, scaling=scaling, base=self)
         return super().add_low_rank(x, A, B, scaling)
+
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+        return linear_with_terms(x, [Term(self, tuple(parts))])[0] if self.fusible(x) else None
 
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""
@@ -220,7 +239,7 @@ class CompressedView(LinearView):
 class PartView(LinearView):
     """One of the weights that a module holds, seen as a linear layer."""
 
-    module: Part
+    module: parts.Part
 
     @property
     def form(self) -> object:
@@ -231,10 +250,10 @@ class PartView(LinearView):
     def bias_possible(self) -> bool:
         return self.has_bias or not self.folded
 
-    def weight_place(self) -> Place:
+    def weight_place(self) -> parts.Place:
         return self.module.weight_at
 
-    def bias_place(self) -> Place | None:
+    def bias_place(self) -> parts.Place | None:
         return self.module.bias_at
 
     def fusible(self, x: Tensor) -> bool:

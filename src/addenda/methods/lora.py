@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core import starts
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.observations import Needs, Observer
 from addenda.core.ranges import flag, integer, number, suffixes
 from addenda.core.registry import register
 from addenda.core.targets import matches, unmatched
@@ -26,8 +29,9 @@ class LoRA(Method):
 
     y = base(x) + scaling * B (A x),   A: (rank, d_in),  B: (d_out, rank)
 
-    scaling = alpha / rank, or alpha / sqrt(rank) when rank-stabilized. A starts Kaiming-uniform and B zero, so the
-    adapted layer starts equal to its base. Mergeable exactly into an unquantized weight.
+    scaling = alpha / rank, or alpha / sqrt(rank) when rank-stabilized. A starts Kaiming-uniform and B zero, or
+    both as another `start` says, whose product is then taken off: y = base(x) + scaling * (B A - B0 A0) x. Either way
+    the adapted layer starts equal to its base. Mergeable exactly into an unquantized weight.
 
     Args:
         rank: inner dimension, 1 <= rank <= min(d_in, d_out). Parameters: rank * (d_in + d_out) per layer.
@@ -38,6 +42,12 @@ class LoRA(Method):
         ranks: another rank for the layers a literal suffix names, such as ``{"down_proj": 32}``; the last that
             matches counts.
         alphas: another alpha likewise.
+        start: how A and B begin. Drawn: ``kaiming``, ``gaussian``, ``orthogonal``. Computed from the weight: ``pissa``,
+            ``olora``. From what :func:`addenda.observe` found, in a recipe on its training rows: ``eva`` and ``corda``
+            (inputs), ``lora_ga`` (gradients), ``loftq`` (the original of a quantized base; the adapted layer then
+            starts nearer to that, not equal to its base). Their docstrings say more.
+        start_settings: settings of the start's own, such as ``{"iterations": 8}`` of ``pissa``.
+        start_rows: rows of data that a recipe observes where the start needs it, >= 1.
 
     Differs from: the paper initializes A with a Gaussian; the official code, PEFT and this use Kaiming-uniform.
     PEFT's default alpha is 8 whatever the rank. PEFT keys per-layer ranks by regular expressions, this by suffixes.
@@ -56,6 +66,7 @@ class LoRA(Method):
     variants: ClassVar[tuple[Mapping[str, object], ...]] = (
         {},
         {"rank": 3, "alpha": 5.0, "rank_stabilized": True},
+        {"rank": 4, "start": "pissa"},
     )
 
     rank: int = 16
@@ -70,10 +81,17 @@ class LoRA(Method):
     """Rank for the layers a literal suffix names."""
     alphas: Mapping[str, float] = field(default_factory=dict)
     """Alpha for the layers a literal suffix names."""
+    start: str = "kaiming"
+    """How A and B begin, by the name of a start."""
+    start_settings: Mapping[str, starts.Setting] = field(default_factory=dict)
+    """Settings of the start's own."""
+    start_rows: int = 64
+    """Rows of data that a recipe observes for a start that needs it."""
 
     def problems(self) -> list[str]:
         found = integer("rank", self.rank) + number("dropout", self.dropout, least=0.0, below=1.0)
         found += flag("rank_stabilized", self.rank_stabilized)
+        found += integer("start_rows", self.start_rows) + starts.problems(self.start, self.start_settings)
         if self.alpha is not None:
             found += number("alpha", self.alpha, above=0.0)
         for name, table in (("ranks", self.ranks), ("alphas", self.alphas)):
@@ -88,7 +106,9 @@ class LoRA(Method):
 
     def problems_at(self, base: Base) -> list[str]:
         rank, limit = self.rank_at(base.path), min(base.d_in, base.d_out)
-        return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
+        if rank > limit:
+            return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"]
+        return self.begins().problems_at(base, rank)
 
     def problems_among(self, paths: Sequence[str]) -> list[str]:
         tables = {"ranks": self.ranks, "alphas": self.alphas}
@@ -108,10 +128,39 @@ class LoRA(Method):
         alpha = _at(self.alphas, path, 2.0 * rank if self.alpha is None else self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
 
+    def begins(self) -> starts.Start:
+        """Return the start with its settings."""
+        return starts.make(self.start, self.start_settings)
+
+    def needs(self) -> Needs | None:
+        return self.begins().needs
+
+    def observer(self, base: Base) -> Observer:
+        return self.begins().observer(base, self.rank_at(base.path))
+
+    def rows_to_observe(self) -> int:
+        return self.start_rows
+
+    def settled(self, layers: Mapping[str, Mapping[str, Tensor]]) -> Self:
+        before = {path: self.rank_at(path) for path in layers}
+        after = self.begins().ranks(before, layers)
+        if after == before:
+            return self
+        # A path may be the end of another one, which then has to come later: the last that matches counts.
+        ranks = {path: after[path] for path in sorted(after, key=len)}
+        dealt = dataclasses.replace(self, ranks=ranks)
+        # The scaling of a layer stays, so that none learns faster for having got another rank.
+        power = 0.5 if self.rank_stabilized else 1.0
+        kept = {
+            path: self.scaling_at(path) for path in ranks if dealt.scaling_at(path) != self.scaling_at(path)
+        }
+        alphas = {path: scaling * ranks[path] ** power for path, scaling in kept.items()}
+        return dataclasses.replace(dealt, alphas={**self.alphas, **alphas})
+
     def build(self, base: Base) -> LoRAAdapter:
-        rank = self.rank_at(base.path)
-        A = base.parameter(rank, base.d_in, init=_kaiming_uniform)
-        return LoRAAdapter(A, base.parameter(base.d_out, rank), self.scaling_at(base.path), self.dropout)
+        scaling = self.scaling_at(base.path)
+        A, B, taken_off = starts.begin(self.begins(), base, self.rank_at(base.path), scaling)
+        return LoRAAdapter(A, B, scaling, self.dropout, taken_off)
 
 
 def _at(overrides: Mapping[str, float], path: str, default: float) -> float:
@@ -119,27 +168,45 @@ def _at(overrides: Mapping[str, float], path: str, default: float) -> float:
     return found[-1] if found else default
 
 
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-
-
 class LoRAAdapter(Adapter):
-    """A: (rank, d_in), B: (d_out, rank)."""
+    """A: (rank, d_in), B: (d_out, rank); and A0, B0, the frozen values of both at the start, where they are taken off.
+
+    B A - B0 A0 is computed as (B - B0) A + B0 (A - A0), one product of twice the rank: it is exactly zero at the start,
+    and in 16 bits the small differences keep their own precision.
+    """
 
     additive = True
+    A0: Tensor | None
+    B0: Tensor | None
 
-    def __init__(self, A: nn.Parameter, B: nn.Parameter, scaling: float, dropout: float) -> None:
+    def __init__(
+        self,
+        A: nn.Parameter,
+        B: nn.Parameter,
+        scaling: float,
+        dropout: float,
+        taken_off: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.A, self.B = A, B
         self.scaling, self.dropout = scaling, dropout
+        for name, value in zip(("A0", "B0"), taken_off or (None, None), strict=True):
+            self.register_buffer(name, value)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A' (k, d_in) and B' (d_out, k) of what is added, scaling * B' A' x; k is rank or twice that."""
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
 
     def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:
-        return None if self.training and self.dropout else (self.A, self.B, self.scaling)
+        return None if self.training and self.dropout else (*self.factors(), self.scaling)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        if self.low_rank_term() is not None:
-            return base.add_low_rank(x, self.A, self.B, self.scaling)
-        A, B = self.A.to(base.dtype), self.B.to(base.dtype)
+        term = self.low_rank_term()
+        if term is not None:
+            return base.add_low_rank(x, *term)
+        A, B = (factor.to(base.dtype) for factor in self.factors())
         if base.channels_in is None:
             # Indices cannot be thinned: drop features of A x instead.
             rank_last = base.low_rank(x, A, torch.eye(A.shape[0], dtype=A.dtype, device=A.device))
@@ -147,4 +214,5 @@ class LoRAAdapter(Adapter):
         return base(x) + self.scaling * base.low_rank(F.dropout(x, self.dropout), A, B)
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * (self.B.to(weight.dtype) @ self.A.to(weight.dtype)), bias
+        A, B = (factor.to(weight.dtype) for factor in self.factors())
+        return weight + self.scaling * (B @ A), bias

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from addenda.bases import LoadedBase
 from addenda.bases.packed import PackedModel
-from addenda.core import Handle, Plan, Progress, attach, plan
+from addenda.core import Handle, Observed, Plan, Progress, load, plan
+from addenda.core.attaching import attach_paths
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
 from addenda.recipe.bases import load_causal
+from addenda.recipe.observing import observe_base, settle_method
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
+from addenda.templates import tokens_of
 from addenda.train import Device, Event, Precision, choose_device, choose_precision
 from addenda.train.forecast import token_budgets
 from addenda.train.offload import require_offloadable
 from addenda.train.parallel import Parallel
 
 __all__ = [
+    "START",
     "Note",
     "OnRunEvent",
     "Prepared",
@@ -36,6 +41,9 @@ __all__ = [
 
 PROBE_TOKENS = 32
 """Of each row that proves an adapter; whole rows would take more memory than training on them."""
+
+START = "start"
+"""Folder in that of a run: the adapter as it began, where that takes a while to find out."""
 
 LONGEST_ROW = 2048
 """Tokens of the longest row where neither the recipe nor the base says less."""
@@ -69,8 +77,16 @@ class Prepared:
     """What the run will take, as `addenda.train.forecast.Forecast` documents it; None where it cannot be foretold."""
 
 
-def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepared:
+def prepare(
+    recipe: Recipe, on_event: OnRunEvent, parallel: Parallel, *, resume: Path | None = None
+) -> Prepared:
     """Read, check, split, load, encode, plan and attach; what the recipe left open is derived and noted.
+
+    Args:
+        recipe: all settings.
+        on_event: told of progress and notes.
+        parallel: the processes that train together; the first one finds out what all go by.
+        resume: the folder of a run that goes on, whose adapter begins as it began then.
 
     Raises:
         DataError: the data has errors, or no row can be held out.
@@ -80,9 +96,16 @@ def prepare(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> Prepare
     recipe, rows = _rows(recipe, on_event, parallel)
     recipe, precision, foretold = _settle(recipe, rows, on_event, parallel)
     base = prepare_base(recipe.base, precision.dtype, on_event)
+    begun = resume is not None and (resume / START).is_dir()
+    from_elsewhere = bool(recipe.method.needs()) and (begun or not parallel.first)
+    observed = None if from_elsewhere else observe_base(base, recipe, rows.train, on_event)
+    recipe = settle_method(recipe, observed, parallel)
     planned = plan(base.model, recipe.method, recipe.targets)
     on_event(Note(str(planned)))
-    handle = _attach(base, recipe, rows.train)
+    if from_elsewhere and resume is not None and begun:
+        handle = load(base.model, resume / START, trainable=True)
+    else:
+        handle = _attach(base, recipe, planned, rows.train, observed, empty=from_elsewhere, on_event=on_event)
     return Prepared(
         recipe, rows.dataset, rows.split, base, precision, planned, handle, rows.train, rows.heldout, foretold
     )
@@ -105,6 +128,7 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
             recipe, rows.base, row_sizes(rows.train), row_sizes(rows.heldout), on_progress=on_event
         )
     base = load_causal(recipe.base, number_format(recipe.base).dtype, on_progress=on_event, weightless=True)
+    recipe = _with_tokens(recipe, base)
     return recipe, choose_setup(recipe, base, on_progress=on_event)
 
 
@@ -140,6 +164,7 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
         recipe = recipe.derive("base.device", str(device.device), device.reason)
     precision = _same_precision(number_format(recipe.base), parallel)
     base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
+    recipe = _with_tokens(recipe, base)
     encoder = encoder_for(base, recipe.data)
     if recipe.data.max_tokens is None:
         reason = f"the base's context is {base.context_length:,} tokens, and {LONGEST_ROW:,} are enough"
@@ -147,6 +172,16 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
     train_rows = _encode(parts.train, encoder, "training", on_event)
     heldout_rows = _encode(parts.heldout, encoder, "held-out", on_event)
     return recipe, _Rows(dataset, parts, train_rows, heldout_rows, base, precision)
+
+
+def _with_tokens(recipe: Recipe, base: LoadedBase) -> Recipe:
+    """Give the method the tokens of the texts that its settings hold."""
+    before = recipe.method.settings()
+    method = recipe.method.with_tokens(lambda text: tokens_of(base.tokenizer).encode([text])[0].ids)
+    for key in before:
+        if (value := getattr(method, key)) != getattr(recipe.method, key):
+            recipe = recipe.derive(f"method.{key}", value, "tokens of method.text")
+    return recipe
 
 
 def _settle(
@@ -277,7 +312,16 @@ def _encode(rows: Rows, encoder: Encoder, which: str, on_event: OnRunEvent) -> E
     return encoded
 
 
-def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
+def _attach(
+    base: LoadedBase,
+    recipe: Recipe,
+    planned: Plan,
+    rows: Encoded,
+    observed: Observed | None,
+    *,
+    empty: bool,
+    on_event: OnRunEvent,
+) -> Handle:
     """Attach with a probe on the beginnings of real rows, run as training will run them."""
     packed = PackedModel(base.model)
     few = [rows.examples[index].input_ids[:PROBE_TOKENS] for index in range(min(2, len(rows.examples)))]
@@ -286,6 +330,18 @@ def _attach(base: LoadedBase, recipe: Recipe, rows: Encoded) -> Handle:
     def probe(_: torch.nn.Module) -> torch.Tensor:
         return packed.logits(packed.hidden(ids, [len(row) for row in few]))
 
-    return attach(
-        base.model, recipe.method, recipe.targets, name=recipe.name, seed=recipe.train.seed, probe=probe
+    return attach_paths(
+        base.model,
+        recipe.method,
+        [row.path for row in planned.rows],
+        name=recipe.name,
+        seed=recipe.train.seed,
+        probe=probe,
+        observed=observed,
+        fill=_nothing if empty else None,
+        on_progress=on_event,
     )
+
+
+def _nothing(_: Handle) -> None:
+    """What is written into an adapter whose values come from the first process."""

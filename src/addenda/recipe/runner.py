@@ -17,7 +17,7 @@ from addenda.evals.report import write_report
 from addenda.evals.results import SamplePair
 from addenda.evals.samples import sample_pairs
 from addenda.evals.suite import Evaluation, evaluate
-from addenda.recipe.prepare import Note, OnRunEvent, Prepared, prepare
+from addenda.recipe.prepare import START, Note, OnRunEvent, Prepared, prepare
 from addenda.recipe.record import environment, make_record, versions
 from addenda.settings import Recipe
 from addenda.train import (
@@ -109,13 +109,15 @@ def _run(
     _require_place(folder, resume=resume, force=force)
     with lock_run(folder):
         _require_place(folder, resume=resume, force=force)
-        ready = prepare(recipe, on_event, parallel)
+        ready = prepare(recipe, on_event, parallel, resume=folder if resume else None)
         if force and not resume:
             # Only now: a run that cannot start leaves the one before as it was.
             _clear(folder)
         if not resume:
             _write(folder / RECIPE, ready.recipe.to_toml())
             _write_json(folder / ENVIRONMENT, environment())
+            if ready.recipe.method.needs():
+                save(ready.base.model, folder / START, name=ready.handle.name)
         logged = _logged(folder, on_event)
         with StepProfile(ready.handle, logged) as profiled:
             result = _train(ready, folder, profiled if profile else logged, resume=resume)

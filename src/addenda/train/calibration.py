@@ -235,6 +235,12 @@ class _Miniatures:
         return tuple((kind, round(count)) for kind, count in counts.items())
 
 
+def _small_values(handle: Handle) -> None:
+    with torch.no_grad():
+        for tensor in handle.tensors().values():
+            tensor.normal_(std=0.01, generator=torch.Generator(tensor.device).manual_seed(0))
+
+
 class _Trial:
     """A miniature with its adapters: counted when it is made, timed when asked."""
 
@@ -252,7 +258,9 @@ class _Trial:
             window,
         )
         paths = [here for row in planned.rows for here in small.paths_of(row.path)]
-        self._handle = attach_paths(small.model, planned.method, paths, name="trial")
+        # What a start would compute from the weight, or from data, changes no time; computing it would.
+        fill = _small_values if planned.method.needs() else None
+        self._handle = attach_paths(small.model, planned.method, paths, name="trial", fill=fill)
         self.packed = PackedModel(small.model)
         with training_mode(small.model, self._handle):
             self.memory = measure_memory(self._handle, self.packed)

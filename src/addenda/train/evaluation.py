@@ -26,15 +26,16 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 
 @contextlib.contextmanager
-def training_mode(model: nn.Module, handle: Handle) -> Iterator[None]:
-    """Put the adapter in training mode and everything else in evaluation mode; undone at the end.
+def training_mode(model: nn.Module, *handles: Handle) -> Iterator[None]:
+    """Put the adapters in training mode and everything else in evaluation mode; undone at the end.
 
     The base does not learn, so its own dropout would only add noise; the adapter's dropout is the method's matter.
     """
     modes = {module: module.training for module in model.modules()}
     model.eval()
-    for adapter in handle.adapters.values():
-        adapter.train()
+    for handle in handles:
+        for adapter in handle.adapters.values():
+            adapter.train()
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,21 @@ from addenda.train.session import Session, begin, open_session
 from addenda.train.sharding import sharded
 from addenda.train.state import load_adapter, seed_generators
 
-__all__ = ["CHECKPOINTS", "TrainResult", "train"]
+__all__ = [
+    "CHECKPOINTS",
+    "HasModel",
+    "Steps",
+    "TrainResult",
+    "finish_run",
+    "out_of_memory_hints",
+    "own_evaluation",
+    "own_process_settings",
+    "run_steps",
+    "train",
+]
+
+Steps = Generator[list[Example], float | None, None]
+"""The steps of a run, as `run_steps` makes them."""
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints within the run folder."""
@@ -115,7 +129,7 @@ def train(
         OutOfMemory: a step did not fit into memory.
     """
     folder = Path(run_dir)
-    with _processes_on(folder) as parallel, Interrupts() as interrupts, _own_process_settings(config, handle):
+    with _processes_on(folder) as parallel, Interrupts() as interrupts, own_process_settings(config, handle):
         session = open_session(
             base.model,
             handle,
@@ -126,22 +140,18 @@ def train(
             identity=identity or {},
             parallel=dataclasses.replace(parallel, lockstep=config.sharding == "full"),
         )
-        if evaluate is None and heldout_examples:
-            evaluate = _own_evaluation(session, heldout_examples)
         begin(session, resume=resume, heldout_rows=len(heldout_examples))
         seconds_before = session.state.seconds
-        if evaluate is None:
-            text = "no held-out rows: the last adapter is kept, whatever it is worth"
-            session.emit(NoticeEvent(session.state.step, text))
+        evaluate = evaluate or own_evaluation(session, heldout_examples)
         with (
             training_mode(base.model, handle),
-            out_of_memory_named(_smaller(session)),
+            out_of_memory_named(out_of_memory_hints(session)),
             session.machine.running(),
         ):
             if not session.state.finished:
                 with _sharded_as_asked(session):
                     _run(session, evaluate, interrupts)
-        result = _finish(session, seconds_before)
+        result = finish_run(session, seconds_before)
         [signum] = parallel.most(interrupts.signum)
         if signum:  # after the last step: all is saved, but whoever called must stop too
             raise Interrupted(signum, str(session.folder))
@@ -149,10 +159,44 @@ def train(
 
 
 def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) -> None:
+    """Make every step of a run."""
+    steps = run_steps(session, evaluate, interrupts)
+    with contextlib.suppress(StopIteration):
+        rows = next(steps)
+        while True:
+            rows = steps.send(_gradients(session, rows, interrupts))
+
+
+def _gradients(session: Session, examples: Sequence[Example], interrupts: Interrupts) -> float | None:
+    """Add the gradients of a step's rows, and return their loss in this process; None where the step is given up."""
+    config, parallel = session.config, session.parallel
+    groups = session.micro_batches(examples)
+    step = session.state.step + 1
+    trained = sum(example.trained_tokens for example in examples)
+    loss = 0.0
+    for index, weight in parallel.turns([sum(map(len, group)) for group in groups]):
+        if interrupts.requested and parallel.alone:
+            return None
+        seed_generators(config.seed, step, index)
+        batch = packed_batch(groups[index], session.device)
+        recompute = session.recompute(len(batch.input_ids))
+        with session.arena.serving():
+            with session.offloading():
+                hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
+            # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
+            part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
+            guards.require_finite_loss(part, step=step, rows=batch.rows, losses=session.state.recent_losses)
+            (weight * part).backward()
+        loss += weight * float(part.detach())
+    return None if interrupts.requested and parallel.alone else loss
+
+
+def run_steps(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) -> Steps:
     """Evaluate, save and step, until the last step is done and evaluated.
 
-    Everything a resumed run needs is decided by ``session.state`` at the top of the loop, so a checkpoint made there
-    continues with the same bits.
+    Yields the rows of each step, and goes on when their gradients have been added to the adapter's: it is sent their
+    loss in this process, or None where the step is given up. Everything a resumed run needs is decided by
+    ``session.state`` at the top of the loop, so a checkpoint made there continues with the same bits.
     """
     state, order, config, handle = session.state, session.order, session.config, session.handle
     parallel = session.parallel
@@ -185,29 +229,13 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             session.save()
 
         started = time.monotonic()
-        groups = session.micro_batches()
         step = state.step + 1
-        refs = [example.row for group in groups for example in group]
-        tokens = sum(len(example) for group in groups for example in group)
-        trained = sum(example.trained_tokens for group in groups for example in group)
-        loss = 0.0
-        for index, weight in parallel.turns([sum(map(len, group)) for group in groups]):
-            if interrupts.requested and parallel.alone:
-                break
-            seed_generators(config.seed, step, index)
-            batch = packed_batch(groups[index], session.device)
-            recompute = session.recompute(len(batch.input_ids))
-            with session.arena.serving():
-                with session.offloading():
-                    hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
-                # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
-                part = packed_loss(
-                    session.packed, hidden, batch.predict_from, batch.targets, denominator=trained
-                )
-                guards.require_finite_loss(part, step=step, rows=batch.rows, losses=state.recent_losses)
-                (weight * part).backward()
-            loss += weight * float(part.detach())
-        if interrupts.requested and parallel.alone:  # give the step up: what it has added is undone
+        examples = session.step_rows()
+        refs = [example.row for example in examples]
+        tokens = sum(map(len, examples))
+        trained = sum(example.trained_tokens for example in examples)
+        own_loss = yield examples
+        if own_loss is None:  # what it has added is undone
             session.optimizer.zero_grad(set_to_none=True)
             continue
 
@@ -216,7 +244,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
             penalty := handle.penalty()
         ) is not None:  # every process adds it whole, after the sum over processes
             penalty.backward()
-        [loss] = parallel.total(loss)
+        [loss] = parallel.total(own_loss)
         norm = clip(parameters, config.clip_norm)
         guards.require_finite_gradients(handle, norm, step=step, rows=refs)
         if step == 1:
@@ -252,7 +280,7 @@ def _run(session: Session, evaluate: Evaluate | None, interrupts: Interrupts) ->
         guards.require_no_divergence(state, learning_rate=session.learning_rate)
 
 
-def _finish(session: Session, seconds_before: float) -> TrainResult:
+def finish_run(session: Session, seconds_before: float) -> TrainResult:
     """Save the end of the run, put the best adapter on the model, and sum up."""
     state = session.state
     if not state.finished:
@@ -287,16 +315,15 @@ def _say_if_worse(session: Session) -> None:
         )
 
 
-def _own_evaluation(session: Session, examples: Sequence[Example]) -> Evaluate | None:
+def own_evaluation(session: Session, examples: Sequence[Example]) -> Evaluate | None:
+    """Return the mean nll on held-out rows as an evaluation; says so where there are none, and returns None."""
     rows = UsableRows(examples)
-    return (
-        (
-            lambda: heldout_nll(
-                session.packed, rows, tokens=session.tokens_per_micro_batch, parallel=session.parallel
-            )
-        )
-        if rows
-        else None
+    if not rows:
+        text = "no held-out rows: the last adapter is kept, whatever it is worth"
+        session.emit(NoticeEvent(session.state.step, text))
+        return None
+    return lambda: heldout_nll(
+        session.packed, rows, tokens=session.tokens_per_micro_batch, parallel=session.parallel
     )
 
 
@@ -324,7 +351,7 @@ def _sharded_as_asked(session: Session) -> contextlib.AbstractContextManager[Non
 
 
 @contextlib.contextmanager
-def _own_process_settings(config: TrainConfig, handle: Handle) -> Iterator[None]:
+def own_process_settings(config: TrainConfig, handle: Handle) -> Iterator[None]:
     """Keep the caller's thread count and random generators out of the run, and the run out of them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
@@ -336,7 +363,8 @@ def _own_process_settings(config: TrainConfig, handle: Handle) -> Iterator[None]
         torch.set_num_threads(threads)
 
 
-def _smaller(session: Session) -> dict[str, tuple[object, object]]:
+def out_of_memory_hints(session: Session) -> dict[str, tuple[object, object]]:
+    """Return settings with which a run takes less memory: their values now, and smaller ones."""
     tokens, longest = session.tokens_per_micro_batch, session.rows.longest
     settings: dict[str, tuple[object, object]] = {
         "train.tokens_per_micro_batch": (tokens, max(1, tokens // 2)),

@@ -169,12 +169,13 @@ class MemoryModel:
         return dataclasses.replace(self, offloaded=offload == "activations" or scarce)
 
 
-def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
+def measure_memory(handle: Handle, packed: PackedModel, *, also_trained: int = 0) -> MemoryModel:
     """Measure what a token takes, by short forward passes.
 
     Args:
         handle: the adapter; its model must be on the CPU or a GPU, not on the meta device.
         packed: the model as it will be run.
+        also_trained: numbers that other adapters train in the same process.
     """
     device = _device(handle)
     kept, least = (_saved_per_token(handle, packed, recompute=k) for k in (0, packed.blocks))
@@ -187,7 +188,7 @@ def measure_memory(handle: Handle, packed: PackedModel) -> MemoryModel:
     on_gpu = device.type == "cuda"
     return MemoryModel(
         present=torch.cuda.memory_allocated(device) if on_gpu else psutil.Process().memory_info().rss,
-        trained=BYTES_PER_TRAINED * handle.trainable_parameters,
+        trained=BYTES_PER_TRAINED * (handle.trainable_parameters + also_trained),
         kept_per_token=max(0.0, kept),
         loose_per_token=max(0.0, loose),
         least_per_token=max(0.0, least),

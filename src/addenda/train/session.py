@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,8 @@ class Session:
     best: dict[str, Tensor] | None = None
     saved_step: int | None = None
     saved_at: float = 0.0
+    beside: Session | None = None
+    """Another run of the same process on the same base, whose engine and arena this one uses."""
     arena: Arena = field(init=False)
     """Where a micro-batch's tensors lie; of no size where they lie elsewhere."""
 
@@ -89,6 +91,8 @@ class Session:
         self.arena = self._new_arena()
 
     def _new_arena(self) -> Arena:
+        if self.beside is not None:
+            return self.beside.arena
         if self.device.type != "cpu" or self.config.sharding != "none":
             return Arena(0)
         ledger = self.ledger()
@@ -105,9 +109,12 @@ class Session:
         """Epochs done."""
         return self.order.epoch_of(self.state.step)
 
-    def micro_batches(self) -> list[list[Example]]:
-        """Return the rows of the step to be made, in groups that fit into memory."""
-        examples = [self.rows[row] for row in self.order.rows_of(self.state.step)]
+    def step_rows(self) -> list[Example]:
+        """Return the rows of the step to be made."""
+        return [self.rows[row] for row in self.order.rows_of(self.state.step)]
+
+    def micro_batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Return rows in groups that fit into memory."""
         lengths = [len(example) for example in examples]
         plan = plan_batches(lengths, tokens_per_batch=self.tokens_per_micro_batch)
         return [[examples[i] for i in group] for group in plan]
@@ -213,8 +220,14 @@ def open_session(
     emit: OnEvent,
     identity: Mapping[str, str],
     parallel: Parallel,
+    beside: Session | None = None,
+    longest: int = 0,
+    also_trained: int = 0,
 ) -> Session:
     """Make the parts of a run; nothing is trained or written yet, but all processes begin with the first one's adapter.
+
+    Several runs of one process on one base share its engine: the first is told the tokens of the ``longest`` row of
+    all and how many numbers are ``also_trained`` by the others, these are opened ``beside`` it.
 
     Raises:
         TrainingError: the adapter cannot be trained as it is.
@@ -234,27 +247,22 @@ def open_session(
     order, device = RowOrder(len(rows), config), next(handle.parameters()).device
     require_offloadable(config, device)
     flop = run_flop(model, order.passes * rows.tokens)
-    machine = use_machine(wanted=config.kernels == "auto", flop=flop, device=device)
-    packed = PackedModel(model)
-    limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
-    offload = config.offload if config.sharding == "none" else "none"
-    memory = measure_memory(handle, packed).suited(offload, rows.longest, limit)
-    [tokens] = parallel.least(_micro_batch(memory, limit, rows.longest, config))
-    largest = max(tokens, rows.longest)
-    machine.keeps_memory = device.type == "cpu" and set_allocator(
-        keep=config.sharding == "none" and memory.ledger(largest, keeps_memory=True).total <= limit
+    engine = (
+        _engine(handle, config, max(rows.longest, longest), flop, parallel, also_trained=also_trained)
+        if beside is None
+        else _engine_of(beside)
     )
     learning_rate = handle.method.learning_rate if config.learning_rate is None else config.learning_rate
     session = Session(
         model=model,
         handle=handle,
-        packed=packed,
+        packed=engine.packed,
         optimizer=_optimizer(handle, config, learning_rate),
         rows=rows,
         order=order,
         config=config,
         learning_rate=learning_rate,
-        tokens_per_micro_batch=tokens,
+        tokens_per_micro_batch=engine.tokens,
         device=device,
         folder=folder,
         identity=dict(identity),
@@ -262,13 +270,48 @@ def open_session(
         state=RunState(initial_sha256=digest_of_tensors(adapter_tensors(handle))),
         parallel=parallel,
         saved_at=time.monotonic(),
-        machine=machine,
-        memory=memory,
-        memory_limit=limit,
-        offload=Offload(model, device) if memory.offloaded else None,
+        machine=engine.machine,
+        memory=engine.memory,
+        memory_limit=engine.limit,
+        offload=Offload(model, device) if engine.memory.offloaded else None,
+        beside=beside,
     )
     session.identity.update(_identity(session))
     return session
+
+
+class _Engine(NamedTuple):
+    """What runs of one process on one base share."""
+
+    machine: Machine
+    packed: PackedModel
+    memory: MemoryModel
+    limit: int
+    tokens: int
+    """Of a micro-batch."""
+
+
+def _engine(
+    handle: Handle, config: TrainConfig, longest: int, flop: float, parallel: Parallel, *, also_trained: int
+) -> _Engine:
+    device = next(handle.parameters()).device
+    machine = use_machine(wanted=config.kernels == "auto", flop=flop, device=device)
+    packed = PackedModel(handle.model)
+    limit = memory_limit(device, config.memory_gib, shared_by=parallel.on_this_machine)
+    offload = config.offload if config.sharding == "none" else "none"
+    memory = measure_memory(handle, packed, also_trained=also_trained).suited(offload, longest, limit)
+    [tokens] = parallel.least(_micro_batch(memory, limit, longest, config))
+    machine.keeps_memory = device.type == "cpu" and set_allocator(
+        keep=config.sharding == "none"
+        and memory.ledger(max(tokens, longest), keeps_memory=True).total <= limit
+    )
+    return _Engine(machine, packed, memory, limit, tokens)
+
+
+def _engine_of(session: Session) -> _Engine:
+    return _Engine(
+        session.machine, session.packed, session.memory, session.memory_limit, session.tokens_per_micro_batch
+    )
 
 
 def _optimizer(handle: Handle, config: TrainConfig, learning_rate: float) -> torch.optim.Optimizer:
@@ -345,7 +388,7 @@ def begin(session: Session, *, resume: bool, heldout_rows: int) -> None:
 
 def _say_if_some_idle(session: Session) -> None:
     step, processes = session.state.step, session.parallel.size
-    parts = len(session.micro_batches()) if step < session.order.steps else processes
+    parts = len(session.micro_batches(session.step_rows())) if step < session.order.steps else processes
     if parts < processes:
         text = (
             f"{processes} processes share {parts} micro-batch{'es' * (parts > 1)} a step, so some wait: lower "

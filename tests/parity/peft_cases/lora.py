@@ -1,4 +1,4 @@
-"""LoRA: plain, rank-stabilized, with ranks and alphas of single layers."""
+"""LoRA: plain, rank-stabilized, with ranks and alphas of single layers, and starts whose product is taken off again."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ OURS = {
     "rank-stabilized": lambda _: LoRA(rank=6, alpha=5.0, rank_stabilized=True),
     "per-layer": lambda kind: LoRA(rank=4, **PER_LAYER[kind]),
     "per-layer-stabilized": lambda kind: LoRA(rank=4, **PER_LAYER[kind], rank_stabilized=True, dropout=0.1),
+    "pissa": lambda _: LoRA(rank=4, start="pissa"),
+    "olora-stabilized": lambda kind: LoRA(rank=5, start="olora", **PER_LAYER[kind], rank_stabilized=True),
 }
 THEIRS = {
     "plain": lambda _, **targets: peft.LoraConfig(r=4, lora_alpha=9, **targets),

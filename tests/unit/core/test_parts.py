@@ -150,7 +150,7 @@ def test_a_transformer_encoder_runs_its_adapters_in_inference_on_padded_batches_
 
 def test_what_is_only_read_takes_methods_that_merge_and_no_dropout() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(TargetError, match="kind 'attention' is read, not called: only a method that merges"):
+    with pytest.raises(TargetError, match="kind 'projection' is read, not called: only a method that merges"):
         addenda.plan(model, addenda.Bottleneck(size=2), "q_proj")
     planned = addenda.plan(model, addenda.Bottleneck(size=2), "all-linear")
     assert [row.path for row in planned.rows] == ["linear1", "linear2"]

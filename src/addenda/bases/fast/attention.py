@@ -11,6 +11,7 @@ size length x length outlives a block. On a GPU `flex` does the work, and where 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn import functional
 from addenda.bases.fast.flex import flex_attend, flex_takes
 from addenda.bases.fast.plain_attention import Plan, hidden_keys, plain_backward, plain_forward
 from addenda.bases.fast.segments import Rotary, Rule, Segments, turned
+from addenda.core.sequence import interleaved
 from addenda.errors import BaseModelError
 from addenda.kernels import calls
 
@@ -54,8 +56,8 @@ def packed_attention(
     Args:
         module: the attention layer; only its ``is_causal`` is read.
         query: ``(1, heads, T, d)``.
-        key: ``(1, key_value_heads, T, d)``.
-        value: ``(1, key_value_heads, T, d_v)``.
+        key: ``(1, key_value_heads, T, d)``. What there is more of them than queries stands before every sample.
+        value: ``(1, key_value_heads, T, d_v)``, likewise.
         attention_mask: None, or the samples of the row in its place: any other function refuses those.
         scaling: factor on the scores; None means ``d ** -0.5``.
         dropout: probability of dropping an attention weight.
@@ -86,8 +88,20 @@ def packed_attention(
     segments.windows.add(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, sliding_window, softcap, causal=bool(causal))
-    out = attend(query[0], key[0], value[0], segments, rule, dropout=dropout)
+    function = attend if key.shape[2] == query.shape[2] else _attend_with_prefix
+    out = function(query[0], key[0], value[0], segments, rule, dropout=dropout)
     return out.transpose(0, 1).unsqueeze(0), None
+
+
+def _attend_with_prefix(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule, *, dropout: float
+) -> Tensor:
+    """Attention within segments that all find the keys standing before those of the row, as of tokens of their own."""
+    added = key.shape[1] - query.shape[1]
+    order, places = interleaved(segments.lengths, query.shape[1], added, device=query.device)
+    longer = dataclasses.replace(segments, lengths=tuple(n + added for n in segments.lengths))
+    query = functional.pad(query, (0, 0, added, 0))
+    return attend(query[:, order], key[:, order], value[:, order], longer, rule, dropout=dropout)[:, places]
 
 
 def attend(

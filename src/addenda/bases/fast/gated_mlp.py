@@ -18,13 +18,8 @@ from addenda.bases.fast.compiled import compiled_on_gpu
 from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
 from addenda.core.host import count_call
 from addenda.core.remaking import Remade, kept
-from addenda.core.sharing import (
-    Term,
-    term_of,
-    terms_factor_grads,
-    terms_forward,
-    terms_input_grad,
-)
+from addenda.core.sharing import term_of
+from addenda.core.terms import Term, factors_of, terms_factor_grads, terms_forward, terms_input_grad
 from addenda.kernels import calls
 
 __all__ = ["ACTIVATIONS", "activation_of", "gated_mlp"]
@@ -85,8 +80,7 @@ def _lean(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
             return out
         for term in terms:
             count_call(term.host)
-        factors = [factor for term in terms for factor in (term.A, term.B)]
-        whole: Tensor = _GatedMLP.apply(x, terms, kept(x), activation, *factors)
+        whole: Tensor = _GatedMLP.apply(x, terms, kept(x), activation, *factors_of(terms))
         return whole
 
     return forward
@@ -119,7 +113,7 @@ class _GatedMLP(torch.autograd.Function):
         del grad_gated, gated
         both = [grad_gate, grad_up]
         dx, inner = terms_input_grad(both, inputs, wanted=ctx.needs_input_grad[0])
-        factors: list[Tensor | None] = [None] * 4
+        factors: list[Tensor | None] = [None] * len(factors_of(inputs))
         if ingredients:
             rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1])
             factors = terms_factor_grads(both, inner, rows, h, inputs)

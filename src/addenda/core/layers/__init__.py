@@ -10,19 +10,28 @@ from typing import Any
 
 from torch import nn
 
-from addenda.core.layers.attention import ATTENTION, AttentionPart
+from addenda.core.layers.attention import PROJECTION, AttentionPart
 from addenda.core.layers.block import BLOCK
 from addenda.core.layers.dense import DENSE
 from addenda.core.layers.experts import EXPERT, ExpertPart
 from addenda.core.layers.kind import LayerKind
 from addenda.core.layers.recurrent import RECURRENT, RecurrentPart
 from addenda.core.parts import Holder, Part
+from addenda.core.transformer import AttentionView, TransformerView, is_attention, is_transformer
 from addenda.core.views import LayerView
 from addenda.errors import MethodError, TargetError
 
 __all__ = ["KINDS", "LayerKind", "LayerView", "kind_of", "layer_at", "parts_of", "view_of"]
 
-KINDS: tuple[LayerKind, ...] = (ATTENTION, RECURRENT, EXPERT, *DENSE, BLOCK)
+KINDS: tuple[LayerKind, ...] = (
+    PROJECTION,
+    RECURRENT,
+    EXPERT,
+    *DENSE,
+    LayerKind("attention", is_attention, AttentionView),
+    BLOCK,
+    LayerKind("transformer", is_transformer, TransformerView),
+)
 """Every kind of layer that can be adapted; the first row that matches a module is its kind."""
 
 _PARTS: tuple[type[Part], ...] = (AttentionPart, RecurrentPart, ExpertPart)

@@ -10,7 +10,7 @@ from addenda.core.layers.folded import FoldedHolder, FoldedView
 from addenda.core.layers.kind import LayerKind
 from addenda.core.parts import Part, Place
 
-__all__ = ["ATTENTION", "AttentionPart"]
+__all__ = ["PROJECTION", "AttentionPart"]
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -51,10 +51,10 @@ class AttentionPart(Part):
         )
 
 
-class _AttentionView(FoldedView):
-    kind = "attention"
+class _ProjectionView(FoldedView):
+    kind = "projection"
 
 
-ATTENTION = LayerKind(
-    "attention", lambda m: isinstance(m, AttentionPart), _AttentionView, linear=True, stands_for="linear"
+PROJECTION = LayerKind(
+    "projection", lambda m: isinstance(m, AttentionPart), _ProjectionView, linear=True, stands_for="linear"
 )

@@ -140,14 +140,16 @@ def write_peft(
     form = _require_expressible(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
-        "fan_in_fan_out": any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths),
         "inference_mode": True,
         "modules_to_save": None,
         "revision": revision,
         "target_modules": _targets(handle),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
+    if any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths):
+        config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
     config.update(form.settings(handle), peft_type=form.peft_type)
+    config = {key: value for key, value in config.items() if key not in form.unknown}
     config, tensors = form.together(handle, config, _foreign_tensors(form, handle))
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,10 +13,22 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.core.layers import LayerKind
+from addenda.core.layers import LayerKind, view_of
+from addenda.core.targets import resolve
 from addenda.core.views import PartView
 
-__all__ = ["CONFIG", "PREFIX", "SHARED_PREFIX", "TENSORS", "Form", "form", "form_for", "form_named", "forms"]
+__all__ = [
+    "CONFIG",
+    "PREFIX",
+    "SHARED_PREFIX",
+    "TENSORS",
+    "Form",
+    "form",
+    "form_for",
+    "form_named",
+    "forms",
+    "layers_of",
+]
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -45,7 +57,11 @@ class Form(ABC):
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
     shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that all layers share, after ``base_model.``."""
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Which of all these names stand for whole numbers."""
+    unknown: ClassVar[tuple[str, ...]] = ()
+    """Keys that most of PEFT's configurations have and this one has not: they are not written."""
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -80,7 +96,15 @@ class Form(ABC):
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what was read with a name for each layer, where PEFT keeps several of them under one."""
+        """Return what was read with a tensor for each name that `tensors` and `shared` return.
+
+        Overridden where PEFT keeps several layers under one name, writes a tensor many times, or makes it anew.
+
+        Args:
+            model: the base, before anything is attached.
+            config: the configuration.
+            tensors: the file's tensors under their whole names.
+        """
         return dict(config), dict(tensors)
 
     def together(
@@ -98,6 +122,16 @@ class Form(ABC):
         with torch.no_grad():
             for name, place in self.tensors(adapter, layer).items():
                 place.copy_(given[name])
+
+
+def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
+    """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
+    targets = config.get("target_modules") or "all-linear"
+    chosen = [targets] if isinstance(targets, str) else list(targets)
+    layers = resolve(
+        model, chosen, lambda kind: None if kind.name in Form.kinds else "PEFT has no layout for it"
+    )
+    return {path: view_of(layer, path) for path, layer in layers.items()}
 
 
 _FORMS: dict[str, Form] = {}

@@ -61,9 +61,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     """
     source = Path(folder)
     config = read_config(source)
-    tensors = _read_tensors(source)
     form = _form(config, source)
-    config, tensors = form.apart(model, config, tensors)
+    config, tensors = form.apart(model, config, _read_tensors(source, form))
     paths = _paths(form, tensors, source)
     method = form.read_settings(config, paths, tensors)
     _require_same_targets(model, config, paths, source)
@@ -129,7 +128,7 @@ def _require_safe(config: Mapping[str, Any], source: Path) -> None:
         )
 
 
-def _read_tensors(source: Path) -> dict[str, Tensor]:
+def _read_tensors(source: Path, form: Form) -> dict[str, Tensor]:
     path = source / TENSORS
     if not path.is_file():
         raise NotFoundError(f"'{source}' lacks {TENSORS}", hint="copy the folder anew")
@@ -138,7 +137,10 @@ def _read_tensors(source: Path) -> dict[str, Tensor]:
     except (SafetensorError, ValueError) as problem:
         raise _unfit(f"{TENSORS} is damaged: {problem}", source) from problem
     bad = [
-        key for key, t in tensors.items() if not t.is_floating_point() or not bool(torch.isfinite(t).all())
+        key
+        for key, t in tensors.items()
+        if t.is_floating_point() != {*key.split(".")}.isdisjoint(form.whole)
+        or not bool(torch.isfinite(t).all())
     ]
     if bad:
         raise _unfit(f"{len(bad)} tensors hold values that are no finite numbers, first '{bad[0]}'", source)
@@ -163,14 +165,18 @@ def _paths(form: Form, tensors: Mapping[str, Tensor], source: Path) -> list[str]
     """The adapted layers, from the tensors' names; a name of any other form belongs to nothing."""
     names = "|".join(re.escape(name) for name in form.names)
     pattern = re.compile(re.escape(PREFIX) + rf"(?P<path>[^\s]+?)\.({names})")
-    shared = {SHARED_PREFIX + name for name in form.shared_names}
-    found = {key: pattern.fullmatch(key) for key in tensors if key not in shared}
+    found = {key: pattern.fullmatch(key) for key in tensors if not _is_shared(form, key)}
     extra = [key for key, match in found.items() if match is None]
     if extra or not found:
         raise _unfit(
             f"{len(extra)} tensors belong to nothing, first '{extra[0]}'" if extra else "no tensor", source
         )
     return list(dict.fromkeys(match["path"] for match in found.values() if match))
+
+
+def _is_shared(form: Form, key: str) -> bool:
+    rest = key.removeprefix(SHARED_PREFIX)
+    return rest != key and rest.partition(".")[0] in form.shared_names
 
 
 def _require_same_targets(
@@ -207,13 +213,12 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         if place.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
-    for path, (adapter, layer) in adapters.items():
-        form.fill(
-            adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in form.tensors(adapter, layer)}
-        )
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
+    for path, (adapter, layer) in adapters.items():
+        names = form.tensors(adapter, layer)
+        form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in names})
 
 
 def view_at(handle: Handle, path: str) -> Base:

@@ -38,12 +38,12 @@ class LoRAForm(Form):
         "init_lora_weights",
     )
     harmless: ClassVar[tuple[str, ...]] = ("eva_config", "loftq_config", "megatron_core", "qalora_group_size")
-    kinds: ClassVar[tuple[str, ...]] = (*Form.kinds, "attention", "expert")
+    kinds: ClassVar[tuple[str, ...]] = (*Form.kinds, "projection", "expert")
     names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         method = cast(LoRA, handle.method)
-        ranks = {path: method.rank_at(path) for path in handle.paths}
+        ranks = {path: _rank(method, path) for path in handle.paths}
         alphas = {path: _alpha(method, path) for path in handle.paths}
         rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
         return {
@@ -95,11 +95,17 @@ class LoRAForm(Form):
 
     def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
         ours = cast(LoRAAdapter, adapter)
-        return {"lora_A.weight": ours.A, "lora_B.weight": ours.B}
+        A, B = ours.factors()
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def _rank(method: LoRA, path: str) -> int:
+    """PEFT's rank of a layer: twice ours where the adapter also takes off what it began with."""
+    return method.rank_at(path) * (2 if method.begins().moved else 1)
 
 
 def _alpha(method: LoRA, path: str) -> int | float:
-    rank = method.rank_at(path)
+    rank = _rank(method, path)
     alpha = method.scaling_at(path) * (math.sqrt(rank) if method.rank_stabilized else rank)
     # The way through the scaling costs the last bit; 12 digits give back the number that was set.
     alpha = float(f"{alpha:.12g}")

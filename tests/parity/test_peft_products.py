@@ -1,0 +1,110 @@
+"""Methods with PEFT forms on layers that the tiny language models of the round trip lack: convolutions, biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from addenda import attach
+from addenda.core import registry
+from addenda.errors import CheckpointError, ExportError
+from addenda.export.peft import import_peft, write_peft
+
+peft = pytest.importorskip("peft")
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
+    "linear": lambda: (nn.Linear(24, 20), torch.randn(3, 24)),
+    "conv1d": lambda: (nn.Conv1d(12, 20, 3, padding=1), torch.randn(2, 12, 9)),
+    "conv1d-point": lambda: (nn.Conv1d(12, 20, 1), torch.randn(2, 12, 9)),
+    "conv2d": lambda: (nn.Conv2d(12, 20, (3, 2), stride=2), torch.randn(2, 12, 8, 9)),
+    "conv2d-grouped": lambda: (nn.Conv2d(12, 20, 3, groups=4, padding=1), torch.randn(2, 12, 8, 9)),
+    "conv2d-point": lambda: (nn.Conv2d(12, 20, 1), torch.randn(2, 12, 8, 9)),
+}
+"""Every layer on which the cases are tried; the layer is called ``layer``."""
+LYCORIS = [
+    {"rank": 3, "alpha": 5.0},
+    {"rank": 3, "tucker": True},
+    {"rank": 8},
+]
+CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    *[("loha", settings, tuple(LAYERS)) for settings in LYCORIS],
+    ("lokr", {"rank": 1, "factor": 2}, tuple(LAYERS)),
+    ("lokr", {"rank": 2, "factor": 2, "tucker": True}, tuple(LAYERS)),
+    ("lokr", {"rank": 1, "decompose_both": True, "alpha": 2.0}, tuple(LAYERS)),
+    ("lokr", {"rank": 9}, ("linear", "conv2d", "conv2d-grouped", "conv2d-point")),
+]
+ALL = [
+    pytest.param(name, settings, layer, id=f"{name}-{i}-{layer}")
+    for i, (name, settings, layers) in enumerate(CASES)
+    for layer in layers
+]
+
+
+@pytest.fixture
+def made(layer: str) -> tuple[Callable[[], nn.Module], torch.Tensor]:
+    module, x = LAYERS[layer]()
+    state = module.state_dict()
+
+    def again() -> nn.Module:
+        twin = LAYERS[layer]()[0]
+        twin.load_state_dict(state)
+        return _named(twin)
+
+    return again, x
+
+
+def _named(layer: nn.Module) -> nn.Module:
+    model = nn.Sequential()
+    model.add_module("layer", layer)
+    return model
+
+
+def _stirred(parameters: Any) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(("name", "settings", "layer"), ALL)
+def test_both_ways(
+    name: str, settings: dict[str, Any], made: tuple[Callable[[], nn.Module], torch.Tensor], tmp_path: Path
+) -> None:
+    again, x = made
+    ours, method = again(), registry.get(name).from_settings(settings)
+    before = ours(x)
+    handle = attach(ours, method, targets=["layer"])
+    _stirred(handle.parameters())
+    wanted = ours(x)
+    assert not torch.allclose(wanted, before, atol=1e-2)
+    write_peft(handle, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(again(), tmp_path, is_trainable=True).eval()
+    torch.testing.assert_close(theirs(x), wanted, rtol=1e-5, atol=1e-5)
+    _stirred(theirs.parameters())
+    wanted = theirs(x)
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = again()
+    import_peft(back, tmp_path / "theirs")
+    torch.testing.assert_close(back(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_three_dimensional_convolution_is_not_written(tmp_path: Path) -> None:
+    handle = attach(_named(nn.Conv3d(4, 6, 2)), registry.get("loha")(rank=2), targets=["layer"])
+    with pytest.raises(ExportError, match="three-dimensional"):
+        write_peft(handle, tmp_path)
+
+
+def test_whole_matrices_of_one_dimensional_convolutions_are_refused(tmp_path: Path) -> None:
+    model = _named(nn.Conv1d(12, 20, 3))
+    handle = attach(model, registry.get("lokr")(rank=9), targets=["layer"])
+    with pytest.raises(ExportError, match="one-dimensional"):
+        write_peft(handle, tmp_path)
+    config = peft.LoKrConfig(r=9, target_modules=["layer"])
+    peft.get_peft_model(_named(nn.Conv1d(12, 20, 3)), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="one-dimensional"):
+        import_peft(_named(nn.Conv1d(12, 20, 3)), tmp_path / "theirs")
