@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor, nn
 
-__all__ = ["Holder", "Part", "Place", "adapted_class", "reading"]
+__all__ = ["Holder", "Part", "Place", "adapted_class", "part_key", "reading"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Part(nn.Module, ABC):
 
     @property
     def key(self) -> str:
-        """Its name among the holder's children, where no dot may be."""
-        return self.name.replace(".", "/")
+        """Its name among the holder's children."""
+        return part_key(self.name)
 
     def join(self) -> None:
         """Hang the part under its owner, which becomes a holder with the first one."""
@@ -114,6 +114,11 @@ class Part(nn.Module, ABC):
         if len(holder.adapted_parts) == 0:
             del holder.adapted_parts
             self.owner.__class__ = holder.original_class
+
+
+def part_key(name: str) -> str:
+    """Return what the part of this name is called among its holder's children, where no dot may be."""
+    return name.replace(".", "/")
 
 
 _CLASSES: dict[tuple[type, type], type[nn.Module]] = {}

@@ -377,6 +377,22 @@ def test_any_method_acts_on_the_rows_of_an_expert_with_dropout_too() -> None:
         handle.merge()
 
 
+def test_starts_that_observe_do_so_on_experts_and_say_where_nothing_is_seen() -> None:
+    model, batch = mixtral(), tokens(4)
+    before = model(**batch).logits
+    eva = addenda.LoRA(rank=2, start="eva")
+    observed = addenda.observe(model, eva, ["experts.gate_up_proj"], [batch])
+    handle = addenda.attach(model, observed.method, ["experts.gate_up_proj"], observed=observed)
+    torch.testing.assert_close(model(**batch).logits, before, rtol=1e-4, atol=1e-5)
+    assert len(handle.paths) == 8
+    layer, x = nn.TransformerEncoderLayer(16, 2, 32).eval(), torch.randn(5, 3, 16)
+    with pytest.raises(MethodError, match="no input of it can be observed"):
+        addenda.observe(layer, eva, "self_attn", [x])
+    start = layer(x)
+    addenda.attach(layer, addenda.LoRA(rank=2, start="pissa"), "self_attn")
+    torch.testing.assert_close(layer(x), start, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_that_a_router_has_ordered_are_not_routed_to_adapters() -> None:
     model, batch = mixtral(), tokens(2)
     addenda.attach(model, LORA, "experts", name="law")

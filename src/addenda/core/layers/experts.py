@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from addenda.core.host import compositions_on
 from addenda.core.layers.kind import LayerKind
-from addenda.core.parts import Holder, Part, Place
+from addenda.core.parts import Holder, Part, Place, part_key
 from addenda.core.views import PartView
 
 __all__ = ["EXPERT", "ExpertPart"]
@@ -35,19 +36,22 @@ class _ExpertsHolder(Holder):
         return _mixture(module, x, chosen, gates, self._linear)
 
     def _linear(self, expert: int, name: str, x: Tensor) -> Tensor:
-        part = f"{expert}.{name}".replace(".", "/")
-        if part in self.adapted_parts:
-            y: Tensor = self.adapted_parts[part](x)
+        key = part_key(f"{expert}.{name}")
+        if key in self.adapted_parts:
+            y: Tensor = self.adapted_parts[key](x)
             return y
-        return _bare_linear(self)(expert, name, x)
+        return _bare_linear(self, expert, name, x)
 
 
-def _bare_linear(module: Any) -> Callable[[int, str, Tensor], Tensor]:
-    def linear(expert: int, name: str, x: Tensor) -> Tensor:
-        part = ExpertPart.of(module, f"{expert}.{name}")
-        return F.linear(x, part.weight, part.bias)
+def _bare_linear(module: Any, expert: int, name: str, x: Tensor) -> Tensor:
+    weight, bias = _places(module, expert, name)
+    return F.linear(x, weight.tensor(), None if bias is None else bias.tensor())
 
-    return linear
+
+def _places(module: Any, expert: int, name: str) -> tuple[Place, Place | None]:
+    """Where a projection of an expert is kept."""
+    weight = Place(module, name, expert, transposed=module.is_transposed)
+    return weight, Place(module, f"{name}_bias", expert) if module.has_bias else None
 
 
 def _mixture(
@@ -104,10 +108,7 @@ class ExpertPart(Part):
     def of(cls, module: Any, name: str) -> Self:
         """Make the part of this projection of this expert."""
         expert, _, stack = name.partition(".")
-        place = Place(module, stack, int(expert), transposed=module.is_transposed)
-        return cls(
-            module, name, place, Place(module, f"{stack}_bias", int(expert)) if module.has_bias else None
-        )
+        return cls(module, name, *_places(module, int(expert), stack))
 
 
 class _ExpertView(PartView):
@@ -127,14 +128,14 @@ class _ExpertView(PartView):
         """Run a few rows through the module and through the loop that adapters need, and compare."""
         module: Any = self.module.owner
         experts, several = module.num_experts, min(2, module.num_experts)
-        width = ExpertPart.of(module, f"0.{_up(module)}").weight.shape[1]
+        width = _places(module, 0, _up(module))[0].tensor().shape[1]
         x = self._random(experts, width)
         chosen = (torch.arange(experts * several, device=self.device) % experts).view(experts, several)
         gates = self._random(experts, several).softmax(-1)
         with torch.no_grad():
             forward = getattr(type(module), "original_class", type(module)).forward
             wanted: Tensor = forward(module, x, chosen, gates)
-            found = _mixture(module, x, chosen, gates, _bare_linear(module))
+            found = _mixture(module, x, chosen, gates, partial(_bare_linear, module))
         return not bool((found - wanted).abs().max() > 0.02 * wanted.abs().max())
 
 
