@@ -39,13 +39,14 @@ class Setting(NamedTuple):
 
 def settings_of(cls: type) -> list[Setting]:
     """Return the fields of a dataclass with the string that stands under each in its source."""
-    [body] = (node.body for node in ast.walk(source_tree(cls)) if isinstance(node, ast.ClassDef))
     texts, types = {}, {}
-    for node, following in zip(body, [*body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            types[node.target.id] = ast.unparse(node.annotation)
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                texts[node.target.id] = " ".join(str(following.value.value).split())
+    for each in (base for base in cls.__mro__ if dataclasses.is_dataclass(base)):
+        [body] = (node.body for node in ast.walk(source_tree(each)) if isinstance(node, ast.ClassDef))
+        for node, following in zip(body, [*body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                types.setdefault(node.target.id, ast.unparse(node.annotation))
+                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                    texts.setdefault(node.target.id, " ".join(str(following.value.value).split()))
     own = [field for field in dataclasses.fields(cls) if field.name in types]
     return [Setting(f.name, types[f.name], default_of(f), texts.get(f.name, "")) for f in own]
 

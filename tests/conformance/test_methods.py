@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
@@ -150,6 +151,14 @@ def _embedding() -> tuple[nn.Module, Tensor]:
     return Small(nn.Embedding(30, 24), nn.Identity(), 24), torch.randint(30, (4, 7))
 
 
+def _norm(layer: nn.Module, *shape: int) -> tuple[nn.Module, Tensor]:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, mean=1.0, std=0.3)
+    model = nn.Sequential()
+    model.add_module("layer", layer)
+    return model, torch.randn(*shape)
+
+
 def _block() -> tuple[nn.Module, Tensor]:
     return Small(FeedForward(24, 40), nn.Identity(), 24), torch.randn(4, 5, 24)
 
@@ -162,6 +171,11 @@ def _gated_experts() -> tuple[nn.Module, Tensor]:
 def _transposed_experts() -> tuple[nn.Module, Tensor]:
     config = GptOssConfig(hidden_size=24, intermediate_size=20, num_local_experts=3)
     return Mixing(GptOssExperts(config)), torch.randn(4, 5, 24)
+
+
+def _transformer_block() -> tuple[nn.Module, Tensor]:
+    layer = nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True)
+    return Small(layer, nn.Identity(), 24), torch.randn(4, 5, 24)
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -184,7 +198,6 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
         Small(nn.Embedding(30, 24, padding_idx=3), nn.Identity(), 24),
         torch.randint(30, (4, 7)),
     ),
-    "block": _block,
     "attention": lambda: (Attending(), torch.randn(4, 5, 24)),
     "attention-output": lambda: (Attending(), torch.randn(4, 5, 24)),
     "attention-separate": lambda: (Attending(kdim=20, vdim=16), torch.randn(4, 5, 24)),
@@ -192,6 +205,12 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "gru": lambda: (Recurring(nn.GRU(7, 24, num_layers=2, bidirectional=True)), torch.randn(4, 5, 7)),
     "expert": _gated_experts,
     "expert-transposed": _transposed_experts,
+    "layer-norm": lambda: _norm(nn.LayerNorm(24), 4, 5, 24),
+    "rms-norm": lambda: _norm(LlamaRMSNorm(24), 4, 5, 24),
+    "group-norm": lambda: _norm(nn.GroupNorm(4, 16), 2, 16, 8, 9),
+    "batch-norm": lambda: _norm(nn.BatchNorm2d(16).eval(), 2, 16, 8, 9),
+    "block": _block,
+    "transformer-block": _transformer_block,
 }
 """Every layer on which every method is tried; the layer is called ``layer``."""
 

@@ -1,6 +1,8 @@
 """Adapters go to PEFT and come back: the same logits to 1e-5 in float32, on random tiny models.
 
-``peft_cases/`` has one file for each method: ``OURS`` makes methods of ours, ``THEIRS`` configurations of PEFT's.
+``peft_cases/`` has one file for each method: ``OURS`` makes methods of ours, ``THEIRS`` configurations of PEFT's. Where
+they are there, ``TARGETS`` says which layers of each kind of model are adapted, and ``SLACK`` by how much the logits
+may differ once our own reader has read what we wrote.
 """
 
 from __future__ import annotations
@@ -29,10 +31,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
     # PEFT's RandLoRA writes its shared bases once more for every layer, and misses these copies when they are left out.
     pytest.mark.filterwarnings(r"ignore:Found missing adapter keys.*randlora_A\.default:UserWarning"),
+    # PEFT takes the vector that its own lora_bias trains for a tensor that was cut off.
+    pytest.mark.filterwarnings("ignore:.*have invalid shape:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Unsupported layer type.*Norm:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
 ]
 
 TOLERANCE = 1e-5
 SIZES = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_fc")}
+Where = tuple[list[str], float]
 
 
 def tiny(kind: str, seed: int) -> nn.Module:
@@ -76,21 +85,23 @@ def cases(table: str) -> list[Any]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         kinds = getattr(module, "KINDS", tuple(SIZES))
+        targets, slack = getattr(module, "TARGETS", SIZES), getattr(module, "SLACK", 0.0)
         found += [
-            pytest.param(kind, make, id=f"{path.stem}-{name}-{kind}")
+            pytest.param(kind, make, (list(targets[kind]), slack), id=f"{path.stem}-{name}-{kind}")
             for name, make in getattr(module, table).items()
             for kind in kinds
         ]
     return found
 
 
-@pytest.mark.parametrize(("kind", "make"), cases("OURS"))
+@pytest.mark.parametrize(("kind", "make", "where"), cases("OURS"))
 def test_our_adapter_answers_the_same_under_peft(
-    kind: str, make: Callable[[str], Method], tmp_path: Path, seeded: int
+    kind: str, make: Callable[[str], Method], where: Where, tmp_path: Path, seeded: int
 ) -> None:
+    targets, slack = where
     ours = tiny(kind, seeded)
     before = logits(ours)
-    handle = attach(ours, make(kind), targets=list(SIZES[kind]))
+    handle = attach(ours, make(kind), targets=targets)
     randomize(handle.parameters())
     wanted = logits(ours)
     folder = written(handle, tmp_path / "out")
@@ -99,17 +110,17 @@ def test_our_adapter_answers_the_same_under_peft(
     assert (wanted - before).abs().max() > 1e-2
     again = tiny(kind, seeded)
     import_peft(again, folder)
-    assert torch.equal(logits(again), wanted)
+    assert (logits(again) - wanted).abs().max() <= slack
 
 
-@pytest.mark.parametrize(("kind", "make"), cases("THEIRS"))
+@pytest.mark.parametrize(("kind", "make", "where"), cases("THEIRS"))
 def test_their_adapter_answers_the_same_here(
-    kind: str, make: Callable[..., Any], tmp_path: Path, seeded: int
+    kind: str, make: Callable[..., Any], where: Where, tmp_path: Path, seeded: int
 ) -> None:
     model = tiny(kind, seeded)
     before = logits(model)
-    targets = {"target_modules": list(SIZES[kind]), "fan_in_fan_out": kind == "gpt2"}
-    theirs = peft.get_peft_model(model, make(kind, **targets)).eval()
+    named = {"target_modules": where[0], "fan_in_fan_out": kind == "gpt2"}
+    theirs = peft.get_peft_model(model, make(kind, **named)).eval()
     randomize(p for p in theirs.parameters() if p.requires_grad)
     wanted = logits(theirs)
     theirs.save_pretrained(tmp_path / "out")

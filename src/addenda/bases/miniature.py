@@ -43,7 +43,9 @@ class Miniature:
         folder = self.places[0][0].rpartition(".")[0]
         if not path.startswith(f"{folder}."):
             return [path]
-        return [here + path[len(there) :] for there, here in self.places if path.startswith(f"{there}.")]
+        return [
+            here + path[len(there) :] for there, here in self.places if f"{path}.".startswith(f"{there}.")
+        ]
 
 
 def block_paths(model: nn.Module) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from addenda.bases.fast.padding import fill_of
 from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
+from addenda.core.host import host_of, running_on
 from addenda.errors import BaseModelError
 
 __all__ = ["PackedModel", "evaluating"]
@@ -96,12 +97,20 @@ class PackedModel:
         """
         return len(self._learning()) if self.path == "packed" else 0
 
-    def hidden(self, input_ids: Tensor, lengths: Sequence[int], *, recompute: int = 0) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        *,
+        prompts: Sequence[int] | None = None,
+        recompute: int = 0,
+    ) -> Tensor:
         """Return the states before the output head, for every token.
 
         Args:
             input_ids: ``(T,)`` long, the samples end to end.
             lengths: tokens of each sample; positive, adding up to T.
+            prompts: how many of them are its prompt, for adapters that act on positions of it; None means all.
             recompute: how many of the first `blocks` keep their input alone and run again in the backward; it
                 changes the memory and the time, not the result.
 
@@ -117,15 +126,25 @@ class PackedModel:
                 where={"row": tuple(input_ids.shape), "lengths": tuple(lengths)},
                 hint="lengths are positive and add up to the number of tokens",
             )
+        counts = tuple(lengths) if prompts is None else tuple(prompts)
         if self.path == "general":
-            return torch.cat([self.hidden_alone(sample) for sample in torch.split(input_ids, list(lengths))])
-        return self.hidden_packed(input_ids, Segments(tuple(lengths)), recompute=recompute)
+            samples = zip(torch.split(input_ids, list(lengths)), counts, strict=True)
+            return torch.cat([self.hidden_alone(sample, prompt) for sample, prompt in samples])
+        return self.hidden_packed(input_ids, Segments(tuple(lengths), counts), recompute=recompute)
 
-    def hidden_alone(self, input_ids: Tensor) -> Tensor:
-        """Return the states ``(n, d)`` of one sample ``(n,)`` by the model's own forward."""
+    def hidden_alone(self, input_ids: Tensor, prompt: int | None = None) -> Tensor:
+        """Return the states ``(n, d)`` of one sample ``(n,)`` by the model's own forward.
+
+        An adapter that acts on positions of the prompt is told how long it is, where the model hands that on.
+        """
+        told = (
+            {}
+            if prompt is None or prompt == len(input_ids) or not _acts_on_prompts(self.model)
+            else {"prompt_lengths": torch.tensor([prompt], device=input_ids.device)}
+        )
         if self._decoder is None:
-            return _logits_of(self.model, input_ids)
-        return _states_of(self._decoder, input_ids)
+            return _logits_of(self.model, input_ids, **told)
+        return _states_of(self._decoder, input_ids, **told)
 
     def hidden_packed(self, input_ids: Tensor, segments: Segments, *, recompute: int = 0) -> Tensor:
         """Return the states ``(T, d)`` of a packed row in one forward, whatever the probe said."""
@@ -159,9 +178,14 @@ def _states_of(decoder: nn.Module, input_ids: Tensor, **arguments: Any) -> Tenso
     return states.squeeze(0)
 
 
-def _logits_of(model: nn.Module, input_ids: Tensor) -> Tensor:
-    arguments = {"use_cache": False} if hasattr(model, "config") else {}
-    out = model(input_ids=input_ids[None], **arguments)
+def _acts_on_prompts(model: nn.Module) -> bool:
+    hosts = (host for module in model.modules() if (host := host_of(module)) is not None)
+    return any(running_on(host) and host._addenda.view.kind == "transformer-block" for host in hosts)
+
+
+def _logits_of(model: nn.Module, input_ids: Tensor, **arguments: Any) -> Tensor:
+    own = {"use_cache": False} if hasattr(model, "config") else {}
+    out = model(input_ids=input_ids[None], **own, **arguments)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits.squeeze(0)
 

@@ -48,8 +48,9 @@ def attach(
         model: any module; the layers named by ``targets`` change their class, and what holds or runs them where it
             passes them by: attention, recurrent modules, stacked experts, ``nn.TransformerEncoder``. Nothing else does.
         method: which method, with its settings, such as ``LoRA(rank=16)``.
-        targets: ``"all-linear"`` (every linear layer but the output head), the literal end of a layer's path such as
-            ``"q_proj"``, or several. None lets the method choose.
+        targets: ``"all-linear"`` (every linear layer but the output head), ``"all-norms"``, ``"all-blocks"`` (of a
+            transformer), the literal end of a layer's path such as ``"q_proj"``, or several of these. None lets the
+            method choose.
         name: the adapter's name; a model can carry several.
         seed: decides the initial values, layer by layer.
         probe: a batch that reaches every target: keyword arguments, a tensor, or a function of the model. With it,

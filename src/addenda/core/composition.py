@@ -261,12 +261,23 @@ class Rows(Composition):
         terms = self.parts(adapters, x, base.path) if features else None
         if terms is not None and (fused := base.add_low_ranks(x, terms)) is not None:
             return fused
-        made = [
-            (adapters[name] if name is not None and name in adapters else _BARE)(
-                x.narrow(dim, start, stop - start), base
-            )
-            for name, start, stop in self._until(x.shape[dim])
+        stretches = self._until(x.shape[dim])
+        owners = [
+            adapters[name] if name is not None and name in adapters else _BARE for name, _, _ in stretches
         ]
+        view = cast(Any, base)
+        if view.args or view.kwargs:  # what else the layer was given belongs to all rows at once
+            once = cast(Base, _Once(base, x))
+            whole = {owner: owner(x, once) for owner in dict.fromkeys(owners)}
+            made = [
+                whole[owner].narrow(dim, start, stop - start)
+                for owner, (_, start, stop) in zip(owners, stretches, strict=True)
+            ]
+        else:
+            made = [
+                owner(x.narrow(dim, start, stop - start), base)
+                for owner, (_, start, stop) in zip(owners, stretches, strict=True)
+            ]
         return made[0] if len(made) == 1 else torch.cat(made, dim)
 
     def _dim(self, x: Tensor, path: str, *, features: bool) -> int:
@@ -348,6 +359,13 @@ class Stacked:
 
     def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
         return None
+
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        bare: Any = self._base
+        while isinstance(bare, Stacked | _Once):
+            bare = bare._base
+        change: Tensor = bare.add_weight(x, weight, bias) - bare(x)
+        return self(x) + change
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._base, name)

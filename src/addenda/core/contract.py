@@ -11,12 +11,14 @@ import dataclasses
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from addenda.core.observations import Needs, Observer
+from addenda.core.prompts import Prompts
+from addenda.core.ranges import suffixes
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
@@ -178,6 +180,29 @@ class Base(ABC):
         that, else None."""
         return None
 
+    def mapped(self, rows: Tensor) -> Tensor:
+        """Return rows W^T, (n, d_out), for rows (n, d_in): the frozen weight's product without a bias; no gradient.
+
+        Cheaper than :meth:`weight` where that has to be unpacked. In the layer's dtype.
+        """
+        with torch.no_grad():
+            return rows.to(self.dtype) @ self.weight().t()
+
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return what the layer gives for ``x`` with ``weight`` (d_out, d_in) and ``bias`` (d_out,) added to its own.
+
+        They may be wider than the layer's dtype: the sum is rounded once. Give no bias where the layer has none.
+        """
+        return self(x) + self.apply(x, weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def tied_to(self, other: Base) -> bool:
+        """Whether both layers hold one and the same weight."""
+        return self is other
+
+    def prompts(self, y: Tensor) -> Prompts:
+        """Return where the prompts lie in the layer's output ``y``, (rows, tokens, features); each row, if unknown."""
+        return Prompts.of_rows(torch.ones(y.shape[:2], dtype=torch.bool, device=y.device))
+
     def inputs_last(self, x: Tensor) -> Tensor:
         """View the layer's input with its channels in the last dimension: (..., channels_in)."""
         return x
@@ -240,8 +265,14 @@ class Adapter(nn.Module):
     additive: bool = False
     """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
     and others like it stand on a layer does not matter."""
+    may_rest: bool = False
+    """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.common = None  # of the object: a class's attribute would hide the module
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
@@ -286,8 +317,11 @@ class Method(ABC):
     exceptions: ClassVar[Mapping[str, str]] = {}
     """Conformance properties it does not have, each with the reason."""
 
+    whole: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    """Literal suffixes of layers, or of modules full of them, that are trained whole instead, such as a head."""
+
     def __post_init__(self) -> None:
-        found = self.problems()
+        found = suffixes("whole", self.whole) + self.problems()
         if found:
             raise ConfigError(
                 "; ".join(found), where={"method": self.name or type(self).__name__}, hint=self._hint()
@@ -380,7 +414,8 @@ class Method(ABC):
                 where={"settings": " ".join(known)},
                 hint=f"did you mean '{close[0]}'?" if close else "remove them, or see 'addenda methods'",
             )
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return cls(**values)
 
     def _hint(self) -> str:
         return f"see 'addenda methods {self.name}' for the range of each setting"

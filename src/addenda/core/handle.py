@@ -26,6 +26,7 @@ from addenda.core.host import (
     running_on,
 )
 from addenda.core.views import LayerView
+from addenda.core.whole import is_whole
 from addenda.errors import MethodError
 
 __all__ = ["Handle", "handles", "tied"]
@@ -115,11 +116,12 @@ class Handle:
         path = name
         while path and path not in self._hosts:
             path = path.rpartition(".")[0]
-        return self.method.rate_of(name[len(path or "*") + 1 :])
+        path = path or "*"
+        return 1.0 if is_whole(self.method, path) else self.method.rate_of(name[len(path) + 1 :])
 
     def penalty(self) -> Tensor | None:
         """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
-        return self.method.penalty(self.adapters)
+        return self.method.penalty(self.own().adapters)
 
     def after_update(self, *, step: int, of_steps: int) -> None:
         """Let the method change the adapter after an optimiser step, while the step's gradients are still there.
@@ -129,7 +131,12 @@ class Handle:
             of_steps: how many there will be.
         """
         with torch.no_grad():
-            self.method.after_update(self.adapters, step=step, of_steps=of_steps)
+            self.method.after_update(self.own().adapters, step=step, of_steps=of_steps)
+
+    def own(self) -> Handle:
+        """Return a handle on those layers alone that the method itself adapts, without those trained whole."""
+        hosts = {path: module for path, module in self._hosts.items() if not is_whole(self.method, path)}
+        return Handle(self.model, self.method, self.name, hosts)
 
     def enable(self) -> None:
         """Let the adapter run again, in its place in the order of attaching.

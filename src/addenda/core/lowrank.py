@@ -1,9 +1,9 @@
 """The fused low-rank linear: y = W x + s B A x in one autograd node.
 
-It saves x (or what x is made again from) and A x alone, never forms W + s B A, never makes a gradient for W, and needs
-only two operations of the frozen weight (``linear`` and ``grad_input``), so it works on any weight format that offers
-them. The thin products come first: x Aᵀ has ``rank`` columns, so the extra cost is 2 * rank * (d_in + d_out) FLOP per
-row and direction.
+It saves A x, and x (or what x is made again from) where A is trained; it never forms W + s B A, never makes a gradient
+for W, and needs only two operations of the frozen weight (``linear`` and ``grad_input``), so it works on any weight
+format that offers them. The thin products come first: x Aᵀ has ``rank`` columns, so the extra cost is 2 * rank *
+(d_in + d_out) FLOP per row and direction.
 """
 
 from __future__ import annotations
@@ -45,20 +45,23 @@ class _LowRankLinear(torch.autograd.Function):
         h = product(rows, A_.t())
         y = add_scaled(base.linear(rows), h, B_, scaling)
         remade = remade_of(x)
-        ctx.save_for_backward(h, A, B, *(remade.tensors if remade else (x,)))
+        # The input is needed again for the gradient of A alone, so with a frozen A it is not kept.
+        ingredients = (remade.tensors if remade else (x,)) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(h, A, B, *ingredients)
         ctx.base, ctx.scaling, ctx.shape, ctx.make = base, scaling, x.shape, remade.make if remade else None
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, A, B, *ingredients = ctx.saved_tensors
-        x = ctx.make(*ingredients) if ctx.make else ingredients[0]
-        rows, A_, B_ = x.reshape(-1, x.shape[-1]), A.to(x.dtype), B.to(x.dtype)
+        x = ctx.make(*ingredients) if ctx.make and ingredients else next(iter(ingredients), None)
+        rows = h.new_empty(0) if x is None else x.reshape(-1, x.shape[-1])
+        A_, B_ = A.to(h.dtype), B.to(h.dtype)
         if torch.is_grad_enabled():  # for a second derivative, h has to know where it comes from
-            if ctx.make:
+            if ctx.make or x is None:
                 raise TrainingError(
-                    "a layer whose input is made again gives no second derivative",
-                    hint="take derivatives of derivatives outside addenda.lean",
+                    "a layer that does not keep its input gives no second derivative",
+                    hint="take derivatives of derivatives outside addenda.lean, and of a method that trains its A",
                 )
             h = rows @ A_.t()
         g = grads[0].reshape(-1, grads[0].shape[-1])

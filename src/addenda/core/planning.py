@@ -19,6 +19,7 @@ from addenda.core.packed_layers import packed_numel
 from addenda.core.parts import Part
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve, why_unknown
 from addenda.core.views import LayerView
+from addenda.core.whole import is_whole, whole_layers, whole_problems
 from addenda.errors import MethodError
 
 __all__ = ["Plan", "PlannedLayer", "plan", "require_possible"]
@@ -111,10 +112,12 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
             hint="make one of the classes that 'addenda methods' lists, with its settings",
         )
     wanted = default_targets(model, method) if targets is None else targets
-    layers = resolve(model, wanted, lambda kind: kind.why_not(method))
-    views = _possible_views(method, layers)
+    why_not, whole = (lambda kind: kind.why_not(method)), whole_layers(model, method)
+    targeted = resolve(model, wanted, why_not)
+    layers = {p: m for p, (m, _) in adaptable(model).items() if p in targeted or p in whole}
+    views = _possible_views(method, layers, whole_problems(model, method))
     rows, shared = _planned(method, views)
-    notes = _left_out(model, method) if "all-linear" in listed(wanted) else _uneven(list(layers))
+    notes = _left_out(model, method) if "all-linear" in listed(wanted) else _uneven(list(targeted))
     notes += [
         f"'{path}' shares its weight with '{other}', which goes on with the weight as it is"
         for path, other in tied(model, views).items()
@@ -137,10 +140,12 @@ def require_possible(method: Method, layers: Mapping[str, nn.Module]) -> None:
     _possible_views(method, layers)
 
 
-def _possible_views(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, LayerView]:
+def _possible_views(
+    method: Method, layers: Mapping[str, nn.Module], problems: Sequence[str] = ()
+) -> dict[str, LayerView]:
     meta = torch.device("meta")
     views = {path: view_of(module, path, parameter_device=meta) for path, module in layers.items()}
-    _require_possible(method, list(views.values()))
+    _require_possible(method, list(views.values()), problems)
     return views
 
 
@@ -150,7 +155,7 @@ def default_targets(model: nn.Module, method: Method) -> Targets:
     return method.default_targets(paths)
 
 
-def _require_possible(method: Method, views: Sequence[LayerView]) -> None:
+def _require_possible(method: Method, views: Sequence[LayerView], problems: Sequence[str]) -> None:
     by_problem: dict[str, list[str]] = {}
     tried: dict[object, list[str]] = {}
     for view in views:
@@ -162,11 +167,12 @@ def _require_possible(method: Method, views: Sequence[LayerView]) -> None:
             if dropping
             else []
         )
-        for problem in tried[view.form] + unseen + method.problems_at(view):
+        own = [] if is_whole(method, view.path) else unseen + method.problems_at(view)
+        for problem in tried[view.form] + own:
             by_problem.setdefault(problem, []).append(view.path)
     paths = [view.path for view in views]
-    lines = [f"{problem} at {_some(places)}" for problem, places in by_problem.items()]
-    lines += method.problems_among(paths)
+    lines = [*problems, *(f"{problem} at {_some(places)}" for problem, places in by_problem.items())]
+    lines += method.problems_among([path for path in paths if not is_whole(method, path)])
     if lines:
         last_names = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
         raise MethodError(
@@ -186,7 +192,7 @@ def _planned(
 ) -> tuple[tuple[PlannedLayer, ...], tuple[int, int]]:
     """Return the row of each layer, and the parameters and bytes of what all share."""
     adapters = build_adapters(method, views)
-    shared = next(iter(adapters.values())).common
+    shared = next((adapter.common for adapter in adapters.values() if adapter.common is not None), None)
     rows = tuple(
         PlannedLayer(view.path, view.kind, (view.d_out, view.d_in), *_size(adapters[path], without=shared))
         for path, view in views.items()

@@ -92,7 +92,11 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
     silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
     unasked = _unasked(handle, silent)
     silent = [path for path in silent if path not in unasked]
-    still = [path for path, a in handle.adapters.items() if not any(id(p) in moved for p in a.parameters())]
+    still = [
+        path
+        for path, a in handle.adapters.items()
+        if not a.may_rest and not any(id(p) in moved for p in a.parameters())
+    ]
     _report(
         handle, silent, [path for path in still if gradients and path not in silent and path not in unasked]
     )

@@ -22,7 +22,7 @@ from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
 from addenda.core.host import require_module
 from addenda.core.planning import require_possible
-from addenda.core.targets import exact
+from addenda.core.whole import exact_layers
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
 __all__ = ["FORMAT_VERSION", "load", "publish", "read_manifest", "save"]
@@ -116,7 +116,7 @@ def load(
     tensors = _verified_tensors(source, manifest)
     try:
         method = registry.get(manifest["method"]).from_settings(manifest["settings"])
-        layers = exact(model, manifest["layers"], lambda kind: kind.why_not(method))
+        layers = exact_layers(model, method, manifest["layers"])
         require_possible(method, layers)
     except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Which layers a target names: literal suffixes at a dot, or every linear layer but the output head.
+"""Which layers a target names: literal suffixes at a dot, every linear layer but the output head, every norm or block.
 
 No regular expressions: a target may come from a file somebody else wrote.
 """
@@ -35,7 +35,10 @@ __all__ = [
 T = TypeVar("T")
 
 Targets = str | Sequence[str]
-"""``"all-linear"``, one literal suffix, or several."""
+"""``"all-linear"``, ``"all-norms"``, ``"all-blocks"``, one literal suffix, or several of these."""
+
+ALL_OF_A_KIND = {"all-norms": "norm", "all-blocks": "transformer-block"}
+"""Targets that name every layer of a kind."""
 
 # Names that well-known models give to the layers with these roles; used only for the defaults of methods.
 KEYS_AND_VALUES = (
@@ -177,11 +180,12 @@ def resolve(
     chosen: set[str] = set()
     problems: list[str] = []
     for target in wanted:
-        found = (
-            _all_linear(model, layers)
-            if target == "all-linear"
-            else {p for p, (m, _) in layers.items() if _is_named(p, m, target, also_called)}
-        )
+        if target == "all-linear":
+            found = _all_linear(model, layers)
+        elif target in ALL_OF_A_KIND:
+            found = {p for p, (_, kind) in layers.items() if kind.name == ALL_OF_A_KIND[target]}
+        else:
+            found = {p for p, (m, _) in layers.items() if _is_named(p, m, target, also_called)}
         bypassed = sorted(p for p in found if bypass_of(model, p, layers[p][0]))
         if target == "all-linear":
             found -= set(bypassed)

@@ -143,20 +143,20 @@ def terms_input_grad(
 
 
 def terms_factor_grads(
-    grads: Sequence[Tensor | None], inner: Tensor, rows: Tensor, h: Tensor, terms: Sequence[Term]
+    grads: Sequence[Tensor | None], inner: Tensor, rows: Tensor | None, h: Tensor, terms: Sequence[Term]
 ) -> list[Tensor | None]:
     """Return the gradients of what `factors_of` gives, in its order; None where a term's output was not used.
 
     Args:
         grads: as for `terms_input_grad`, which gave
         inner: (n, ranks).
-        rows: the input, (n, d_in).
+        rows: the input, (n, d_in); None where no A is trained.
         h: A x as `terms_forward` gave it, (n, ranks).
         terms: the terms.
     """
     found: dict[int, list[Tensor | None]] = {place: [] for place in range(len(terms))}
     for span in _spans(terms):
-        grad_A = inner[span.rows, : span.rank].t() @ rows[span.rows]
+        grad_A = None if rows is None else inner[span.rows, : span.rank].t() @ rows[span.rows]
         for place, part, ranks in span.parts:
             g = grads[place]
             if g is None:
@@ -164,7 +164,7 @@ def terms_factor_grads(
                 continue
             # With the long operand on the right the product runs up to twice as fast as the other way round.
             grad_B = (h[span.rows, ranks].t() @ g[span.rows]).t().to(part.B.dtype).mul_(part.scaling)
-            found[place] += [grad_A[ranks].to(part.A.dtype), grad_B]
+            found[place] += [None if grad_A is None else grad_A[ranks].to(part.A.dtype), grad_B]
     return [grad for factors in found.values() for grad in factors]
 
 
@@ -186,8 +186,8 @@ class _LinearWithTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, terms: tuple[Term, ...], keep: Remade, *factors: Any) -> Any:
         outputs, h = terms_forward(x.reshape(-1, x.shape[-1]), terms)
-        # Without an adapter nothing of the input is needed again.
-        ctx.save_for_backward(h, *(keep.tensors if h.shape[1] else ()))
+        # Without an A to train nothing of the input is needed again.
+        ctx.save_for_backward(h, *(keep.tensors if any(ctx.needs_input_grad[3::2]) else ()))
         ctx.terms, ctx.make, ctx.shape = terms, keep.make, x.shape
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -197,8 +197,6 @@ class _LinearWithTerms(torch.autograd.Function):
         h, *ingredients = ctx.saved_tensors
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
         dx, inner = terms_input_grad(flat, ctx.terms, wanted=ctx.needs_input_grad[0])
-        factors: list[Tensor | None] = [None] * len(factors_of(ctx.terms))
-        if ingredients:
-            rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1])
-            factors = terms_factor_grads(flat, inner, rows, h, ctx.terms)
+        rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1]) if ingredients else None
+        factors = terms_factor_grads(flat, inner, rows, h, ctx.terms)
         return (None if dx is None else dx.view(ctx.shape)), None, None, *factors

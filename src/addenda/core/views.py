@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core import parts
+from addenda.core.changed import changed_linear
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
 from addenda.core.terms import Part, Term, linear_with_terms
@@ -100,6 +101,40 @@ class LayerView(Base):
     def form(self) -> object:
         """What layers have in common for which `problems` is the same."""
         return self.original, type(getattr(self.module, "weight", None))
+
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if (
+            not self.writable or self.module._parameters.get("weight") is None
+        ):  # packed, or computed from others
+            return super().add_weight(x, weight, bias)
+        own = self.bias()
+        if bias is not None:
+            own = (bias if own is None else own + bias).to(self.dtype)
+        return self.changed(x, weight, own)
+
+    def changed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer as if ``weight`` were added to its own, and with this bias."""
+        total = (self.weight() + weight).to(self.dtype)
+        plain = self.original.forward in _PLAIN_FORWARDS
+        return self.apply(x, total, bias) if plain else self.as_if(x, total, bias)
+
+    def tied_to(self, other: Base) -> bool:
+        held = self.module._parameters.get("weight")
+        return (
+            held is not None
+            and isinstance(other, LayerView)
+            and other.module._parameters.get("weight") is held
+        )
+
+    def as_if(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Run the layer's own forward as if it held this (d_out, d_in) weight and this bias."""
+        held = {**self.module._parameters, "weight": self.from_matrix(weight)}
+        if "bias" in held:
+            held["bias"] = bias
+        twin = object.__new__(self.original)
+        vars(twin).update(vars(self.module), _parameters=held)
+        y: Tensor = self.original.forward(twin, x, *self.args, **self.kwargs)
+        return y
 
     def problems(self) -> list[str]:
         """Return why no adapter can be trained on the layer, one short sentence each."""
@@ -204,6 +239,9 @@ class LinearView(LayerView):
     def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
         return linear_with_terms(x, [Term(self, tuple(parts))])[0] if self.fusible(x) else None
 
+    def changed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return changed_linear(x, weight, bias, self) if self.fusible(x) else super().changed(x, weight, bias)
+
     def fusible(self, x: Tensor) -> bool:
         """Whether the layer does for ``x`` the plain frozen product and nothing more."""
         # A compiler fuses the plain form itself and cannot look into the autograd function's view object.
@@ -234,6 +272,12 @@ class CompressedView(LinearView):
         own = itertools.chain(self.module.parameters(recurse=False), self.module.buffers(recurse=False))
         first: Tensor = next(own)
         return first.device
+
+    def mapped(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = self.original.forward(self.module, rows.to(self.dtype))
+            bias = self.bias()
+            return y if bias is None else y - bias.to(y.dtype)
 
 
 class PartView(LinearView):

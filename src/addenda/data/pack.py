@@ -31,6 +31,8 @@ class PackedBatch:
     """(N,) long: the token ids to predict. None crosses from one example to the next."""
     rows: tuple[RowRef, ...]
     """Where each example came from."""
+    prompts: tuple[int, ...] | None = None
+    """Tokens of each example before its first trained one; None where that is not known."""
 
     @property
     def tokens(self) -> int:
@@ -67,6 +69,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         positions,
         input_ids[positions + 1],
         tuple(example.row for example in examples),
+        tuple(next((i for i, on in enumerate(each.trained) if on), len(each)) for each in examples),
     )
 
 

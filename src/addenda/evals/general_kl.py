@@ -168,9 +168,9 @@ def _conversation(prompt: GeneralPrompt, row: RowRef, *, chat: bool) -> Conversa
 def _compare(packed: PackedModel, handle: Handle, examples: list[Example], opening: int) -> list[_Shift]:
     batch = collate(examples)
     input_ids = batch.input_ids.to(next(packed.model.parameters()).device)
-    adapted = packed.hidden(input_ids, batch.lengths)
+    adapted = packed.hidden(input_ids, batch.lengths, prompts=batch.prompts)
     with handle.disabled():
-        original = packed.hidden(input_ids, batch.lengths)
+        original = packed.hidden(input_ids, batch.lengths, prompts=batch.prompts)
     positions = _predicting(batch, opening)
     adapted, original = (states[positions.to(input_ids.device)] for states in (adapted, original))
     kls, agreeing = [], []

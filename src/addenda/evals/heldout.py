@@ -60,7 +60,7 @@ def heldout(
     with evaluating(base.model):
         for rows in plan_batches([len(example) for example in examples], tokens_per_batch=tokens_per_batch):
             batch = collate([examples[row] for row in rows])
-            hidden = packed.hidden(batch.input_ids.to(device), batch.lengths)
+            hidden = packed.hidden(batch.input_ids.to(device), batch.lengths, prompts=batch.prompts)
             found = evaluate_positions(
                 packed, hidden, batch.predict_from.to(device), batch.targets.to(device), chunk=chunk
             )

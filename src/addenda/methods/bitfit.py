@@ -27,9 +27,10 @@ class BitFit(Method):
         create: also adapt layers that have no bias of their own; merging then gives them one. When False, such a
             target is an error.
 
-    Differs from: the paper trains the biases that a model has, those of its layer norms too; this trains an offset
-    beside the layers it can host, so that the base stays untouched, and gives bias-free models (Llama and its kin)
-    an offset where the paper has nothing to train.
+    Differs from: the paper trains all biases that a model has, those of its layer norms too. Without targets this
+    adapts the linear layers alone; targets of ``["all-linear", "all-norms"]`` take the norms along. It trains an
+    offset beside the bias, so that the base stays untouched, and gives bias-free linear layers (Llama and its kin) an
+    offset where the paper has nothing to train. A norm that has no bias gets none.
 
     Example:
         >>> import addenda
@@ -42,7 +43,7 @@ class BitFit(Method):
 
     mergeable: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 5e-3
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed", "conv")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed", "conv", "norm")
 
     create: bool = True
     """Adapt layers that have no bias too."""
@@ -51,12 +52,13 @@ class BitFit(Method):
         return flag("create", self.create)
 
     def problems_at(self, base: Base) -> list[str]:
-        if base.has_bias or (self.create and base.bias_possible):
+        if base.has_bias:
             return []
-        return [
-            "it has no bias"
-            + (" (create=True gives it one)" if base.bias_possible else " and no place for one")
-        ]
+        if base.kind == "norm":
+            return ["it is a norm that has no bias"]
+        if not base.bias_possible:
+            return ["it has no bias and no place for one"]
+        return [] if self.create else ["it has no bias (create=True gives it one)"]
 
     def build(self, base: Base) -> BitFitAdapter:
         return BitFitAdapter(base.parameter(base.channels_out))

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adaptation."""
+"""LoRA: low-rank adaptation, and what the methods that train such a pair share."""
 
 from __future__ import annotations
 
@@ -19,55 +19,12 @@ from addenda.core.ranges import flag, integer, number, suffixes
 from addenda.core.registry import register
 from addenda.core.targets import matches, unmatched
 
-__all__ = ["LoRA"]
+__all__ = ["LoRA", "LowRank", "add_low_rank", "kaiming_uniform", "setting_at", "table_problems"]
 
 
-@register("lora")
 @dataclass(frozen=True)
-class LoRA(Method):
-    """Low-rank update of a weight: train B A, keep W.
-
-    y = base(x) + scaling * B (A x),   A: (rank, d_in),  B: (d_out, rank)
-
-    scaling = alpha / rank, or alpha / sqrt(rank) when rank-stabilized. A starts Kaiming-uniform and B zero, or
-    both as another `start` says, whose product is then taken off: y = base(x) + scaling * (B A - B0 A0) x. Either way
-    the adapted layer starts equal to its base. Mergeable exactly into an unquantized weight.
-
-    Args:
-        rank: inner dimension, 1 <= rank <= min(d_in, d_out). Parameters: rank * (d_in + d_out) per layer.
-        alpha: numerator of the scaling, dimensionless, > 0. None means 2 * rank, that is a scaling of 2 at any rank.
-        dropout: probability of zeroing an input feature of A during training, in [0, 1).
-        rank_stabilized: divide alpha by sqrt(rank) instead of rank, so that the size of the update does not fall
-            with the rank.
-        ranks: another rank for the layers a literal suffix names, such as ``{"down_proj": 32}``; the last that
-            matches counts.
-        alphas: another alpha likewise.
-        start: how A and B begin. Drawn: ``kaiming``, ``gaussian``, ``orthogonal``. Computed from the weight: ``pissa``,
-            ``olora``. From what :func:`addenda.observe` found, in a recipe on its training rows: ``eva`` and ``corda``
-            (inputs), ``lora_ga`` (gradients), ``loftq`` (the original of a quantized base; the adapted layer then
-            starts nearer to that, not equal to its base). Their docstrings say more.
-        start_settings: settings of the start's own, such as ``{"iterations": 8}`` of ``pissa``.
-        start_rows: rows of data that a recipe observes where the start needs it, >= 1.
-
-    Differs from: the paper initializes A with a Gaussian; the official code, PEFT and this use Kaiming-uniform.
-    PEFT's default alpha is 8 whatever the rank. PEFT keys per-layer ranks by regular expressions, this by suffixes.
-
-    Example:
-        >>> import addenda
-        >>> model = nn.Sequential(nn.Linear(8, 4))
-        >>> addenda.attach(model, LoRA(rank=2), targets=["0"]).trainable_parameters
-        24
-
-    References: Hu et al. 2021, arXiv:2106.09685, section 4.1. Kalajdzievski 2023, arXiv:2312.03732 (rank-stabilized).
-    """
-
-    mergeable: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-3
-    variants: ClassVar[tuple[Mapping[str, object], ...]] = (
-        {},
-        {"rank": 3, "alpha": 5.0, "rank_stabilized": True},
-        {"rank": 4, "start": "pissa"},
-    )
+class LowRank(Method):
+    """The settings of a pair A: (rank, d_in), B: (d_out, rank) that stands for B A; not a method by itself."""
 
     rank: int = 16
     """Inner dimension of the update."""
@@ -81,34 +38,18 @@ class LoRA(Method):
     """Rank for the layers a literal suffix names."""
     alphas: Mapping[str, float] = field(default_factory=dict)
     """Alpha for the layers a literal suffix names."""
-    start: str = "kaiming"
-    """How A and B begin, by the name of a start."""
-    start_settings: Mapping[str, starts.Setting] = field(default_factory=dict)
-    """Settings of the start's own."""
-    start_rows: int = 64
-    """Rows of data that a recipe observes for a start that needs it."""
 
     def problems(self) -> list[str]:
         found = integer("rank", self.rank) + number("dropout", self.dropout, least=0.0, below=1.0)
         found += flag("rank_stabilized", self.rank_stabilized)
-        found += integer("start_rows", self.start_rows) + starts.problems(self.start, self.start_settings)
         if self.alpha is not None:
             found += number("alpha", self.alpha, above=0.0)
-        for name, table in (("ranks", self.ranks), ("alphas", self.alphas)):
-            if not isinstance(table, Mapping):
-                return [*found, f"{name} must map suffixes to numbers, got {table!r}"]
-            found += suffixes(f"keys of {name}", list(table))
-        for suffix, rank in self.ranks.items():
-            found += integer(f"ranks[{suffix!r}]", rank)
-        for suffix, alpha in self.alphas.items():
-            found += number(f"alphas[{suffix!r}]", alpha, above=0.0)
-        return found
+        found += table_problems("ranks", self.ranks, least=1)
+        return found + table_problems("alphas", self.alphas)
 
     def problems_at(self, base: Base) -> list[str]:
         rank, limit = self.rank_at(base.path), min(base.d_in, base.d_out)
-        if rank > limit:
-            return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"]
-        return self.begins().problems_at(base, rank)
+        return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
 
     def problems_among(self, paths: Sequence[str]) -> list[str]:
         tables = {"ranks": self.ranks, "alphas": self.alphas}
@@ -120,13 +61,128 @@ class LoRA(Method):
 
     def rank_at(self, path: str) -> int:
         """Return the rank that applies to the layer at ``path``."""
-        return int(_at(self.ranks, path, self.rank))
+        return int(setting_at(self.ranks, path, self.rank))
 
     def scaling_at(self, path: str) -> float:
         """Return the scaling that applies to the layer at ``path``."""
         rank = self.rank_at(path)
-        alpha = _at(self.alphas, path, 2.0 * rank if self.alpha is None else self.alpha)
+        alpha = setting_at(self.alphas, path, 2.0 * rank if self.alpha is None else self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+
+    def pair_for(self, base: Base) -> tuple[nn.Parameter, nn.Parameter]:
+        """Make A, Kaiming-uniform, and B, zero."""
+        rank = self.rank_at(base.path)
+        return base.parameter(rank, base.d_in, init=kaiming_uniform), base.parameter(base.d_out, rank)
+
+
+def setting_at(overrides: Mapping[str, float], path: str, default: float) -> float:
+    """Return what the last of the suffixes that names ``path`` says, or the default.
+
+    Example:
+        >>> setting_at({"q_proj": 4, "1.q_proj": 8}, "layers.1.q_proj", 2)
+        8
+    """
+    found = [value for suffix, value in overrides.items() if matches(path, suffix)]
+    return found[-1] if found else default
+
+
+def table_problems(name: str, table: object, *, least: int | None = None) -> list[str]:
+    """Check a setting by suffix: whole numbers >= ``least``, or any numbers > 0 where that is None."""
+    if not isinstance(table, Mapping):
+        return [f"{name} must map suffixes to numbers, got {table!r}"]
+    found = suffixes(f"keys of {name}", list(table))
+    for suffix, value in table.items():
+        place = f"{name}[{suffix!r}]"
+        found += number(place, value, above=0.0) if least is None else integer(place, value, least=least)
+    return found
+
+
+def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """Fill a matrix with U(-k, k), k = 1 / sqrt(columns)."""
+    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+
+
+@register("lora")
+@dataclass(frozen=True)
+class LoRA(LowRank):
+    """Low-rank update of a weight: train B A, keep W.
+
+    y = base(x) + scaling * B (A x),   A: (rank, d_in),  B: (d_out, rank)
+
+    scaling = alpha / rank, or alpha / sqrt(rank) when rank-stabilized. A starts Kaiming-uniform and B zero, or
+    both as another `start` says, whose product is then taken off: y = base(x) + scaling * (B A - B0 A0) x. Either way
+    the adapted layer starts equal to its base. Mergeable exactly into an unquantized weight.
+    Parameters: rank * (d_in + d_out) per layer, d_out more with a bias.
+
+    Args:
+        rank: inner dimension, 1 <= rank <= min(d_in, d_out).
+        alpha: numerator of the scaling, dimensionless, > 0. None means 2 * rank, that is a scaling of 2 at any rank.
+        dropout: probability of zeroing an input feature of A during training, in [0, 1).
+        rank_stabilized: divide alpha by sqrt(rank) instead of rank, so that the size of the update does not fall
+            with the rank.
+        ranks: another rank for the layers a literal suffix names, such as ``{"down_proj": 32}``; the last that
+            matches counts.
+        alphas: another alpha likewise.
+        b_rate: learning rate of B as a multiple of A's, > 0 (LoRA+). Its paper finds ratios well above 1 better, 16
+            say, with a lower rate for A.
+        bias: also train a vector (d_out,) that is added to B A x; not fused then.
+        start: how A and B begin. Drawn: ``kaiming``, ``gaussian``, ``orthogonal``. Computed from the weight: ``pissa``,
+            ``olora``. From what :func:`addenda.observe` found, in a recipe on its training rows: ``eva`` and ``corda``
+            (inputs), ``lora_ga`` (gradients), ``loftq`` (the original of a quantized base; the adapted layer then
+            starts nearer to that, not equal to its base). Their docstrings say more.
+        start_settings: settings of the start's own, such as ``{"iterations": 8}`` of ``pissa``.
+        start_rows: rows of data that a recipe observes where the start needs it, >= 1.
+
+    **Cost**: 2 * rank * (d_in + d_out) FLOP a token and direction beside the base's 2 * d_in * d_out.
+    **Use it when** nothing speaks for another: it is the cheapest to run, merges exactly, and every server reads it.
+    **Learning rate**: 1e-3, at a scaling of 2 and ranks about 16; not tuned for each model.
+
+    Differs from: the paper initializes A with a Gaussian; the official code, PEFT and this use Kaiming-uniform.
+    PEFT's default alpha is 8 whatever the rank. PEFT keys per-layer ranks by regular expressions, this by suffixes.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> addenda.attach(model, LoRA(rank=2), targets=["0"]).trainable_parameters
+        24
+
+    References: Hu et al. 2021, arXiv:2106.09685, section 4.1. Kalajdzievski 2023, arXiv:2312.03732 (rank-stabilized).
+    Hayou et al. 2024, arXiv:2402.12354 (LoRA+).
+    """
+
+    mergeable: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-3
+    variants: ClassVar[tuple[Mapping[str, object], ...]] = (
+        {},
+        {"rank": 3, "alpha": 5.0, "rank_stabilized": True, "b_rate": 4.0, "bias": True},
+        {"rank": 4, "start": "pissa"},
+    )
+
+    b_rate: float = 1.0
+    """Learning rate of B as a multiple of A's (LoRA+)."""
+    bias: bool = False
+    """Also train a vector that is added to B A x."""
+    start: str = "kaiming"
+    """How A and B begin, by the name of a start."""
+    start_settings: Mapping[str, starts.Setting] = field(default_factory=dict)
+    """Settings of the start's own."""
+    start_rows: int = 64
+    """Rows of data that a recipe observes for a start that needs it."""
+
+    def problems(self) -> list[str]:
+        found = super().problems() + number("b_rate", self.b_rate, above=0.0) + flag("bias", self.bias)
+        return (
+            found + integer("start_rows", self.start_rows) + starts.problems(self.start, self.start_settings)
+        )
+
+    def problems_at(self, base: Base) -> list[str]:
+        found = super().problems_at(base) or self.begins().problems_at(base, self.rank_at(base.path))
+        if self.bias and base.channels_in is None:
+            found = [*found, "bias has no place in a layer whose input holds indices"]
+        return found
+
+    def rate_of(self, parameter: str) -> float:
+        return self.b_rate if parameter == "B" else 1.0
 
     def begins(self) -> starts.Start:
         """Return the start with its settings."""
@@ -160,16 +216,12 @@ class LoRA(Method):
     def build(self, base: Base) -> LoRAAdapter:
         scaling = self.scaling_at(base.path)
         A, B, taken_off = starts.begin(self.begins(), base, self.rank_at(base.path), scaling)
-        return LoRAAdapter(A, B, scaling, self.dropout, taken_off)
-
-
-def _at(overrides: Mapping[str, float], path: str, default: float) -> float:
-    found = [value for suffix, value in overrides.items() if matches(path, suffix)]
-    return found[-1] if found else default
+        bias = base.parameter(base.channels_out) if self.bias else None
+        return LoRAAdapter(A, B, scaling, dropout=self.dropout, bias=bias, taken_off=taken_off)
 
 
 class LoRAAdapter(Adapter):
-    """A: (rank, d_in), B: (d_out, rank); and A0, B0, the frozen values of both at the start, where they are taken off.
+    """A: (rank, d_in), B: (d_out, rank), bias: (d_out,) or None; A0, B0: both at the start, where they are taken off.
 
     B A - B0 A0 is computed as (B - B0) A + B0 (A - A0), one product of twice the rank: it is exactly zero at the start,
     and in 16 bits the small differences keep their own precision.
@@ -184,11 +236,13 @@ class LoRAAdapter(Adapter):
         A: nn.Parameter,
         B: nn.Parameter,
         scaling: float,
-        dropout: float,
+        *,
+        dropout: float = 0.0,
+        bias: nn.Parameter | None = None,
         taken_off: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.A, self.B = A, B
+        self.A, self.B, self.bias = A, B, bias
         self.scaling, self.dropout = scaling, dropout
         for name, value in zip(("A0", "B0"), taken_off or (None, None), strict=True):
             self.register_buffer(name, value)
@@ -200,19 +254,31 @@ class LoRAAdapter(Adapter):
         return torch.cat([self.A, self.A - self.A0]), torch.cat([self.B - self.B0, self.B0], dim=1)
 
     def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:
-        return None if self.training and self.dropout else (*self.factors(), self.scaling)
+        more = self.bias is not None or (self.training and self.dropout)
+        return None if more else (*self.factors(), self.scaling)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        term = self.low_rank_term()
-        if term is not None:
-            return base.add_low_rank(x, *term)
-        A, B = (factor.to(base.dtype) for factor in self.factors())
-        if base.channels_in is None:
-            # Indices cannot be thinned: drop features of A x instead.
-            rank_last = base.low_rank(x, A, torch.eye(A.shape[0], dtype=A.dtype, device=A.device))
-            return base(x) + self.scaling * F.linear(F.dropout(rank_last, self.dropout), B)
-        return base(x) + self.scaling * base.low_rank(F.dropout(x, self.dropout), A, B)
+        y = add_low_rank(x, base, *self.factors(), self.scaling, dropout=self.dropout * self.training)
+        if self.bias is None:
+            return y
+        return base.outputs_back(base.outputs_last(y) + self.scaling * self.bias.to(base.dtype))
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B = (factor.to(weight.dtype) for factor in self.factors())
-        return weight + self.scaling * (B @ A), bias
+        folded = weight + self.scaling * (B @ A)
+        if self.bias is None:
+            return folded, bias
+        more = self.scaling * self.bias.to(weight.dtype)
+        return folded, more if bias is None else bias + more
+
+
+def add_low_rank(x: Tensor, base: Base, A: Tensor, B: Tensor, scaling: float, *, dropout: float) -> Tensor:
+    """Return base(x) + scaling * B A x, where each input feature of A is zeroed with probability ``dropout``."""
+    if not dropout:
+        return base.add_low_rank(x, A, B, scaling)
+    A, B = A.to(base.dtype), B.to(base.dtype)
+    if base.channels_in is None:
+        # Indices cannot be thinned: drop features of A x instead.
+        rank_last = base.low_rank(x, A, torch.eye(A.shape[0], dtype=A.dtype, device=A.device))
+        return base(x) + scaling * F.linear(F.dropout(rank_last, dropout), B)
+    return base(x) + scaling * base.low_rank(F.dropout(x, dropout), A, B)

@@ -379,7 +379,7 @@ def _kinds(base: Any, planned: Plan) -> dict[int, int]:
     """
     paths = block_paths(base)
     adapted = [
-        frozenset(row.path[len(path) :] for row in planned.rows if row.path.startswith(f"{path}."))
+        frozenset(row.path[len(path) :] for row in planned.rows if f"{row.path}.".startswith(f"{path}."))
         for path in paths
     ]
     inside = sum(map(len, adapted))

@@ -76,7 +76,7 @@ def heldout_nll(
         parallel = parallel or Parallel()
         for index, weight in parallel.turns([sum(len(examples[row]) for row in group) for group in groups]):
             batch = packed_batch([examples[row] for row in groups[index]], device)
-            hidden = packed.hidden(batch.input_ids, batch.lengths)
+            hidden = packed.hidden(batch.input_ids, batch.lengths, prompts=batch.prompts)
             nll = packed_loss(packed, hidden, batch.predict_from, batch.targets, denominator=1.0)
             total += weight * nll.double().cpu()
     return {"nll_per_token": parallel.total(float(total))[0] / trained}

@@ -130,7 +130,9 @@ def require_reached(handle: Handle, *, step: int) -> None:
     Raises:
         TrainingError: some did not; names their layers.
     """
-    silent = [path for path, adapter in handle.adapters.items() if not _reached(adapter)]
+    silent = [
+        path for path, adapter in handle.adapters.items() if not adapter.may_rest and not _reached(adapter)
+    ]
     if silent:
         raise TrainingError(
             f"{len(silent)} of {len(handle.adapters)} adapters received no gradient in step {step}",

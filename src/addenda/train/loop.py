@@ -182,7 +182,9 @@ def _gradients(session: Session, examples: Sequence[Example], interrupts: Interr
         recompute = session.recompute(len(batch.input_ids))
         with session.arena.serving():
             with session.offloading():
-                hidden = session.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
+                hidden = session.packed.hidden(
+                    batch.input_ids, batch.lengths, prompts=batch.prompts, recompute=recompute
+                )
             # Divided by the trained tokens of the whole step, the losses of its micro-batches add up to the mean.
             part = packed_loss(session.packed, hidden, batch.predict_from, batch.targets, denominator=trained)
             guards.require_finite_loss(part, step=step, rows=batch.rows, losses=session.state.recent_losses)

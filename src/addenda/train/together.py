@@ -253,7 +253,9 @@ def _micro_batch(engine: Session, runs: Sequence[_Run], chosen: Sequence[tuple[i
     recompute = engine.recompute(len(batch.input_ids))
     with activated(engine.model, Rows(of, batch.lengths)), engine.arena.serving():
         with engine.offloading():
-            hidden = engine.packed.hidden(batch.input_ids, batch.lengths, recompute=recompute)
+            hidden = engine.packed.hidden(
+                batch.input_ids, batch.lengths, prompts=batch.prompts, recompute=recompute
+            )
         parts: list[Tensor] = []
         start = 0
         for place, own in itertools.groupby(chosen, key=lambda row: row[0]):

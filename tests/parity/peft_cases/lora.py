@@ -21,6 +21,7 @@ OURS = {
     "per-layer-stabilized": lambda kind: LoRA(rank=4, **PER_LAYER[kind], rank_stabilized=True, dropout=0.1),
     "pissa": lambda _: LoRA(rank=4, start="pissa"),
     "olora-stabilized": lambda kind: LoRA(rank=5, start="olora", **PER_LAYER[kind], rank_stabilized=True),
+    "bias": lambda _: LoRA(rank=4, bias=True, b_rate=16.0),
 }
 THEIRS = {
     "plain": lambda _, **targets: peft.LoraConfig(r=4, lora_alpha=9, **targets),
@@ -28,4 +29,5 @@ THEIRS = {
         r=4, lora_alpha=9, use_rslora=True, init_lora_weights="gaussian", **targets
     ),
     "per-layer": lambda kind, **targets: peft.LoraConfig(r=4, **PATTERNS[kind], **targets),
+    "bias": lambda _, **targets: peft.LoraConfig(r=4, lora_bias=True, **targets),
 }

@@ -81,7 +81,7 @@ def test_a_sound_folder_is_read(folder: Path) -> None:
         (UnsafeError, "regular expression", lambda c: c.update(alpha_pattern={"q|v": 4})),
         (CheckpointError, "peft_type 'NONE'", lambda c: c.update(peft_type="NONE")),
         (CheckpointError, "peft_type None", lambda c: c.pop("peft_type")),
-        (CheckpointError, "use_dora", lambda c: c.update(use_dora=True)),
+        (CheckpointError, "lora_magnitude_vector", lambda c: c.update(use_dora=True)),
         (CheckpointError, "modules_to_save", lambda c: c.update(modules_to_save=["lm_head"])),
         (CheckpointError, "bias", lambda c: c.update(bias="all")),
         (CheckpointError, "some_later_key = 3", lambda c: c.update(some_later_key=3)),
@@ -157,7 +157,7 @@ def test_a_cut_off_tensor_file_is_refused(folder: Path) -> None:
     [
         (addenda.Bottleneck(), ["q_proj"], "PEFT has no bottleneck adapters"),
         (addenda.BitFit(), ["q_proj"], "PEFT has no such method"),
-        (addenda.LoRA(rank=2), ["conv"], "has no form for 1 of the adapted layers"),
+        (addenda.VeRA(rank=2), ["conv"], "has no form for 1 of the adapted layers"),
     ],
 )
 def test_what_peft_has_no_form_for_is_not_written(

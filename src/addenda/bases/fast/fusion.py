@@ -49,8 +49,17 @@ def fused_on(fusions: Sequence[Fusion]) -> Iterator[None]:
     with ExitStack() as stack:
         for fusion in fusions:
             if type(fusion.module) is fusion.original and "forward" not in vars(fusion.module):
-                stack.enter_context(forward_replaced(fusion.module, fusion.forward))
+                stack.enter_context(forward_replaced(fusion.module, _lent(fusion)))
         yield
+
+
+def _lent(fusion: Fusion) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if type(fusion.module) is fusion.original:
+            return fusion.forward(*args, **kwargs)
+        return type(fusion.module).forward(fusion.module, *args, **kwargs)  # an adapter has come since
+
+    return forward
 
 
 @contextmanager

@@ -25,6 +25,8 @@ class Segments:
 
     lengths: tuple[int, ...]
     """Tokens of each sample, in order; all positive. Tokens of the row behind them belong to no sample."""
+    prompts: tuple[int, ...] | None = None
+    """Tokens of each sample's prompt, for adapters that act on it; None where all of it is one."""
     windows: set[int | None] = field(default_factory=set)
     """Sliding windows the layers asked for, collected while they ran."""
     masks: dict[tuple[int, int | None, bool], Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from addenda.core.blocks import TransformerBlockView, is_transformer_block
 from addenda.core.layers.attention import PROJECTION, AttentionPart
 from addenda.core.layers.block import BLOCK
 from addenda.core.layers.dense import DENSE
@@ -31,6 +32,7 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("attention", is_attention, AttentionView),
     BLOCK,
     LayerKind("transformer", is_transformer, TransformerView),
+    LayerKind("transformer-block", is_transformer_block, TransformerBlockView),
 )
 """Every kind of layer that can be adapted; the first row that matches a module is its kind."""
 

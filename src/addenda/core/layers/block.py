@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from addenda.core.blocks import WeightlessView
 from addenda.core.layers.dense import DENSE
 from addenda.core.layers.kind import LayerKind
 from addenda.core.views import LayerView
-from addenda.errors import MethodError
 
 __all__ = ["BLOCK"]
 
 
-class BlockView(LayerView):
-    """A feed-forward block: a module of linear layers that maps features to features of the same width.
-
-    It has no single weight, so only methods that work on activations can stand on it.
-    """
+class BlockView(WeightlessView):
+    """A feed-forward block: a module of linear layers that maps features to features of the same width."""
 
     kind = "block"
+    called = "block"
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(module, path, **settings)
         views = [view for child in _linear_children(module) if (view := _leaf_view(child, path))]
         self._first, self._last = views[0], views[-1]
-        self.input_name = list(inspect.signature(self.original.forward).parameters)[1]
 
     @property
     def d_in(self) -> int:
@@ -39,34 +35,12 @@ class BlockView(LayerView):
         return self._last.d_out
 
     @property
-    def has_bias(self) -> bool:
-        return False
-
-    @property
     def device(self) -> torch.device:
         return self._first.device
 
     @property
     def dtype(self) -> torch.dtype:
         return self._first.dtype
-
-    def weight(self) -> Tensor:
-        raise self._no_weight()
-
-    def bias(self) -> Tensor | None:
-        raise self._no_weight()
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        raise self._no_weight()
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        raise self._no_weight()
-
-    def _no_weight(self) -> MethodError:
-        return MethodError(
-            f"block '{self.path}' has no single weight",
-            hint="target the linear layers inside it, or use a method that works on activations",
-        )
 
 
 def _is_block(module: nn.Module) -> bool:

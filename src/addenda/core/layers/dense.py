@@ -1,4 +1,4 @@
-"""Layers that are called for their one weight: linear ones, convolutions, embeddings."""
+"""Layers that are called for their one weight: linear ones, convolutions, embeddings, norms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from addenda.core.foreign import QuantizedView, is_quantized
 from addenda.core.layers.kind import LayerKind
+from addenda.core.norms import NormView, is_norm
 from addenda.core.packed_layers import PackedLinear, PackedView
 from addenda.core.parts import reading
 from addenda.core.views import LayerView, LinearView
@@ -205,17 +206,30 @@ class EmbeddingView(LayerView):
     def sample(self) -> Tensor:
         return torch.arange(min(4, self.d_in), device=self.device)
 
+    def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.original.forward is not nn.Embedding.forward:
+            return super().add_weight(x, weight, bias)
+        # Rows are added after they were looked up: the table is not.
+        return (self(x) + self.apply(x, weight, bias)).to(self.dtype)
+
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self._looked_up(x, weight)
+        y = self._scaled(self._looked_up(x, weight))
         return y if bias is None else y + bias
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return F.linear(self._looked_up(x, A), B)
+        return self._scaled(F.linear(self._looked_up(x, A), B))
 
     def _looked_up(self, x: Tensor, weight: Tensor) -> Tensor:
         """Look the columns of a (features, rows) weight up; as in the layer itself, the padding gives no gradient."""
         module = self.module
         return F.embedding(x, weight.t(), module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """Put on ``y`` the factor that embeddings such as Gemma's have for what they look up."""
+        scale = getattr(self.module, "embed_scale", None)
+        if scale is None:
+            return y
+        return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -256,5 +270,6 @@ DENSE: tuple[LayerKind, ...] = (
         stands_for="conv",
     ),
     LayerKind("embedding", _is_plain_embedding, EmbeddingView),
+    LayerKind("norm", is_norm, NormView),
 )
 """The first row that matches a module is its kind."""

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from addenda.core.layers import kind_of, layer_at
 from addenda.core.layers.experts import ExpertPart
 from addenda.core.parts import Part
 from addenda.core.progress import OnProgress
+from addenda.core.whole import WholeAdapter
 from addenda.errors import ExportError
 from addenda.export.card import model_card
 from addenda.export.folder import new_folder, write_record
@@ -27,6 +28,7 @@ from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
 from addenda.export.peft.reading import import_peft, view_at
 from addenda.export.peft.stacked import target_of
+from addenda.export.peft.values import values
 
 __all__ = ["export_peft", "write_peft"]
 
@@ -137,23 +139,23 @@ def write_peft(
     Raises:
         ExportError: PEFT has no form for this method, or for one of its layers.
     """
-    form = _require_expressible(handle)
+    form, own, whole = _require_expressible(handle), handle.own(), _whole(handle)
     config: dict[str, Any] = {
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(whole) or None,
         "revision": revision,
-        "target_modules": _targets(handle),
+        "target_modules": _targets(own),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
-    if any(_kind(handle, path) == "conv1d-transposed" for path in handle.paths):
+    if any(_kind(own, path) == "conv1d-transposed" for path in own.paths):
         config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
-    config.update(form.settings(handle), peft_type=form.peft_type)
+    config.update(form.settings(own), peft_type=form.peft_type)
+    config, tensors = form.together(own, config, _foreign_tensors(form, own))
     config = {key: value for key, value in config.items() if key not in form.unknown}
-    config, tensors = form.together(handle, config, _foreign_tensors(form, handle))
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
+    save_file({**tensors, **_whole_tensors(handle, whole)}, path / TENSORS, metadata={"format": "pt"})
 
 
 def _require_expressible(handle: Handle) -> Form:
@@ -169,15 +171,22 @@ def _require_expressible(handle: Handle) -> Form:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    kinds = {path: kind_of(layer_at(handle.model, path)) for path in handle.paths}
-    other = [path for path, kind in kinds.items() if not (kind and form.has_layout(kind))]
+    kinds = {path: kind_of(layer_at(handle.model, path)) for path in handle.own().paths}
+    other = [path for path, kind in kinds.items() if kind is None or form.why_not(kind)]
     if other:
         raise ExportError(
             f"PEFT has no form for {len(other)} of the adapted layers, first '{other[0]}'",
             where={"kind": _kind(handle, other[0])},
             hint=f"it has one for the kinds {', '.join(form.kinds)}; '--to merged' keeps all layers",
         )
-    if problems := form.problems(handle):
+    problems = form.problems(handle.own())
+    if "modules_to_save" in form.unknown and _whole(handle):
+        problems.append(f"PEFT's {form.peft_type} has no modules_to_save")
+    if held := [path for path in _whole(handle) if isinstance(layer_at(handle.model, path), Part)]:
+        problems.append(f"'{held[0]}' is part of a module, and PEFT trains whole modules alone")
+    if handle.merged and any(isinstance(adapter, WholeAdapter) for adapter in handle.adapters.values()):
+        problems.append("it is merged, so that its change is part of the base's values")
+    if problems:
         raise ExportError("; ".join(problems), hint="the native folder keeps it")
     return form
 
@@ -209,3 +218,17 @@ def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
             for name, tensor in form.shared(adapter.common).items():
                 found[f"{SHARED_PREFIX}{name}"] = tensor
     return {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
+
+
+def _whole(handle: Handle) -> list[str]:
+    own = set(handle.own().paths)
+    return [path for path in handle.paths if path not in own]
+
+
+def _whole_tensors(handle: Handle, paths: list[str]) -> dict[str, Tensor]:
+    adapters = {path: cast(WholeAdapter, handle.adapters[path]) for path in paths}
+    return {
+        f"{PREFIX}{path}.{name}": tensor.detach().cpu().clone().contiguous()
+        for path, adapter in adapters.items()
+        for name, tensor in values(adapter, view_at(handle, path)).items()
+    }

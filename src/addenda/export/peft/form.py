@@ -25,7 +25,7 @@ __all__ = [
     "Form",
     "form",
     "form_for",
-    "form_named",
+    "form_of",
     "forms",
     "layers_of",
 ]
@@ -54,14 +54,21 @@ class Form(ABC):
     """Keys of the configuration that `read_settings` takes into account."""
     harmless: ClassVar[tuple[str, ...]] = ()
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
-    names: ClassVar[tuple[str, ...]]
-    """What a layer's tensors are called after its path and a dot."""
-    shared_names: ClassVar[tuple[str, ...]] = ()
-    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
-    whole: ClassVar[tuple[str, ...]] = ()
-    """Which of all these names stand for whole numbers."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    names: ClassVar[tuple[str, ...]]
+    """What a layer's tensors are called after its path and a dot."""
+    integers: ClassVar[tuple[str, ...]] = ()
+    """Those of all these names whose tensors hold whole numbers."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Those of `names` that a file may lack; `fill` then makes up for them."""
+    shared_names: ClassVar[tuple[str, ...]] = ()
+    """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+
+    @classmethod
+    def claims(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of `peft_type` is of this form; several methods may go by one name there."""
+        return True
 
     @abstractmethod
     def settings(self, handle: Handle) -> dict[str, Any]:
@@ -87,11 +94,9 @@ class Form(ABC):
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
 
-    def has_layout(self, kind: LayerKind) -> bool:
-        """Whether PEFT has a layout for adapters on layers of this kind."""
-        if issubclass(kind.view, PartView):
-            return kind.name in self.kinds
-        return kind.among(self.kinds)
+    def why_not(self, kind: LayerKind) -> str | None:
+        """Return why PEFT has no layout for adapters on layers of this kind, or None where it has."""
+        return why_not(kind, self.kinds)
 
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
@@ -113,8 +118,12 @@ class Form(ABC):
         """Undo `apart` for what is to be written."""
         return dict(config), dict(tensors)
 
+    def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
+        """Return layers that PEFT adapts along with these, though neither settings nor tensors name them."""
+        return []
+
     def problems(self, handle: Handle) -> list[str]:
-        """Return why PEFT has no form for this adapter, though it has one for the method."""
+        """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
@@ -124,13 +133,17 @@ class Form(ABC):
                 place.copy_(given[name])
 
 
+def why_not(kind: LayerKind, kinds: Sequence[str]) -> str | None:
+    """Return why a layer is of none of these kinds of PEFT's: a part counts by its own kind alone."""
+    names = (kind.name,) if issubclass(kind.view, PartView) else (kind.name, kind.stands_for)
+    return None if any(name in kinds for name in names) else "PEFT has no layout for it"
+
+
 def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
     """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
     targets = config.get("target_modules") or "all-linear"
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    layers = resolve(
-        model, chosen, lambda kind: None if kind.name in Form.kinds else "PEFT has no layout for it"
-    )
+    layers = resolve(model, chosen, lambda kind: why_not(kind, Form.kinds))
     return {path: view_of(layer, path) for path, layer in layers.items()}
 
 
@@ -158,6 +171,7 @@ def form_for(method: Method) -> Form | None:
     return found if found is not None and isinstance(method, found.method) else None
 
 
-def form_named(peft_type: object) -> Form | None:
-    """Return the form of PEFT's name, or None."""
-    return next((found for found in forms().values() if found.peft_type == peft_type), None)
+def form_of(config: Mapping[str, Any]) -> Form | None:
+    """Return the form of a configuration of PEFT's, or None."""
+    named = (found for found in forms().values() if found.peft_type == config.get("peft_type"))
+    return next((found for found in named if found.claims(config)), None)

@@ -6,8 +6,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -19,10 +20,12 @@ from addenda.core.contract import Base
 from addenda.core.handle import Handle
 from addenda.core.layers import layer_at, view_of
 from addenda.core.planning import require_possible
-from addenda.core.targets import adaptable, exact
+from addenda.core.targets import adaptable
+from addenda.core.whole import WholeAdapter, exact_layers
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
-from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_named, forms
+from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_of, forms
 from addenda.export.peft.stacked import is_target
+from addenda.export.peft.values import set_values, values
 
 __all__ = ["import_peft", "read_config", "view_at"]
 
@@ -33,6 +36,7 @@ _HARMLESS = (
     "base_model_name_or_path",
     "fan_in_fan_out",
     "inference_mode",
+    "modules_to_save",
     "peft_type",
     "peft_version",
     "revision",
@@ -41,6 +45,7 @@ _HARMLESS = (
     "task_type",
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
+_BASE_LAYER = ".base_layer."
 _NOTHING = ("bias = 'none'",)
 """Values that say that nothing is used."""
 
@@ -62,11 +67,16 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     source = Path(folder)
     config = read_config(source)
     form = _form(config, source)
-    config, tensors = form.apart(model, config, _read_tensors(source, form))
-    paths = _paths(form, tensors, source)
-    method = form.read_settings(config, paths, tensors)
-    _require_same_targets(model, config, paths, source)
-    layers = exact(model, paths, lambda kind: None if form.has_layout(kind) else "PEFT has no layout for it")
+    tensors = _without_base(model, _read_tensors(source), source)
+    _require_numbers(form, tensors, source)
+    config, tensors = form.apart(model, config, tensors)
+    paths, whole = _paths(form, config, tensors, source)
+    method = replace(form.read_settings(config, paths, tensors), whole=tuple(whole))
+    along = form.along(model, paths)
+    _require_same_targets(model, config, paths, along, source)
+    _require_saved(model, config, whole, source)
+    named = list(dict.fromkeys([*paths, *along, *whole]))
+    layers = exact_layers(model, method, named, why_not=form.why_not)
     require_possible(method, layers)
     handle = attach_paths(
         model, method, list(layers), name=name, fill=lambda made: _fill(form, made, tensors, source)
@@ -128,7 +138,7 @@ def _require_safe(config: Mapping[str, Any], source: Path) -> None:
         )
 
 
-def _read_tensors(source: Path, form: Form) -> dict[str, Tensor]:
+def _read_tensors(source: Path) -> dict[str, Tensor]:
     path = source / TENSORS
     if not path.is_file():
         raise NotFoundError(f"'{source}' lacks {TENSORS}", hint="copy the folder anew")
@@ -136,22 +146,42 @@ def _read_tensors(source: Path, form: Form) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as problem:
         raise _unfit(f"{TENSORS} is damaged: {problem}", source) from problem
+    return tensors
+
+
+def _require_numbers(form: Form, tensors: Mapping[str, Tensor], source: Path) -> None:
+    integers = {key for key in tensors if not {*key.split(".")}.isdisjoint(form.integers)}
     bad = [
         key
         for key, t in tensors.items()
-        if t.is_floating_point() != {*key.split(".")}.isdisjoint(form.whole)
-        or not bool(torch.isfinite(t).all())
+        if t.is_floating_point() == (key in integers) or not bool(torch.isfinite(t).all())
     ]
     if bad:
         raise _unfit(f"{len(bad)} tensors hold values that are no finite numbers, first '{bad[0]}'", source)
-    return tensors
+
+
+def _without_base(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Leave out weights of the base, which PEFT writes beside an adapted embedding; they must be this base's."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    names = {
+        key: key.removeprefix(PREFIX).replace(_BASE_LAYER, ".") for key in tensors if key.startswith(PREFIX)
+    }
+    held = {key: own[name] for key, name in names.items() if name in own}
+    other = [key for key, value in held.items() if not _same(tensors[key], value.detach())]
+    if other:
+        raise _unfit(f"'{other[0]}' is a weight of the base, and not this base's", source)
+    return {key: value for key, value in tensors.items() if key not in held}
+
+
+def _same(saved: Tensor, own: Tensor) -> bool:
+    return saved.shape == own.shape and torch.equal(saved.to(own.dtype), own.cpu())
 
 
 def _form(config: Mapping[str, Any], source: Path) -> Form:
     """Return the form of the configuration, all of whose settings have a counterpart here."""
-    found = form_named(config.get("peft_type"))
+    found = form_of(config)
     if found is None:
-        known = ", ".join(form.peft_type for form in forms().values())
+        known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
         raise _unfit(f"peft_type {config.get('peft_type')!r} is not read; {known} are", source)
     known_keys = {*found.reads, *found.harmless, *_HARMLESS}
     used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_keys]
@@ -161,17 +191,50 @@ def _form(config: Mapping[str, Any], source: Path) -> Form:
     return found
 
 
-def _paths(form: Form, tensors: Mapping[str, Tensor], source: Path) -> list[str]:
-    """The adapted layers, from the tensors' names; a name of any other form belongs to nothing."""
+def _paths(
+    form: Form, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
+) -> tuple[list[str], list[str]]:
+    """The adapted layers and those saved whole, from the tensors' names; any other name belongs to nothing."""
     names = "|".join(re.escape(name) for name in form.names)
     pattern = re.compile(re.escape(PREFIX) + rf"(?P<path>[^\s]+?)\.({names})")
-    found = {key: pattern.fullmatch(key) for key in tensors if not _is_shared(form, key)}
-    extra = [key for key, match in found.items() if match is None]
+    saved = re.compile(re.escape(PREFIX) + r"(?P<path>[^\s]+?)\.(weight|bias)")
+    found: dict[str, None] = {}
+    whole: dict[str, None] = {}
+    extra = []
+    for key in tensors:
+        if match := pattern.fullmatch(key):
+            found[match["path"]] = None
+        elif (match := saved.fullmatch(key)) and _is_saved(match["path"], _saved(config, source)):
+            whole[match["path"]] = None
+        elif not _is_shared(form, key):
+            extra.append(key)
     if extra or not found:
         raise _unfit(
             f"{len(extra)} tensors belong to nothing, first '{extra[0]}'" if extra else "no tensor", source
         )
-    return list(dict.fromkeys(match["path"] for match in found.values() if match))
+    return list(found), list(whole)
+
+
+def _saved(config: Mapping[str, Any], source: Path) -> list[str]:
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(entry, str) and entry for entry in saved):
+        raise _unfit(f"modules_to_save = {saved!r} is no list of names", source)
+    return saved
+
+
+def _is_saved(path: str, saved: list[str]) -> bool:
+    """Whether the layer at ``path``, or a module around it, has a name that ends as one of ``saved``, as PEFT asks."""
+    parts = path.split(".")
+    return any(".".join(parts[:end]).endswith(entry) for end in range(1, len(parts) + 1) for entry in saved)
+
+
+def _require_saved(model: nn.Module, config: Mapping[str, Any], whole: list[str], source: Path) -> None:
+    saved, inside = _saved(config, source), tuple(f"{path}." for path in whole)
+    names = [name for name, _ in model.named_parameters() if _is_saved(name.rpartition(".")[0], saved)]
+    missing = [name for name in names if not name.startswith(inside)]
+    if missing or (saved and not whole):
+        word = f", first of '{missing[0]}'" if missing else ""
+        raise _unfit(f"modules_to_save names {', '.join(saved)}, of which tensors are missing{word}", source)
 
 
 def _is_shared(form: Form, key: str) -> bool:
@@ -180,13 +243,18 @@ def _is_shared(form: Form, key: str) -> bool:
 
 
 def _require_same_targets(
-    model: nn.Module, config: Mapping[str, Any], paths: list[str], source: Path
+    model: nn.Module, config: Mapping[str, Any], paths: list[str], along: list[str], source: Path
 ) -> None:
     targets = config.get("target_modules")
     if not isinstance(targets, list):
         return
-    named = {path for path, (layer, _) in adaptable(model).items() if is_target(path, layer, config)}
-    missing, extra = sorted(named - set(paths)), sorted(set(paths) - named)
+    saved = _saved(config, source)
+    named = {
+        path
+        for path, (layer, _) in adaptable(model).items()
+        if is_target(path, layer, config) and not _is_saved(path, saved)
+    }
+    missing, extra = sorted(named - {*paths, *along}), sorted({*paths} - {*named, *along})
     if missing:
         raise _unfit(f"{len(missing)} target layers have no tensors, first '{missing[0]}'", source)
     if extra:
@@ -196,29 +264,49 @@ def _require_same_targets(
 
 
 def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
-    adapters = {path: (adapter, view_at(handle, path)) for path, adapter in handle.adapters.items()}
+    own = handle.own()
+    adapters = {path: (adapter, view_at(handle, path)) for path, adapter in own.adapters.items()}
+    whole = {
+        path: (cast(WholeAdapter, adapter), view_at(handle, path))
+        for path, adapter in handle.adapters.items()
+        if path not in adapters
+    }
     wanted = {
         f"{PREFIX}{path}.{name}": place
         for path, (adapter, layer) in adapters.items()
         for name, place in form.tensors(adapter, layer).items()
     }
-    common = next(iter(handle.adapters.values())).common
+    wanted.update(
+        (f"{PREFIX}{path}.{name}", place)
+        for path, (adapter, layer) in whole.items()
+        for name, place in values(adapter, layer).items()
+    )
+    optional = {key for key in wanted if any(key.endswith(f".{name}") for name in form.optional)}
+    common = next(iter(own.adapters.values())).common
     shared = {} if common is None else form.shared(common)
     wanted.update({SHARED_PREFIX + name: place for name, place in shared.items()})
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, extra = sorted(wanted.keys() - tensors.keys() - optional), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         word = f"'{missing[0]}' is missing" if missing else f"'{extra[0]}' belongs to nothing"
         raise _unfit(f"{word} ({len(missing)} missing, {len(extra)} too many)", source)
     for key, place in wanted.items():
-        if place.shape != tensors[key].shape:
+        if key in tensors and place.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
     for path, (adapter, layer) in adapters.items():
-        names = form.tensors(adapter, layer)
-        form.fill(adapter, layer, {name: tensors[f"{PREFIX}{path}.{name}"] for name in names})
+        form.fill(adapter, layer, _given(tensors, path, form.names))
+    for path, (changed, layer) in whole.items():
+        set_values(changed, layer, _given(tensors, path, ("weight", "bias")))
+    if problems := form.problems(handle):
+        raise _unfit("; ".join(problems), source)
+
+
+def _given(tensors: Mapping[str, Tensor], path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
+    keys = {name: f"{PREFIX}{path}.{name}" for name in names}
+    return {name: tensors[key] for name, key in keys.items() if key in tensors}
 
 
 def view_at(handle: Handle, path: str) -> Base:

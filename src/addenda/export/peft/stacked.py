@@ -110,6 +110,8 @@ def problems(handle: Handle) -> list[str]:
         layer = layer_at(handle.model, path)
         if isinstance(layer, AttentionPart) and layer.name != "out_proj" and layer.weight_at.rows is None:
             found.append(f"'{path}' is a separate projection, and PEFT adapts packed ones alone")
+        if isinstance(layer, Part) and cast(LoRA, handle.method).bias:
+            found.append(f"'{path}' is part of a module, where PEFT trains no bias")
     return found[:1]
 
 

@@ -33,7 +33,7 @@ class UniLoRAForm(Form):
         "unilora_scales_B",
     )
     shared_names: ClassVar[tuple[str, ...]] = ("unilora_theta_d",)
-    whole: ClassVar[tuple[str, ...]] = names[:2]
+    integers: ClassVar[tuple[str, ...]] = names[:2]
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         method = cast(UniLoRA, handle.method)

@@ -30,7 +30,7 @@ class VBLoRAForm(Form):
     harmless: ClassVar[tuple[str, ...]] = ("init_logits_std", "init_vector_bank_bound", "vblora_dropout")
     names: ClassVar[tuple[str, ...]] = ("vblora_logits_A", "vblora_logits_B")
     shared_names: ClassVar[tuple[str, ...]] = ("vblora_vector_bank",)
-    whole: ClassVar[tuple[str, ...]] = tuple(name + _INDICES for name in names)
+    integers: ClassVar[tuple[str, ...]] = tuple(name + _INDICES for name in names)
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         method = cast(VBLoRA, handle.method)
