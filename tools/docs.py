@@ -131,6 +131,24 @@ def methods_page() -> str:
     return page("Methods", intro, methods_table(""), *sections)
 
 
+def starts_page() -> str:
+    """Return every start of a low-rank update, with its settings."""
+    from addenda.core import starts
+
+    rows, sections = [], []
+    for name in starts.names():
+        start = starts.get(name)
+        moved = "yes" if start.moved else "no"
+        rows.append([f"[`{name}`](#{name})", summary(start), start.needs or "nothing", moved])
+        about = f"## {name}\n\n```text\n{inspect.getdoc(start)}\n```"
+        sections.append("\n\n".join([about, settings_table(start)] if dataclasses.fields(start) else [about]))
+    intro = (
+        "How the factors of a low-rank update can begin: `start` and `start_settings` of the method `lora`. What it "
+        "needs beside the weight is observed beforehand. Those that are taken off double the rank of the forward pass."
+    )
+    return page("Starts", intro, table(["start", "what it is", "needs", "taken off again"], rows), *sections)
+
+
 def methods_table(link: str) -> str:
     """Return one row for each method; ``link`` is the page that describes them."""
     from addenda.core import registry
@@ -257,6 +275,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "findings.md": findings_page,
     "methods.md": methods_page,
     "recipe.md": recipe_page,
+    "starts.md": starts_page,
 }
 
 

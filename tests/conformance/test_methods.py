@@ -598,23 +598,22 @@ def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
         with addenda.activated(model, addenda.Rows(tuple(names))), refused:
             model(rows)
         return
+    whose = {name: torch.tensor([other == name for other in names]) for name in (*loaded, None)}
 
     def alone(name: str | None) -> Tensor:
         with addenda.activated(model, name):
-            return model(rows)
+            return model(rows[whose[name]])
 
-    weight = torch.randn_like(alone(None))
     with addenda.activated(model, addenda.Rows(tuple(names))):
         routed = model(rows)
+        weight = torch.randn_like(routed)
         (routed * weight).sum().backward()
-    for place, name in enumerate(names):
-        torch.testing.assert_close(routed[place], alone(name)[place], rtol=1e-4, atol=1e-5)
+    for name, own in whose.items():
+        torch.testing.assert_close(routed[own], alone(name), rtol=1e-4, atol=1e-5)
     mixed = {name: [p.grad for p in handle.parameters()] for name, handle in loaded.items()}
     model.zero_grad()
     for name in loaded:
-        own = torch.tensor([other == name for other in names])
-        with addenda.activated(model, name):
-            (model(rows) * weight)[own].sum().backward()
+        (alone(name) * weight[whose[name]]).sum().backward()
         for parameter, grad in zip(loaded[name].parameters(), mixed[name], strict=True):
             torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
 
