@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -226,11 +227,6 @@ PATHS = {
 """Where the layer under test is not ``layer`` itself, but a part of it."""
 
 
-VARIANTS = [
-    registry.get(name).from_settings(v) for name in registry.names() for v in registry.get(name).variants
-]
-
-
 def refused(method: Method, layer: str) -> bool:
     path = PATHS.get(layer, "layer")
     view = view_of(layer_at(LAYERS[layer]()[0], path), path)
@@ -238,9 +234,27 @@ def refused(method: Method, layer: str) -> bool:
     return not asked or bool(method.problems_at(view)) or bool(method.problems_among([path]))
 
 
-PAIRS = [(f"{m.name}-{i}-{layer}", m, layer) for i, m in enumerate(VARIANTS) for layer in LAYERS]
-CASES = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if not refused(method, layer)]
-REFUSED = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if refused(method, layer)]
+EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
+"""Layers on which the everyday suite tries all methods; on the others it tries three. The slow suite has all pairs."""
+THREE = ("lora", "ia3", "bottleneck")
+
+
+def pair(name: str, number: int, method: Method, layer: str) -> Any:
+    """A method on a layer, marked slow where only the slow suite tries it."""
+    often = layer == "linear" or (number == 0 and (layer in EVERY_DAY or method.name in THREE))
+    return pytest.param(method, layer, id=name, marks=[] if often else [pytest.mark.slow])
+
+
+NUMBERED = [
+    (number, registry.get(name).from_settings(settings))
+    for name in registry.names()
+    for number, settings in enumerate(registry.get(name).variants)
+]
+PAIRS = [(f"{m.name}-{n}-{layer}", n, m, layer) for n, m in NUMBERED for layer in LAYERS]
+SORTED = {True: [], False: []}
+for each in PAIRS:
+    SORTED[refused(*each[2:])].append(pair(*each))
+CASES, REFUSED = SORTED[False], SORTED[True]
 
 
 @pytest.fixture

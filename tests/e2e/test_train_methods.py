@@ -52,10 +52,11 @@ def test_the_budget_is_reached_and_a_resumed_run_ends_with_the_same_bits(tmp_pat
 
 def test_an_invoked_adapter_learns_what_comes_behind_its_invocation(tmp_path: Path) -> None:
     base, rows, losses = tiny.make_base(), tiny.make_rows(8), []
-    masks = [(False,) * 4 + (True,) * (len(row) - 2) for row in rows]
     rows = [
-        type(row)((*row.input_ids[:2], 1, 2, *row.input_ids[2:]), mask, row.row)
-        for row, mask in zip(rows, masks, strict=True)
+        type(row)(
+            (*row.input_ids[:2], 1, 2, *row.input_ids[2:]), (False,) * 4 + (True,) * (len(row) - 2), row.row
+        )
+        for row in rows
     ]
     rows = [row for row in rows if len(row) > 4]
     probe = torch.tensor([rows[0].input_ids])
