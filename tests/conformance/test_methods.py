@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.pytorch_utils import Conv1D
 
 import addenda
 import addenda.errors
 from addenda.core import registry
-from addenda.core.contract import Method
-from addenda.core.layers import kind_of, view_of
+from addenda.core.contract import Adapter, Method
+from addenda.core.layers import LayerView, kind_of, layer_at, view_of
 from addenda.core.lowrank import frozen_linear
 
 
@@ -81,6 +84,46 @@ class Small(nn.Module):
         return self.head(y.flatten(2).mean(-1) if y.dim() > 3 else y)
 
 
+class Attending(nn.Module):
+    """An attention whose keys and values may have other widths than its queries."""
+
+    def __init__(self, **widths: int) -> None:
+        super().__init__()
+        self.layer = nn.MultiheadAttention(24, 4, batch_first=True, **widths)
+        nn.init.normal_(self.layer.in_proj_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x[..., : self.layer.kdim], x[..., : self.layer.vdim])[0]
+
+
+class Recurring(nn.Module):
+    """A recurrent module, of which the outputs of all steps count."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+class Mixing(nn.Module):
+    """Three experts, two for each row, all of which get rows."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.layer = experts
+        self.layer.config._experts_implementation = "eager"
+        for parameter in self.layer.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        chosen = (torch.arange(2 * len(rows)) % 3).view(-1, 2)
+        gates = rows[:, :2].softmax(-1)
+        return self.layer(rows, chosen, gates).view_as(x)
+
+
 def _linear() -> tuple[nn.Module, Tensor]:
     return Small(nn.Linear(24, 20), nn.Identity(), 20), torch.randn(4, 5, 24)
 
@@ -121,6 +164,16 @@ def _block() -> tuple[nn.Module, Tensor]:
     return Small(FeedForward(24, 40), nn.Identity(), 24), torch.randn(4, 5, 24)
 
 
+def _gated_experts() -> tuple[nn.Module, Tensor]:
+    config = MixtralConfig(hidden_size=24, intermediate_size=10, num_local_experts=3)
+    return Mixing(MixtralExperts(config)), torch.randn(4, 5, 24)
+
+
+def _transposed_experts() -> tuple[nn.Module, Tensor]:
+    config = GptOssConfig(hidden_size=24, intermediate_size=20, num_local_experts=3)
+    return Mixing(GptOssExperts(config)), torch.randn(4, 5, 24)
+
+
 def _transformer_block() -> tuple[nn.Module, Tensor]:
     layer = nn.TransformerEncoderLayer(24, 4, 40, dropout=0.0, batch_first=True)
     return Small(layer, nn.Identity(), 24), torch.randn(4, 5, 24)
@@ -137,7 +190,22 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "conv2d-grouped-square": lambda: _conv(nn.Conv2d(16, 32, 2, groups=4), 8, 9),
     "conv2d-reflect": lambda: _conv(nn.Conv2d(16, 20, 3, padding="same", padding_mode="reflect"), 8, 9),
     "conv3d": lambda: _conv(nn.Conv3d(16, 20, (1, 2, 3)), 4, 5, 6),
+    "transposed-conv1d": lambda: _conv(nn.ConvTranspose1d(16, 20, 3, stride=2, output_padding=1), 9),
+    "transposed-conv2d-grouped": lambda: _conv(
+        nn.ConvTranspose2d(16, 32, (2, 3), groups=4, dilation=2), 5, 6
+    ),
     "embedding": _embedding,
+    "embedding-padded": lambda: (
+        Small(nn.Embedding(30, 24, padding_idx=3), nn.Identity(), 24),
+        torch.randint(30, (4, 7)),
+    ),
+    "attention": lambda: (Attending(), torch.randn(4, 5, 24)),
+    "attention-output": lambda: (Attending(), torch.randn(4, 5, 24)),
+    "attention-separate": lambda: (Attending(kdim=20, vdim=16), torch.randn(4, 5, 24)),
+    "lstm": lambda: (Recurring(nn.LSTM(24, 5, batch_first=True)), torch.randn(4, 5, 24)),
+    "gru": lambda: (Recurring(nn.GRU(7, 24, num_layers=2, bidirectional=True)), torch.randn(4, 5, 7)),
+    "expert": _gated_experts,
+    "expert-transposed": _transposed_experts,
     "layer-norm": lambda: _norm(nn.LayerNorm(24), 4, 5, 24),
     "rms-norm": lambda: _norm(LlamaRMSNorm(24), 4, 5, 24),
     "group-norm": lambda: _norm(nn.GroupNorm(4, 16), 2, 16, 8, 9),
@@ -147,10 +215,23 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 }
 """Every layer on which every method is tried; the layer is called ``layer``."""
 
+PATHS = {
+    "attention": "layer.v_proj",
+    "attention-output": "layer.out_proj",
+    "attention-separate": "layer.q_proj",
+    "lstm": "layer.weight_ih_l0",
+    "gru": "layer.weight_hh_l1_reverse",
+    "expert": "layer.1.gate_up_proj",
+    "expert-transposed": "layer.2.down_proj",
+}
+"""Where the layer under test is not ``layer`` itself, but a part of it."""
+
 
 def refused(method: Method, layer: str) -> bool:
-    view = view_of(LAYERS[layer]()[0].layer, "layer")
-    return not kind_of(view.module).among(method.layer_kinds()) or bool(method.problems_at(view))
+    path = PATHS.get(layer, "layer")
+    view = view_of(layer_at(LAYERS[layer]()[0], path), path)
+    asked = kind_of(view.module).why_not(method) is None
+    return not asked or bool(method.problems_at(view)) or bool(method.problems_among([path]))
 
 
 EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
@@ -181,11 +262,16 @@ def case(layer: str) -> tuple[nn.Module, Tensor]:
     return LAYERS[layer]()
 
 
+@pytest.fixture
+def path(layer: str) -> str:
+    return PATHS.get(layer, "layer")
+
+
 @pytest.mark.parametrize(("method", "layer"), REFUSED)
-def test_a_layer_it_cannot_adapt_is_refused_by_the_plan(method: Method, layer: str) -> None:
+def test_a_layer_it_cannot_adapt_is_refused_by_the_plan(method: Method, layer: str, path: str) -> None:
     model, _ = LAYERS[layer]()
     with pytest.raises((addenda.errors.TargetError, addenda.errors.MethodError)) as caught:
-        addenda.plan(model, method, "layer")
+        addenda.plan(model, method, path)
     assert caught.value.hint
     assert type(model.layer).__name__ == type(LAYERS[layer]()[0].layer).__name__
 
@@ -198,6 +284,22 @@ def stirred(handle: addenda.Handle) -> addenda.Handle:
     return handle
 
 
+def input_of(model: nn.Module, path: str, batch: Tensor) -> Tensor:
+    """An input of the layer itself."""
+    if path != "layer":
+        return torch.randn(3, layer_at(model, path)._addenda.view.d_in, dtype=batch.dtype)
+    return model.before(batch) if hasattr(model, "before") else batch
+
+
+def why_unmergeable(method: Method, adapter: Adapter, view: LayerView) -> str | None:
+    if not method.mergeable:
+        return "cannot be merged"
+    if not view.writable:
+        return "keeps a quantized weight"
+    placeless = view.bias_place() is None and adapter.fold(view.weight(), None)[1] is not None
+    return "for which its module has no place" if placeless else None
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -207,10 +309,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_starts_equal_to_its_base(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_starts_equal_to_its_base(
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
+) -> None:
     model, batch = case
     before = model(batch)
-    addenda.attach(model, method, "layer", probe=batch)
+    addenda.attach(model, method, path, probe=batch)
     if "identity" in method.exceptions:
         assert not torch.allclose(model(batch), before), "the declared exception does not hold"
     else:
@@ -219,12 +323,12 @@ def test_starts_equal_to_its_base(method: Method, layer: str, case: tuple[nn.Mod
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_disabled_equals_base_and_detached_gives_the_base_back(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
     before, weights, kind = model(batch), snapshot(model), type(model.layer)
     trainable = [p.requires_grad for p in model.parameters()]
-    handle = stirred(addenda.attach(model, method, "layer"))
+    handle = stirred(addenda.attach(model, method, path))
     assert not torch.allclose(model(batch), before), "a trained adapter must change the output"
     handle.disable()
     assert torch.equal(model(batch), before)
@@ -240,11 +344,11 @@ def test_disabled_equals_base_and_detached_gives_the_base_back(
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_gradients_reach_every_adapter_parameter_and_no_base_parameter(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
     base = dict(model.named_parameters())
-    handle = stirred(addenda.attach(model, method, "layer"))
+    handle = stirred(addenda.attach(model, method, path))
     weights = {name: p.detach().clone() for name, p in base.items()}
     optimizer = torch.optim.SGD(handle.parameters(), lr=0.1)
     before = [p.detach().clone() for p in handle.parameters()]
@@ -258,29 +362,30 @@ def test_gradients_reach_every_adapter_parameter_and_no_base_parameter(
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_fold_agrees_with_forward(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_fold_agrees_with_forward(
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
+) -> None:
     model, batch = case
     model, batch = model.double(), batch.double() if batch.is_floating_point() else batch
-    handle = stirred(addenda.attach(model, method, "layer"))
-    view = model.layer._addenda.view
+    handle = stirred(addenda.attach(model, method, path))
+    view = layer_at(model, path)._addenda.view
     if not method.mergeable:
         with pytest.raises(addenda.errors.MethodError, match="cannot be folded"):
-            handle.adapters["layer"].fold(torch.zeros(1, 1), None)
+            handle.adapters[path].fold(torch.zeros(1, 1), None)
         return
-    weight, bias = handle.adapters["layer"].fold(view.weight(), view.bias())
-    x = model.before(batch) if hasattr(model, "before") else batch
-    torch.testing.assert_close(view.apply(x, weight, bias), model.layer(x), rtol=1e-10, atol=1e-10)
+    weight, bias = handle.adapters[path].fold(view.weight(), view.bias())
+    x = input_of(model, path, batch)
+    torch.testing.assert_close(view.apply(x, weight, bias), layer_at(model, path)(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_merge_then_unmerge_restores_the_base_bitwise(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
-    handle = stirred(addenda.attach(model, method, "layer"))
+    handle = stirred(addenda.attach(model, method, path))
     adapted, weights = model(batch), snapshot(model)
-    if not method.mergeable or layer == "packed-linear":
-        why = "keeps a quantized weight" if method.mergeable else "cannot be merged"
+    if why := why_unmergeable(method, handle.adapters[path], layer_at(model, path)._addenda.view):
         with pytest.raises(addenda.errors.MethodError, match=why):
             handle.merge()
         assert same(snapshot(model), weights)
@@ -295,10 +400,10 @@ def test_merge_then_unmerge_restores_the_base_bitwise(
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_save_and_load_are_bitwise(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor], tmp_path: object
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor], tmp_path: object
 ) -> None:
     model, batch = case
-    handle = stirred(addenda.attach(model, method, "layer", name="mine"))
+    handle = stirred(addenda.attach(model, method, path, name="mine"))
     expected = model(batch)
     saved = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
     addenda.save(model, f"{tmp_path}/adapter")
@@ -311,11 +416,11 @@ def test_save_and_load_are_bitwise(
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_dtype_follows_the_base_and_parameters_stay_wide(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
     model, batch = model.bfloat16(), batch.bfloat16() if batch.is_floating_point() else batch
-    handle = stirred(addenda.attach(model, method, "layer"))
+    handle = stirred(addenda.attach(model, method, path))
     output = model(batch)
     assert output.dtype == torch.bfloat16
     assert {p.dtype for p in handle.parameters()} == {torch.float32}
@@ -324,31 +429,37 @@ def test_dtype_follows_the_base_and_parameters_stay_wide(
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_parameter_count_equals_the_plan(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_parameter_count_equals_the_plan(
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
+) -> None:
     model, _ = case
     state = torch.get_rng_state()
-    planned = addenda.plan(model, method, "layer")
-    handle = addenda.attach(model, method, "layer")
+    planned = addenda.plan(model, method, path)
+    handle = addenda.attach(model, method, path)
     assert handle.trainable_parameters == planned.parameters
     assert sum(t.numel() * t.element_size() for t in handle.tensors().values()) == planned.bytes
     assert torch.equal(torch.get_rng_state(), state), "attaching must not draw from the global generator"
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_same_seed_gives_the_same_adapter(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_same_seed_gives_the_same_adapter(
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
+) -> None:
     model, _ = case
     first = {
         n: p.detach().clone()
-        for n, p in addenda.attach(model, method, "layer", name="a", seed=7).named_parameters()
+        for n, p in addenda.attach(model, method, path, name="a", seed=7).named_parameters()
     }
-    second = dict(addenda.attach(model, method, "layer", name="b", seed=7).named_parameters())
+    second = dict(addenda.attach(model, method, path, name="b", seed=7).named_parameters())
     assert same(first, {n: p.detach() for n, p in second.items()})
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_deepcopy_is_independent(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_deepcopy_is_independent(
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
+) -> None:
     model, batch = case
-    handle = stirred(addenda.attach(model, method, "layer"))
+    handle = stirred(addenda.attach(model, method, path))
     expected = model(batch)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(batch), expected)
@@ -356,15 +467,15 @@ def test_deepcopy_is_independent(method: Method, layer: str, case: tuple[nn.Modu
     assert torch.equal(model(batch), expected)
     assert not torch.allclose(twin(batch), expected)
     handle.detach()
-    assert hasattr(twin.layer, "adapters")
+    assert hasattr(layer_at(twin, path), "adapters")
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_activation_checkpointing_gives_the_same_gradients(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
-    handle = stirred(addenda.attach(model, method, "layer"))
+    handle = stirred(addenda.attach(model, method, path))
     model(batch).square().sum().backward()
     plain = [p.grad.clone() for p in handle.parameters()]
     model.zero_grad()
@@ -374,11 +485,11 @@ def test_activation_checkpointing_gives_the_same_gradients(
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
-def test_two_adapters_stack(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_two_adapters_stack(method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]) -> None:
     model, batch = case
-    first = stirred(addenda.attach(model, method, "layer", name="first"))
+    first = stirred(addenda.attach(model, method, path, name="first"))
     alone = model(batch)
-    second = addenda.attach(model, method, "layer", name="second")
+    second = addenda.attach(model, method, path, name="second")
     if "identity" not in method.exceptions:
         torch.testing.assert_close(model(batch), alone, rtol=0, atol=1e-5)
     stirred(second)
@@ -390,27 +501,30 @@ def test_two_adapters_stack(method: Method, layer: str, case: tuple[nn.Module, T
     assert torch.equal(model(batch), both)
     first.detach()
     second.detach()
-    assert not hasattr(model.layer, "adapters")
+    assert not hasattr(layer_at(model, path), "adapters")
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_what_is_declared_additive_commutes(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
     for name in ("first", "second"):
-        stirred(addenda.attach(model, method, "layer", name=name))
-    if not model.layer.adapters["first"].additive:
+        stirred(addenda.attach(model, method, path, name=name))
+    if not layer_at(model, path).adapters["first"].additive:
         return
     before = model(batch)
     addenda.activate(model, ["second", "first"])
     torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
-    x = model.before(batch) if hasattr(model, "before") else batch
-    term = model.layer(x) - model.layer.original_class.forward(model.layer, x)
+    x = input_of(model, path, batch)
+    adapted = layer_at(model, path)
+    view = adapted._addenda.view
+    term = adapted(x) - view(x)
     with torch.no_grad():
-        for parameter in model.layer.original_class.parameters(model.layer, recurse=False):
-            parameter.add_(1.0)
-    moved = model.layer(x) - model.layer.original_class.forward(model.layer, x)
+        for place in (view.weight_place(), view.bias_place()):
+            if place is not None and place.parameter is not None:
+                place.parameter.add_(1.0)
+    moved = adapted(x) - view(x)
     torch.testing.assert_close(moved, term, rtol=1e-3, atol=1e-3)
 
 
@@ -418,9 +532,9 @@ COMPILED = [case for case in CASES if case.values[1] in ("linear", "conv2d")]
 
 
 @pytest.mark.parametrize(("method", "layer"), COMPILED)
-def test_compiled_equals_eager(method: Method, layer: str, case: tuple[nn.Module, Tensor]) -> None:
+def test_compiled_equals_eager(method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]) -> None:
     model, batch = case
-    stirred(addenda.attach(model, method, "layer"))
+    stirred(addenda.attach(model, method, path))
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(batch), model(batch), rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
@@ -485,12 +599,19 @@ def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) ->
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
     rows = batch.repeat(2, *[1] * (batch.dim() - 1))[:4]
     names = ["a", None, "b", "a"]
-    loaded = {name: stirred(addenda.attach(model, method, "layer", name=name)) for name in ("a", "b")}
+    loaded = {name: stirred(addenda.attach(model, method, path, name=name)) for name in ("a", "b")}
+    if (
+        path in PATHS.values()
+    ):  # rows are not told apart by a weight, nor by an expert, to which they come in any order
+        refused = pytest.raises((addenda.errors.MethodError, addenda.errors.TargetError), match="rows")
+        with addenda.activated(model, addenda.Rows(tuple(names))), refused:
+            model(rows)
+        return
     whose = {name: torch.tensor([other == name for other in names]) for name in (*loaded, None)}
 
     def alone(name: str | None) -> Tensor:
@@ -513,16 +634,16 @@ def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
 def test_a_weighted_sum_adds_what_each_alone_changes(
-    method: Method, layer: str, case: tuple[nn.Module, Tensor]
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
-    x = model.before(batch) if hasattr(model, "before") else batch
     for name in ("a", "b"):
-        stirred(addenda.attach(model, method, "layer", name=name))
+        stirred(addenda.attach(model, method, path, name=name))
+    x = input_of(model, path, batch)
 
     def under(wanted: object) -> Tensor:
         with addenda.activated(model, wanted):
-            return model.layer(x)
+            return layer_at(model, path)(x)
 
     base = under(None)
     wanted = base + 0.7 * (under("a") - base) - 0.4 * (under("b") - base)

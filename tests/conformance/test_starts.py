@@ -41,7 +41,9 @@ def refused(start: str, layer: str) -> bool:
     return view.kind == "block" or bool(method_of(start).problems_at(view))
 
 
-PAIRS = [(start, layer) for start in starts.names() for layer in LAYERS if layer != "block"]
+PAIRS = [
+    (start, layer) for start in starts.names() for layer in LAYERS if layer not in {"block", *methods.PATHS}
+]
 CASES = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS if not refused(*pair)]
 REFUSED = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS if refused(*pair)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from addenda.core.contract import Adapter, Method
 from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.host import host_of, install
-from addenda.core.layers import view_of
+from addenda.core.layers import layer_at, view_of
 from addenda.core.observations import Observed
 from addenda.core.planning import plan
 from addenda.core.probe import Probe, prove, prove_by_own_batch
@@ -46,7 +46,8 @@ def attach(
     ``eval()``, or the adapter belongs to a base that is nowhere else.
 
     Args:
-        model: any module; the layers named by ``targets`` change their class, nothing else does.
+        model: any module; the layers named by ``targets`` change their class, and what holds or runs them where it
+            passes them by: attention, recurrent modules, stacked experts, ``nn.TransformerEncoder``. Nothing else does.
         method: which method, with its settings, such as ``LoRA(rank=16)``.
         targets: ``"all-linear"`` (every linear layer but the output head), ``"all-norms"``, ``"all-blocks"`` (of a
             transformer), the literal end of a layer's path such as ``"q_proj"``, or several of these. None lets the
@@ -99,10 +100,9 @@ def attach_paths(
     With ``fill``, which writes saved values into the adapter, nothing is initialized, and the probe asks only whether
     every adapter is called: a trained one may well have a gradient of zero.
     """
-    require_free(model, name, paths)
-    views = {
-        path: view_of(model.get_submodule(path), path, seed=seed, initialize=fill is None) for path in paths
-    }
+    layers = {path: layer_at(model, path) for path in paths}
+    require_free(model, name, layers)
+    views = {path: view_of(layers[path], path, seed=seed, initialize=fill is None) for path in paths}
     for path, view in views.items():
         view.observed = observed.layers[path] if observed is not None else None
     adapters = build_adapters(method, views, on_progress=on_progress)
@@ -187,7 +187,7 @@ def _require_observed(method: Method, paths: list[str], observed: Observed | Non
         )
 
 
-def require_free(model: nn.Module, name: str, paths: list[str]) -> None:
+def require_free(model: nn.Module, name: str, layers: Mapping[str, nn.Module]) -> None:
     """Refuse a name that an adapter on these layers cannot have.
 
     Raises:
@@ -212,17 +212,14 @@ def require_free(model: nn.Module, name: str, paths: list[str]) -> None:
             where={"adapters": " ".join(taken)},
             hint=f"choose another name, or detach it first: addenda.detach(model, '{name}')",
         )
-    modules = {path: model.get_submodule(path) for path in paths}
-    held = [path for path, module in modules.items() if (host := host_of(module)) and name in host.adapters]
+    held = [path for path, module in layers.items() if (host := host_of(module)) and name in host.adapters]
     if held:
         raise TargetError(
             f"'{held[0]}' already carries an adapter '{name}', attached through another module",
             where={"layers": len(held)},
             hint="choose another name, or detach it by the handle of that attach",
         )
-    foreign = [
-        path for path, module in modules.items() if hasattr(module, "adapters") and not host_of(module)
-    ]
+    foreign = [path for path, module in layers.items() if hasattr(module, "adapters") and not host_of(module)]
     if foreign:
         raise TargetError(
             f"'{foreign[0]}' already has an attribute 'adapters' of its own",

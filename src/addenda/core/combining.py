@@ -18,6 +18,7 @@ from addenda.core.composition import Stack, Sum
 from addenda.core.contract import Adapter, Method
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.ranges import integer, number
+from addenda.core.targets import adaptable
 from addenda.errors import ConfigError, MethodError, NotFoundError
 
 __all__ = ["WAYS", "combine"]
@@ -91,7 +92,7 @@ def combine(
     method = registry.get("lora").from_settings(
         {"rank": usual, "alpha": float(usual), "ranks": others, "alphas": alphas}
     )
-    paths = [path for path, _ in model.named_modules() if path in made]
+    paths = [path for path in adaptable(model) if path in made]
     return _attached(model, method, paths, name, made)
 
 

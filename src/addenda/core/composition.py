@@ -19,7 +19,7 @@ from torch import Tensor
 
 from addenda.core.contract import Adapter, Base
 from addenda.core.terms import Part
-from addenda.errors import ConfigError, TargetError
+from addenda.errors import ConfigError, MethodError, TargetError
 
 __all__ = ["Composition", "Rows", "Stack", "Stacked", "Sum", "average", "from_settings", "parallel"]
 
@@ -39,6 +39,16 @@ class Composition(ABC):
     @abstractmethod
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         """Return what a layer gives for ``x`` with those of ``adapters``, by name, that take part."""
+
+    @abstractmethod
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the (d_out, d_in) weight and (d_out,) bias with which the bare layer computes the same.
+
+        Raises:
+            MethodError: there is no such weight.
+        """
 
     def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
         """Return the low-rank terms that `run` adds to the layer's output, if that is all it does, else None.
@@ -83,6 +93,14 @@ class Stack(Composition):
 
     def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
         return _joined([(adapters[name], 1.0) for name in self.names if name in adapters])
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
+    ) -> tuple[Tensor, Tensor | None]:
+        for name in self.names:
+            if name in adapters:
+                weight, bias = adapters[name].fold(weight, bias)
+        return weight, bias
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         present = [adapters[name] for name in self.names if name in adapters]
@@ -130,6 +148,20 @@ class Sum(Composition):
         return _joined(
             [(adapters[name], weight) for name, weight in self.weights.items() if name in adapters]
         )
+
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
+    ) -> tuple[Tensor, Tensor | None]:
+        total, total_bias = weight, bias
+        for name, share in self.weights.items():
+            if name not in adapters:
+                continue
+            folded, folded_bias = adapters[name].fold(weight, bias)
+            total = total + share * (folded - weight)
+            if folded_bias is not None:
+                start = torch.zeros_like(folded_bias) if bias is None else bias
+                total_bias = (start if total_bias is None else total_bias) + share * (folded_bias - start)
+        return total, total_bias
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         if (parts := self.parts(adapters, x, base.path)) is not None:
@@ -193,6 +225,18 @@ class Rows(Composition):
     def without(self, name: str) -> Rows:
         return Rows(tuple(None if own == name else own for own in self.of), self.lengths)
 
+    def fold(
+        self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
+    ) -> tuple[Tensor, Tensor | None]:
+        owners = {name if name in adapters else None for name in self.of}
+        if len(owners) > 1:
+            raise MethodError(
+                "rows cannot have adapters of their own on a weight that is read and not called",
+                hint="route adapters on layers that are called, or run the rows one adapter at a time",
+            )
+        [owner] = owners
+        return (weight, bias) if owner is None else adapters[owner].fold(weight, bias)
+
     def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
         dim = self._dim(x, path, features=True)
         each = x.shape[:-1].numel() // x.shape[dim]  # rows of the flattened input to one place in ``dim``
@@ -207,6 +251,11 @@ class Rows(Composition):
         return tuple(found)
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
+        if base.routed and len({name if name in adapters else None for name in self.of}) > 1:
+            raise TargetError(
+                f"layer '{base.path}' is given rows in an order of its router's: they cannot be routed to adapters",
+                hint="route adapters on layers that see every row",
+            )
         features = base.channels_in is not None
         dim = self._dim(x, base.path, features=features)
         terms = self.parts(adapters, x, base.path) if features else None

@@ -78,7 +78,9 @@ class Base(ABC):
     path: str
     """Dotted path of the layer in its model."""
     kind: str
-    """Name of the layer kind, as in ``core/layers.py``."""
+    """Name of the layer kind, as in ``core/layers``."""
+    routed: ClassVar[bool] = False
+    """Whether the layer is given only those rows that a router sends it, in an order of their own."""
     common: nn.Module | None
     """What the adapters of all layers share, as :meth:`Method.build_common` made it."""
     observed: Mapping[str, Tensor] | None
@@ -138,6 +140,11 @@ class Base(ABC):
     @abstractmethod
     def has_bias(self) -> bool:
         """Whether the layer adds a bias."""
+
+    @property
+    def bias_possible(self) -> bool:
+        """Whether the layer has a bias, or can be given one."""
+        return True
 
     @property
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -45,18 +45,16 @@ def fingerprint(model: nn.Module) -> str:
 
 def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedLinear]]:
     """Yield the base's tensors in the order of their names; where weights are merged, the kept originals."""
-    kept: dict[str, Tensor | None] = {}
+    prefixes: dict[nn.Module, list[str]] = {}
     packed: dict[str, PackedLinear] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        prefixes.setdefault(module, []).append(prefix)
         if isinstance(module, PackedLinear):
-            packed[f"{path}." if path else ""] = module
-        host = host_of(module)
-        if host is not None and host._addenda.kept is not None:
-            weight, bias = host._addenda.kept
-            prefix = f"{path}." if path else ""
-            kept.update({f"{prefix}weight": weight, f"{prefix}bias": bias})
+            packed[prefix] = module
     skip = adapter_prefixes(model)
     state = dict(model.state_dict())
+    kept = _kept(prefixes)
     for prefix in packed:
         own = [name for name in state if name.startswith(prefix) and "." not in name[len(prefix) :]]
         for name in own:
@@ -68,6 +66,23 @@ def _base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor | PackedLinear
         # None is a bias that merging made; what is no tensor is a module's extra state.
         if isinstance(original, Tensor | PackedLinear) and not name.startswith(skip):
             yield name, original
+
+
+def _kept(prefixes: Mapping[nn.Module, list[str]]) -> dict[str, Tensor | None]:
+    """Return what the parameters that merging has changed were before, by name; None for a bias that was not there."""
+    kept: dict[str, Tensor | None] = {}
+    for module in prefixes:
+        host = host_of(module)
+        if host is None or host._addenda.kept is None:
+            continue
+        view = host._addenda.view
+        for place, original in zip((view.weight_place(), view.bias_place()), host._addenda.kept, strict=True):
+            if place is None:
+                continue
+            for prefix in prefixes[place.module]:
+                name = f"{prefix}{place.name}"
+                kept[name] = None if original is None else place.into(kept.get(name), original)
+    return kept
 
 
 def _sampled(tensor: Tensor) -> bytes:

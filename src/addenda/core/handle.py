@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -16,17 +16,21 @@ from addenda.core.contract import Adapter, Method
 from addenda.core.host import (
     Host,
     HostState,
+    PaddedEncoder,
     Selection,
     adapter_prefixes,
+    fold,
+    pad_encoders,
     remove,
     require_module,
     running_on,
 )
 from addenda.core.tokens import TokenWatch
+from addenda.core.views import LayerView
 from addenda.core.whole import is_whole
 from addenda.errors import MethodError
 
-__all__ = ["Handle", "handles", "tokens_kept"]
+__all__ = ["Handle", "handles", "tied", "tokens_kept"]
 
 
 class Handle:
@@ -116,7 +120,10 @@ class Handle:
 
     def rate_of(self, name: str) -> float:
         """Return the method's factor on the learning rate for the parameter of this name."""
-        path = next((p for p in self._hosts if name.startswith(f"{p}.")), "*")
+        path = name
+        while path and path not in self._hosts:
+            path = path.rpartition(".")[0]
+        path = path or "*"
         return 1.0 if is_whole(self.method, path) else self.method.rate_of(name[len(path) + 1 :])
 
     def penalty(self) -> Tensor | None:
@@ -186,8 +193,8 @@ class Handle:
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
             if state.kept is None:
-                state.kept = _copy_of(self._hosts[path])
-            _write(self._hosts[path], weight, bias)
+                state.kept = _copy_of(state.view)
+            _write(state.view, weight, bias)
             state.merged.append(self.name)
         self._selection.composition = self._selection.composition.without(self.name)
 
@@ -221,6 +228,8 @@ class Handle:
             if registry.watch is not None:
                 registry.watch.remove()
             _thaw(self.model, registry.thawed)
+            for encoder in registry.padded:
+                encoder.__class__ = cast(PaddedEncoder, encoder).original_class
             del self.model.__dict__["_addenda_registry"]
 
     def _unfold(self) -> None:
@@ -231,11 +240,11 @@ class Handle:
 
     def _restore(self, path: str, state: HostState) -> None:
         assert state.kept is not None
-        _write(self._hosts[path], *state.kept)
+        _write(state.view, *state.kept)
         others = list(state.merged)
         for name in others:
             adapter = cast(Adapter, self._host(path).adapters[name])
-            _write(self._hosts[path], *_fold(adapter, state))
+            _write(state.view, *_fold(adapter, state.view))
         if not others:
             state.kept = None
 
@@ -248,7 +257,7 @@ class Handle:
             MethodError: the method has no such weight, or a folded value is not finite.
         """
         host = self._host(path)
-        weight, bias = _fold(self.adapters[path], host._addenda)
+        weight, bias = _fold(cast(Adapter, host.adapters[self.name]), host._addenda.view)
         if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
             raise MethodError(
                 f"folding '{self.name}' into '{path}' gives values that are not finite",
@@ -262,7 +271,7 @@ class Handle:
                 f"method '{self.method.name}' cannot be merged",
                 hint="keep the adapter beside its base, or use 'lora'",
             )
-        packed = [path for path in self._hosts if not self._host(path)._addenda.view.writable]
+        packed = [path for path in self._hosts if not self._view(path).writable]
         if packed:
             raise MethodError(
                 f"'{packed[0]}' ({self._host(packed[0]).original_class.__name__}) keeps a quantized weight: "
@@ -270,7 +279,7 @@ class Handle:
                 where={"layers": len(packed)},
                 hint="keep the adapter beside its base; '--to peft' writes it for other programs",
             )
-        made = [path for path, module in self._hosts.items() if module._parameters.get("weight") is None]
+        made = [path for path in self._hosts if self._view(path).weight_place().parameter is None]
         if made or any(p.is_meta for p in self.parameters()):
             raise MethodError(
                 f"the weight of '{made[0]}' is computed from other tensors: there is no place to fold into"
@@ -280,7 +289,7 @@ class Handle:
                 if made
                 else "load the base's values before attaching",
             )
-        more = [path for path in self._hosts if not self._host(path)._addenda.view.is_plain()]
+        more = [path for path in self._hosts if not self._view(path).is_plain()]
         if more:
             raise MethodError(
                 f"'{more[0]}' ({self._host(more[0]).original_class.__name__}) does more than apply its weight: "
@@ -288,10 +297,11 @@ class Handle:
                 where={"layers": len(more)},
                 hint="leave such layers out of the targets, or keep the adapter beside its base",
             )
-        tied = [f"'{path}' with '{other}'" for path, other in _tied(self.model, self._hosts).items()]
-        if tied:
+        views = {path: self._view(path) for path in self._hosts}
+        shared = [f"'{path}' with '{other}'" for path, other in tied(self.model, views).items()]
+        if shared:
             raise MethodError(
-                f"merging would also change a layer that shares its weight: {', '.join(tied)}",
+                f"merging would also change a layer that shares its weight: {', '.join(shared)}",
                 hint="untie the weights first, or keep the adapter beside its base",
             )
 
@@ -355,6 +365,9 @@ class Handle:
     def _host(self, path: str) -> Host:
         return cast(Host, self._hosts[path])
 
+    def _view(self, path: str) -> LayerView:
+        return self._host(path)._addenda.view
+
     def __repr__(self) -> str:
         state = "merged" if self.merged else "active" if self.active else "disabled"
         count = f"{len(self._hosts)} layers, {self.trainable_parameters:,} parameters"
@@ -367,6 +380,7 @@ class Registry:
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
         self.selection = Selection()
+        self.padded: list[nn.Module] = []
         self.watch: TokenWatch | None = None
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
@@ -381,6 +395,7 @@ def _registry(model: nn.Module) -> Registry:
         parameters = dict(model.named_parameters())
         for name in registry.thawed:
             parameters[name].requires_grad_(False)
+        registry.padded = pad_encoders(model)
     return cast(Registry, registry)
 
 
@@ -414,45 +429,49 @@ def _thaw(model: nn.Module, names: list[str]) -> None:
             parameters[name].requires_grad_(True)
 
 
-def _tied(model: nn.Module, hosts: dict[str, nn.Module]) -> dict[str, str]:
-    """Return, for each hosted layer whose weight is also another module's, that other module's path."""
-    owners: dict[int, list[str]] = {}
+def tied(model: nn.Module, views: Mapping[str, LayerView]) -> dict[str, str]:
+    """Return, for each layer whose weight or bias is also another module's, that other module's path."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                owners.setdefault(id(parameter), []).append(path)
-    tied = {}
-    for path, module in hosts.items():
-        shared = [o for p in module._parameters.values() if p is not None for o in owners[id(p)] if o != path]
-        if shared:
-            tied[path] = shared[0]
-    return tied
+                owners.setdefault(id(parameter), []).append((path, module))
+    found = {}
+    for path, view in views.items():
+        places = [place for place in (view.weight_place(), view.bias_place()) if place is not None]
+        others = [
+            other
+            for place in places
+            for other, module in owners.get(id(place.parameter), ())
+            if module is not place.module
+        ]
+        if others:
+            found[path] = others[0]
+    return found
 
 
-def _fold(adapter: Adapter, state: HostState) -> tuple[Tensor, Tensor | None]:
-    """Fold in float32 at least, whatever the base's dtype, and round once."""
-    view = state.view
-    wide = torch.promote_types(view.dtype, torch.float32)
+def _fold(adapter: Adapter, view: LayerView) -> tuple[Tensor, Tensor | None]:
+    with torch.no_grad():
+        weight, bias = fold(view, [adapter.fold])
+    return view.from_matrix(weight), bias
+
+
+def _copy_of(view: LayerView) -> tuple[Tensor, Tensor | None]:
     bias = view.bias()
-    with torch.no_grad():
-        weight, bias = adapter.fold(view.weight().to(wide), None if bias is None else bias.to(wide))
-    return view.from_matrix(weight).to(view.dtype), None if bias is None else bias.to(view.dtype)
+    return view.weight_place().tensor().detach().clone(), None if bias is None else bias.clone()
 
 
-def _copy_of(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    bias = getattr(module, "bias", None)
-    return cast(Tensor, module.weight).detach().clone(), None if bias is None else bias.detach().clone()
-
-
-def _write(module: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+def _write(view: LayerView, weight: Tensor, bias: Tensor | None) -> None:
     """Write a layer's weight and bias; the one place where a base weight is changed."""
-    stored = module._parameters
     with torch.no_grad():
-        cast(Tensor, stored["weight"]).copy_(weight)
+        view.weight_place().tensor().copy_(weight)
+        place = view.bias_place()
+        if place is None:
+            return
         if bias is None:
-            if stored.get("bias") is not None:
-                stored["bias"] = None
-        elif stored.get("bias") is None:
-            stored["bias"] = nn.Parameter(bias.clone(), requires_grad=False)
+            if place.parameter is not None:
+                place.module._parameters[place.name] = None
+        elif place.parameter is None:
+            place.module._parameters[place.name] = nn.Parameter(bias.clone(), requires_grad=False)
         else:
-            cast(Tensor, stored["bias"]).copy_(bias)
+            place.tensor().copy_(bias)

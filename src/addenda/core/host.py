@@ -8,7 +8,7 @@ the class back.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,18 +16,22 @@ from torch import Tensor, nn
 
 from addenda.core.composition import Composition, Stack, Stacked
 from addenda.core.contract import Adapter, Base
+from addenda.core.parts import Part, adapted_class
 from addenda.core.views import LayerView
 from addenda.errors import MethodError, TargetError
 
 __all__ = [
     "Host",
     "HostState",
+    "PaddedEncoder",
     "Selection",
     "adapter_prefixes",
     "compositions_on",
     "count_call",
+    "fold",
     "host_of",
     "install",
+    "pad_encoders",
     "remove",
     "require_module",
     "running_on",
@@ -103,22 +107,40 @@ def running_on(host: Host) -> list[str]:
     return [name for each in compositions_on(host) for name in each.names if name in host.adapters]
 
 
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _adapted_class(original: type[nn.Module]) -> type[nn.Module]:
-    """Return the host class of a layer class; one for each, so that hosts of a kind compare and compile alike."""
-    if original not in _CLASSES:
-        # Where transformers looks a class up by its full name, the host has to be found as what it stands for.
-        names = {"__module__": original.__module__, "__qualname__": original.__qualname__}
-        _CLASSES[original] = type(
-            f"Adapted{original.__name__}", (Host, original), {"original_class": original, **names}
-        )
-    return _CLASSES[original]
-
-
 def _noop_hook(module: nn.Module, args: object, output: object) -> None:
     """Present only so that PyTorch's fused inference paths, which read weights and call no layer, stay off."""
+
+
+class PaddedEncoder:
+    """Mixed in before ``nn.TransformerEncoder``: where gradients are wanted it computes on padded batches.
+
+    Whether they are wanted the encoder tells by its weights, and those of a base are frozen. On nested tensors its
+    attention would then refuse to be differentiated.
+    """
+
+    original_class: type[nn.Module]
+    use_nested_tensor: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the encoder; arguments as its own."""
+        nested = self.use_nested_tensor
+        self.use_nested_tensor = nested and not torch.is_grad_enabled()
+        try:
+            return self.original_class.forward(cast(nn.Module, self), *args, **kwargs)
+        finally:
+            self.use_nested_tensor = nested
+
+
+def pad_encoders(model: nn.Module) -> list[nn.Module]:
+    """Let every ``nn.TransformerEncoder`` compute on padded batches for gradients; returns those that are changed."""
+    changed: list[nn.Module] = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoder) and not isinstance(module, PaddedEncoder)
+    ]
+    for module in changed:
+        module.__class__ = adapted_class(type(module), PaddedEncoder)
+    return changed
 
 
 def require_module(model: object) -> None:
@@ -140,6 +162,31 @@ def host_of(module: nn.Module) -> Host | None:
     return module if isinstance(module, Host) else None
 
 
+Fold = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Changes a (d_out, d_in) weight and a bias as `Adapter.fold` does."""
+
+
+def fold(view: LayerView, folds: Iterable[Fold]) -> tuple[Tensor, Tensor | None]:
+    """Return the layer's (d_out, d_in) weight and its bias with adapters folded in, one after another.
+
+    It is done in float32 at least, whatever the layer's dtype, and rounded once.
+
+    Raises:
+        MethodError: an adapter cannot be folded, or gives a bias for which the layer has no place.
+    """
+    wide = torch.promote_types(view.dtype, torch.float32)
+    weight, bias = view.weight().to(wide), view.bias()
+    bias = None if bias is None else bias.to(wide)
+    for each in folds:
+        weight, bias = each(weight, bias)
+    if bias is not None and view.bias_place() is None:
+        raise MethodError(
+            f"the adapter on '{view.path}' folds into a bias, for which its module has no place",
+            hint="leave the layer out of the targets, or keep the adapter beside its base",
+        )
+    return weight.to(view.dtype), None if bias is None else bias.to(view.dtype)
+
+
 def count_call(host: Host | None) -> None:
     """Note that the adapters of a layer run."""
     if host is not None and not torch.compiler.is_compiling():
@@ -157,7 +204,9 @@ def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
 def install(module: nn.Module, view: LayerView, name: str, adapter: Adapter, selection: Selection) -> None:
     """Put an adapter on a layer, swapping the layer's class if it is the first; ``selection`` says whether it runs."""
     if not isinstance(module, Host):
-        module.__class__ = _adapted_class(type(module))
+        if isinstance(module, Part):
+            module.join()
+        module.__class__ = adapted_class(type(module), Host)
         module.adapters = nn.ModuleDict()
         object.__setattr__(module, "_addenda", HostState(view))
         handle = module.register_forward_hook(_noop_hook)
@@ -178,3 +227,5 @@ def remove(module: nn.Module, name: str) -> None:
         object.__delattr__(module, "_addenda")
         object.__delattr__(module, "_addenda_hook")
         module.__class__ = host.original_class
+        if isinstance(module, Part):
+            module.leave()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from addenda.core.attaching import install_adapters, require_free
 from addenda.core.contract import Adapter, Base, Method
-from addenda.core.layers import view_of
+from addenda.core.layers import layer_at, view_of
 from addenda.core.observations import Observed, Observer
 from addenda.core.planning import plan
 from addenda.core.probe import Probe, _output, _undisturbed
@@ -75,7 +75,13 @@ def observe(
     """
     paths = [row.path for row in plan(model, method, targets).rows]
     _require_means(method, original)
-    views = {path: view_of(model.get_submodule(path), path) for path in paths}
+    views = {path: view_of(layer_at(model, path), path) for path in paths}
+    if original is None and (read := [path for path, view in views.items() if view.folded]):
+        raise MethodError(
+            f"'{read[0]}' is read by its module and never called: no input of it can be observed",
+            where={"layers": len(read)},
+            hint="leave these layers out of the targets, or begin with what the weight alone tells",
+        )
     observers = {path: method.observer(view) for path, view in views.items()}
     if original is not None:
         _compare(views, observers, original, on_progress)
@@ -155,7 +161,7 @@ def _watch(
     on_progress: OnProgress | None,
 ) -> None:
     gradients = method.needs() == "gradients"
-    require_free(model, _NAME, list(views))
+    require_free(model, _NAME, {path: view.module for path, view in views.items()})
     watchers = {path: _Watcher(observers[path], view, gradients=gradients) for path, view in views.items()}
     handle = install_adapters(model, method, _NAME, dict(views), dict(watchers))
     total = len(batches) if isinstance(batches, Sized) else None
@@ -232,8 +238,8 @@ def _compare(
     differs = False
     for done, (path, view) in enumerate(views.items(), start=1):
         try:
-            first = view_of(original.get_submodule(path), path).weight()
-        except AttributeError:
+            first = view_of(layer_at(original, path), path).weight()
+        except TargetError:
             raise TargetError(
                 f"the original has no layer '{path}'", hint="give the model that this one was quantized from"
             ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from torch import nn
 
 from addenda.core.building import build_adapters
 from addenda.core.contract import Method
+from addenda.core.handle import tied
 from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
 from addenda.core.packed_layers import packed_numel
-from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve
+from addenda.core.parts import Part
+from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve, why_unknown
 from addenda.core.views import LayerView
 from addenda.core.whole import is_whole, whole_layers, whole_problems
 from addenda.errors import MethodError
@@ -111,17 +112,23 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
             hint="make one of the classes that 'addenda methods' lists, with its settings",
         )
     wanted = default_targets(model, method) if targets is None else targets
-    targeted, whole = resolve(model, wanted, kinds=method.layer_kinds()), whole_layers(model, method)
+    why_not, whole = (lambda kind: kind.why_not(method)), whole_layers(model, method)
+    targeted = resolve(model, wanted, why_not)
     layers = {p: m for p, (m, _) in adaptable(model).items() if p in targeted or p in whole}
-    rows, shared = _planned(method, _possible_views(method, layers, whole_problems(model, method)))
-    notes = _notes(model, wanted, list(targeted))
+    views = _possible_views(method, layers, whole_problems(model, method))
+    rows, shared = _planned(method, views)
+    notes = _left_out(model, method) if "all-linear" in listed(wanted) else _uneven(list(targeted))
+    notes += [
+        f"'{path}' shares its weight with '{other}', which goes on with the weight as it is"
+        for path, other in tied(model, views).items()
+    ]
     if (
         targets is None
         and wanted == "all-linear"
         and type(method).default_targets is not Method.default_targets
     ):
         notes.insert(0, f"no layer has a name that {method.name} goes by: all linear layers instead")
-    return Plan(method, rows, _base_parameters(model), tuple(notes), *shared)
+    return Plan(method, rows, _base_parameters(model), tuple(notes[:20]), *shared)
 
 
 def require_possible(method: Method, layers: Mapping[str, nn.Module]) -> None:
@@ -144,7 +151,7 @@ def _possible_views(
 
 def default_targets(model: nn.Module, method: Method) -> Targets:
     """Return the method's own choice of targets for this model."""
-    paths = [path for path, (_, kind) in adaptable(model).items() if kind.among(method.layer_kinds())]
+    paths = [path for path, (_, kind) in adaptable(model).items() if kind.why_not(method) is None]
     return method.default_targets(paths)
 
 
@@ -152,11 +159,16 @@ def _require_possible(method: Method, views: Sequence[LayerView], problems: Sequ
     by_problem: dict[str, list[str]] = {}
     tried: dict[object, list[str]] = {}
     for view in views:
-        form = (view.original, type(getattr(view.module, "weight", None)))
-        if form not in tried:  # one of each class stands for all of it: a trial runs the layer
-            tried[form] = view.problems()
-        own = [] if is_whole(method, view.path) else method.problems_at(view)
-        for problem in tried[form] + own:
+        if view.form not in tried:  # one of each class stands for all of it: a trial runs the layer
+            tried[view.form] = view.problems()
+        dropping = view.folded and bool(getattr(method, "dropout", False))
+        unseen = (
+            ["dropout needs the layer's input, which is not seen where a weight is only read"]
+            if dropping
+            else []
+        )
+        own = [] if is_whole(method, view.path) else unseen + method.problems_at(view)
+        for problem in tried[view.form] + own:
             by_problem.setdefault(problem, []).append(view.path)
     paths = [view.path for view in views]
     lines = [*problems, *(f"{problem} at {_some(places)}" for problem, places in by_problem.items())]
@@ -199,9 +211,7 @@ def _size(made: nn.Module, *, without: nn.Module | None = None) -> tuple[int, in
 def _base_parameters(model: nn.Module) -> int:
     inside = adapter_prefixes(model)
     stored = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(inside))
-    others = [
-        m for m, kind in adaptable(model).values() if kind.stands_for and not hasattr(m, "packed_shape")
-    ]
+    others = [m for m, kind in adaptable(model).values() if kind.name == "quantized-linear"]
     return stored + packed_numel(model) + sum(_not_stored(m) for m in others)
 
 
@@ -211,24 +221,38 @@ def _not_stored(layer: Any) -> int:
     return int(layer.in_features * layer.out_features) - (0 if weight is None else weight.numel())
 
 
-def _notes(model: nn.Module, wanted: Targets, paths: list[str]) -> list[str]:
-    notes = []
-    if "all-linear" in listed(wanted):
-        layers = adaptable(model)
-        left = [p for p, (_, kind) in layers.items() if kind.linear and bypass_of(model, p)]
-        notes += [
-            f"'{p}' is left out: {bypass_of(model, p)} reads its weight without calling it" for p in left
-        ]
-        experts = [
-            n for n, p in model.named_parameters() if p.dim() == 3 and n.rpartition(".")[0] not in layers
-        ]
-        if experts:
-            notes.append(
-                f"{len(experts)} stacked 3-D weights, such as '{experts[0]}', are of no known kind: left out"
-            )
-    else:
-        counts = Counter(path.rpartition(".")[2] for path in paths)
-        if len(set(counts.values())) > 1:
-            found = ", ".join(f"{name} {count}" for name, count in counts.items())
-            notes.append(f"the targets are found in different numbers of layers: {found}")
-    return list(itertools.islice(notes, 20))
+def _left_out(model: nn.Module, method: Method) -> list[str]:
+    """Return a note for each reason why 'all-linear' leaves something out."""
+    layers = adaptable(model)
+    linear = {path: kind for path, (_, kind) in layers.items() if kind.linear}
+    notes = [
+        f"'{path}' is left out: {parent} reads its weight without calling it"
+        for path in linear
+        if (parent := bypass_of(model, path, layers[path][0]))
+    ]
+    whys = {path: why for path, kind in linear.items() if (why := kind.why_not(method))}
+    whys |= {path: why for path, module in model.named_modules() if (why := why_unknown(module))}
+    for why, count in Counter(whys.values()).items():
+        first = next(path for path in whys if whys[path] == why)
+        notes.append(f"{count} left out, such as '{first}': {why}")
+    known = {_owner(path, layer) for path, (layer, _) in layers.items()} | whys.keys()
+    stacked = [n for n, p in model.named_parameters() if p.dim() == 3 and n.rpartition(".")[0] not in known]
+    if stacked:
+        notes.append(
+            f"{len(stacked)} stacked 3-D weights, such as '{stacked[0]}', are of no known kind: left out"
+        )
+    return notes
+
+
+def _owner(path: str, layer: nn.Module) -> str:
+    """Return the path of the module that a layer's parameters belong to."""
+    return path.removesuffix(layer.name).removesuffix(".") if isinstance(layer, Part) else path
+
+
+def _uneven(paths: list[str]) -> list[str]:
+    """Return a note where the targets are found in different numbers of layers."""
+    counts = Counter(path.rpartition(".")[2] for path in paths)
+    if len(set(counts.values())) < 2:
+        return []
+    found = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return [f"the targets are found in different numbers of layers: {found}"]

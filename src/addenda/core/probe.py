@@ -90,13 +90,32 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
         )
     moved = {id(p) for p, g in zip(trained, found, strict=True) if g is not None and bool(g.abs().sum() != 0)}
     silent = [path for path, calls in counts.items() if not calls.get(handle.name)]
+    unasked = _unasked(handle, silent)
+    silent = [path for path in silent if path not in unasked]
     still = [
         path
         for path, a in handle.adapters.items()
         if not a.may_rest and not any(id(p) in moved for p in a.parameters())
     ]
-    _report(handle, silent, [path for path in still if gradients and path not in silent])
-    handle.probed = f"all {len(counts)} adapters were called" + " and received a gradient" * gradients
+    _report(
+        handle, silent, [path for path in still if gradients and path not in silent and path not in unasked]
+    )
+    called = f"all {len(counts)}" if not unasked else f"{len(counts) - len(unasked)} of {len(counts)}"
+    handle.probed = f"{called} adapters were called" + " and received a gradient" * gradients
+    if unasked:
+        handle.probed += f"; the router sent nothing to the {len(unasked)} others, such as '{min(unasked)}'"
+
+
+def _unasked(handle: Handle, silent: list[str]) -> set[str]:
+    """Return which of the silent adapters stand on experts that got no rows, while others beside them did."""
+    owners: dict[str, object] = {}
+    for path in handle.paths:
+        view = handle._host(path)._addenda.view
+        if view.routed:
+            owners[path] = view.module.owner
+    quiet = set(silent)
+    asked = {owner for path, owner in owners.items() if path not in quiet}
+    return {path for path in silent if path in owners and owners[path] in asked}
 
 
 @contextlib.contextmanager

@@ -5,13 +5,14 @@ No regular expressions: a target may come from a file somebody else wrote.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from addenda.core.host import adapter_prefixes
-from addenda.core.layers import KINDS, LayerKind, kind_of
+from addenda.core.layers import KINDS, LayerKind, kind_of, parts_of
+from addenda.core.parts import Part
 from addenda.errors import TargetError, nearest
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "strays",
     "suffixes_present",
     "unmatched",
+    "why_unknown",
 ]
 
 T = TypeVar("T")
@@ -78,6 +80,11 @@ FEED_FORWARD_OUTPUTS = (
     "ffn.lin2",
     "dense_4h_to_h",
 )
+
+_OF_NO_KIND: dict[type[nn.Module], str] = {
+    nn.Bilinear: "its weight of three dimensions multiplies two inputs",
+    nn.EmbeddingBag: "it adds up what it looks up, in a way of its own for each mode",
+}
 
 _HEAD_NAMES = ("lm_head", "embed_out", "output_projection")
 
@@ -155,20 +162,34 @@ def at(path: str, table: Mapping[str, T], default: T) -> T:
 def adaptable(model: nn.Module) -> dict[str, tuple[nn.Module, LayerKind]]:
     """Return every layer of a known kind by its path; adapters themselves are not layers."""
     inside = adapter_prefixes(model)
-    return {
-        path: (module, kind)
-        for path, module in model.named_modules()
-        if not path.startswith(inside) and (kind := kind_of(module)) is not None
-    }
+    layers: dict[str, tuple[nn.Module, LayerKind]] = {}
+    for path, module in model.named_modules():
+        # A part is found by its owner, also where it is a module too, as the output projection of an attention.
+        if path.startswith(inside) or path in layers or isinstance(module, Part):
+            continue
+        prefix = f"{path}." if path else ""
+        found = {path: module, **{prefix + name: part for name, part in parts_of(module).items()}}
+        layers.update(
+            {at: (layer, kind) for at, layer in found.items() if (kind := kind_of(layer)) is not None}
+        )
+    return layers
 
 
-def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict[str, nn.Module]:
+def resolve(
+    model: nn.Module, targets: Targets, why_not: Callable[[LayerKind], str | None]
+) -> dict[str, nn.Module]:
     """Return the layers the targets name, in the model's order.
+
+    Args:
+        model: any module.
+        targets: what to look for.
+        why_not: tells why a layer of a kind cannot be taken; None where it can.
 
     Raises:
         TargetError: a target matches nothing, or only layers that cannot be adapted; all are reported at once.
     """
-    layers = {path: pair for path, pair in adaptable(model).items() if pair[1].among(kinds)}
+    every = adaptable(model)
+    layers = {path: pair for path, pair in every.items() if why_not(pair[1]) is None}
     wanted = listed(targets)
     also_called = _other_names(model)
     chosen: set[str] = set()
@@ -179,18 +200,36 @@ def resolve(model: nn.Module, targets: Targets, *, kinds: Sequence[str]) -> dict
         elif target in ALL_OF_A_KIND:
             found = {p for p, (_, kind) in layers.items() if kind.name == ALL_OF_A_KIND[target]}
         else:
-            found = {p for p in layers if any(matches(name, target) for name in (p, *also_called.get(p, ())))}
-        bypassed = sorted(p for p in found if bypass_of(model, p))
+            found = {p for p, (m, _) in layers.items() if _is_named(p, m, target, also_called)}
+        bypassed = sorted(p for p in found if bypass_of(model, p, layers[p][0]))
         if target == "all-linear":
             found -= set(bypassed)
             bypassed = []
-        problems += [f"'{p}' is read by {bypass_of(model, p)} without being called" for p in bypassed]
+        problems += [
+            f"'{p}' is read by {bypass_of(model, p, layers[p][0])} without being called" for p in bypassed
+        ]
         if not found:
-            problems.append(_unmatched(model, target))
+            kinds = [k for p, (m, k) in every.items() if _is_named(p, m, target, also_called)]
+            reasons = [reason for k in kinds if (reason := why_not(k)) is not None]
+            problems.append(_unmatched(model, target, reasons))
         chosen |= found
     if problems or not wanted:
         raise _error(model, layers, wanted, problems or ["no target was given"])
     return {path: module for path, (module, _) in layers.items() if path in chosen}
+
+
+def _is_named(path: str, module: nn.Module, target: str, also_called: Mapping[str, list[str]]) -> bool:
+    """Whether a target names the layer: by one of its paths, or a part by what it is a part of."""
+    if not isinstance(module, Part):
+        return any(matches(name, target) for name in (path, *also_called.get(path, ())))
+    owner = path.removesuffix(module.name).removesuffix(".")
+    names = module.name.split(".")
+    tails = [".".join(names[:length]) for length in range(len(names) + 1)] + names[-1:]
+    return any(
+        matches(f"{place}.{tail}".strip("."), target)
+        for place in (owner, *also_called.get(owner, ()))
+        for tail in tails
+    )
 
 
 def listed(targets: Targets) -> list[str]:
@@ -225,14 +264,16 @@ def _other_names(model: nn.Module) -> dict[str, list[str]]:
     return others
 
 
-def exact(model: nn.Module, paths: Sequence[str], *, kinds: Sequence[str]) -> dict[str, nn.Module]:
+def exact(
+    model: nn.Module, paths: Sequence[str], why_not: Callable[[LayerKind], str | None]
+) -> dict[str, nn.Module]:
     """Return the layers at exactly these paths, in the model's order.
 
     Raises:
-        TargetError: a path is not a layer of one of the kinds; all are reported at once.
+        TargetError: a path is no layer, or one that cannot be taken; all are reported at once.
     """
     layers = adaptable(model)
-    wrong = [path for path in paths if path not in layers or not layers[path][1].among(kinds)]
+    wrong = [path for path in paths if path not in layers or why_not(layers[path][1]) is not None]
     if wrong:
         raise _error(
             model,
@@ -244,8 +285,10 @@ def exact(model: nn.Module, paths: Sequence[str], *, kinds: Sequence[str]) -> di
     return {path: module for path, (module, _) in layers.items() if path in wanted}
 
 
-def bypass_of(model: nn.Module, path: str) -> str | None:
-    """Name the parent that reads the layer's weight instead of calling the layer, where that is known."""
+def bypass_of(model: nn.Module, path: str, layer: nn.Module) -> str | None:
+    """Name the parent that reads the layer's weight instead of calling the layer, where no adapter can follow."""
+    if isinstance(layer, Part):
+        return None
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     if isinstance(parent, nn.MultiheadAttention) and name == "out_proj":
@@ -264,17 +307,22 @@ def _all_linear(model: nn.Module, layers: dict[str, tuple[nn.Module, LayerKind]]
     }
 
 
-def _unmatched(model: nn.Module, target: str) -> str:
+def _unmatched(model: nn.Module, target: str, reasons: Sequence[str]) -> str:
+    """Say why a target gives no layer: it names none, or only such as the reasons speak of."""
     others = [m for p, m in model.named_modules() if p and matches(p, target)]
-    if others:
-        kind = type(others[0]).__name__
-        why = (
-            " with max_norm, which changes its weight at each call"
-            if getattr(others[0], "max_norm", None)
-            else ""
-        )
-        return f"target '{target}' names only modules that this method cannot adapt ({kind}{why})"
-    return f"target '{target}' matched no module"
+    why = next(iter(reasons), None) or next((said for m in others if (said := why_unknown(m))), None)
+    if not others and why is None:
+        return f"target '{target}' matched no module"
+    kind = type(others[0]).__name__ if others else None
+    said = ": ".join(part for part in (kind, why) if part)
+    return f"target '{target}' names only modules that this method cannot adapt ({said})"
+
+
+def why_unknown(module: nn.Module) -> str | None:
+    """Return why a module with a weight is of no layer kind, where that is known."""
+    if getattr(module, "max_norm", None) is not None:
+        return "max_norm changes its weight at each call"
+    return next((why for kind, why in _OF_NO_KIND.items() if isinstance(module, kind)), None)
 
 
 def _error(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core import parts
 from addenda.core.changed import changed_linear
 from addenda.core.contract import Base
 from addenda.core.lowrank import low_rank_linear
 from addenda.core.terms import Part, Term, linear_with_terms
 from addenda.memory.arena import product
 
-__all__ = ["CompressedView", "LayerView", "LinearView", "autocast_on"]
+__all__ = ["CompressedView", "LayerView", "LinearView", "PartView", "autocast_on"]
 
 
 def autocast_on(x: Tensor) -> bool:
@@ -38,6 +39,8 @@ class LayerView(Base):
     """What the layer's forward calls its first argument."""
     writable: ClassVar[bool] = True
     """Whether a merge may write the layer's weight."""
+    folded: ClassVar[bool] = False
+    """Whether the layer is never called: its weight is read, so an adapter acts by what it folds into alone."""
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(**settings)
@@ -94,6 +97,11 @@ class LayerView(Base):
     def bias(self) -> Tensor | None:
         return self.module.bias.detach() if self.has_bias else None
 
+    @property
+    def form(self) -> object:
+        """What layers have in common for which `problems` is the same."""
+        return self.original, type(getattr(self.module, "weight", None))
+
     def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if (
             not self.writable or self.module._parameters.get("weight") is None
@@ -132,13 +140,21 @@ class LayerView(Base):
         """Return why no adapter can be trained on the layer, one short sentence each."""
         return []
 
+    def weight_place(self) -> parts.Place:
+        """Where the weight is kept."""
+        return parts.Place(self.module, "weight")
+
+    def bias_place(self) -> parts.Place | None:
+        """Where the bias is kept, or would be; None where there is no place for one."""
+        return parts.Place(self.module, "bias")
+
     def is_plain(self) -> bool:
         """Whether the layer computes its kind's operation with its weight, and nothing more.
 
         A subclass may do more: an embedding that scales what it looks up, a linear layer with a norm. One that
         defines a forward of its own is tried on a small input.
         """
-        if self.original.forward in _PLAIN_FORWARDS:
+        if self.runs_plain_forward():
             return True
         with torch.no_grad():
             x = self.sample()
@@ -149,6 +165,10 @@ class LayerView(Base):
             plain = self.apply(x, self.weight(), self.bias())
             same_form = isinstance(y, Tensor) and y.shape == plain.shape
             return same_form and not bool((y - plain).abs().max() > 0.01 * plain.abs().max())
+
+    def runs_plain_forward(self) -> bool:
+        """Whether the layer has the forward of PyTorch's own class."""
+        return self.original.forward in _PLAIN_FORWARDS
 
     def sample(self) -> Tensor:
         """A small input."""
@@ -178,6 +198,9 @@ _PLAIN_FORWARDS = (
     nn.Conv1d.forward,
     nn.Conv2d.forward,
     nn.Conv3d.forward,
+    nn.ConvTranspose1d.forward,
+    nn.ConvTranspose2d.forward,
+    nn.ConvTranspose3d.forward,
 )
 
 
@@ -255,3 +278,27 @@ class CompressedView(LinearView):
             y: Tensor = self.original.forward(self.module, rows.to(self.dtype))
             bias = self.bias()
             return y if bias is None else y - bias.to(y.dtype)
+
+
+class PartView(LinearView):
+    """One of the weights that a module holds, seen as a linear layer."""
+
+    module: parts.Part
+
+    @property
+    def form(self) -> object:
+        owner = type(self.module.owner)
+        return self.kind, getattr(owner, "original_class", owner), type(self.weight_place().parameter)
+
+    @property
+    def bias_possible(self) -> bool:
+        return self.has_bias or not self.folded
+
+    def weight_place(self) -> parts.Place:
+        return self.module.weight_at
+
+    def bias_place(self) -> parts.Place | None:
+        return self.module.bias_at
+
+    def fusible(self, x: Tensor) -> bool:
+        return super().fusible(x) and not self.stored().requires_grad

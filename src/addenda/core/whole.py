@@ -5,11 +5,12 @@ Any method takes some along by its setting ``whole``: a head, an embedding, norm
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.layers import LayerKind
 from addenda.core.targets import adaptable, bypass_of, exact, matches
 
 __all__ = [
@@ -89,9 +90,9 @@ def whole_problems(model: nn.Module, method: Method) -> list[str]:
         if not any(matches(around, suffix) for around in named)
     ]
     found += [
-        f"'{path}' is read by {bypass_of(model, path)} without being called"
-        for path in layers
-        if bypass_of(model, path)
+        f"'{path}' is read by {bypass_of(model, path, layer)} without being called"
+        for path, layer in layers.items()
+        if bypass_of(model, path, layer)
     ]
     if method.whole:
         found += [
@@ -102,12 +103,20 @@ def whole_problems(model: nn.Module, method: Method) -> list[str]:
     return found
 
 
+def _why_not_whole(kind: LayerKind) -> str | None:
+    return None if kind.among(WHOLE_KINDS) else f"no layer of kind '{kind.name}' is trained whole"
+
+
 def exact_layers(
-    model: nn.Module, method: Method, paths: Sequence[str], *, kinds: Sequence[str] | None = None
+    model: nn.Module,
+    method: Method,
+    paths: Sequence[str],
+    *,
+    why_not: Callable[[LayerKind], str | None] | None = None,
 ) -> dict[str, nn.Module]:
     """Return the layers at exactly these paths, those that are trained whole too, in the model's order.
 
-    Those that are not are of one of ``kinds``; None means any that the method can adapt.
+    Those that are not are of kinds that ``why_not`` says nothing against; None means all that the method can adapt.
 
     Raises:
         TargetError: a path is no layer of a kind that the method adapts, or that can be trained whole.
@@ -115,7 +124,7 @@ def exact_layers(
     whole = [path for path in paths if is_whole(method, path)]
     others = [path for path in paths if not is_whole(method, path)]
     found = {
-        **(exact(model, whole, kinds=WHOLE_KINDS) if whole else {}),
-        **exact(model, others, kinds=kinds or method.layer_kinds()),
+        **(exact(model, whole, _why_not_whole) if whole else {}),
+        **exact(model, others, why_not or (lambda kind: kind.why_not(method))),
     }
     return {path: found[path] for path in adaptable(model) if path in found}

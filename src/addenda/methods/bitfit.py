@@ -56,6 +56,8 @@ class BitFit(Method):
             return []
         if base.kind == "norm":
             return ["it is a norm that has no bias"]
+        if not base.bias_possible:
+            return ["it has no bias and no place for one"]
         return [] if self.create else ["it has no bias (create=True gives it one)"]
 
     def build(self, base: Base) -> BitFitAdapter:

@@ -94,7 +94,7 @@ class Bottleneck(Method):
     def problems_at(self, base: Base) -> list[str]:
         if self.placement == "parallel" and base.channels_in is None:
             return ["its input holds indices, which a parallel bottleneck cannot read"]
-        if self.placement == "parallel" and base.kind == "conv":
+        if self.placement == "parallel" and base.kind in ("conv", "transposed-conv"):
             return ["a parallel bottleneck does not follow a convolution's strides"]
         return []
 

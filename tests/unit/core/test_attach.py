@@ -49,7 +49,12 @@ def tiny_llama() -> LlamaForCausalLM:
     [
         (addenda.LoRA(rank=2), ["q_proj", "v_prj"], "new", "'v_prj' matched no module"),
         (addenda.LoRA(rank=2), [], "new", "no target was given"),
-        (addenda.LoRA(rank=2), "norm", "new", "names only modules that this method cannot adapt (LayerNorm)"),
+        (
+            addenda.LoRA(rank=2),
+            "norm",
+            "new",
+            "cannot adapt (LayerNorm: method 'lora' adapts no layer of kind 'norm')",
+        ),
         (addenda.LoRA(rank=9), "q_proj", "new", "rank 9 exceeds min(d_in, d_out) = 8 at 'q_proj'"),
         (addenda.LoRA(rank=2, ranks={"v_proj": 99}), "all-linear", "new", "rank 99 exceeds"),
         (addenda.LoRA(rank=2), "q_proj", "taken", "already carries an adapter 'taken'"),
@@ -238,16 +243,14 @@ def test_transformer_encoder_layer_runs_its_adapters_in_inference_too() -> None:
         assert not torch.allclose(layer(x), trained)
 
 
-def test_all_linear_leaves_out_the_head_and_the_layers_that_are_only_read() -> None:
+def test_all_linear_leaves_out_the_head_and_takes_what_an_attention_reads() -> None:
     paths = [row.path for row in addenda.plan(tiny_llama(), addenda.LoRA(rank=2)).rows]
     assert len(paths) == 14
     assert not any("lm_head" in path or "embed" in path for path in paths)
     encoder = nn.TransformerEncoderLayer(16, 2, 32)
     planned = addenda.plan(encoder, addenda.LoRA(rank=2), "all-linear")
-    assert [row.path for row in planned.rows] == ["linear1", "linear2"]
-    assert "self_attn.out_proj" in str(planned)
-    with pytest.raises(TargetError, match=r"nn\.MultiheadAttention without being called"):
-        addenda.plan(encoder, addenda.LoRA(rank=2), "out_proj")
+    read = [f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")]
+    assert [row.path for row in planned.rows] == [*read, "linear1", "linear2"]
 
 
 def test_planning_changes_nothing_and_works_without_values() -> None:
@@ -355,9 +358,9 @@ def test_the_plan_says_when_a_method_finds_none_of_the_names_it_goes_by() -> Non
 
 def test_what_all_linear_leaves_out_is_said_in_a_list_too() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32)
-    alone, listed = (addenda.plan(layer, addenda.LoRA(rank=2), t) for t in ("all-linear", ["all-linear"]))
+    alone, listed = (addenda.plan(layer, addenda.Bottleneck(), t) for t in ("all-linear", ["all-linear"]))
     assert alone.notes == listed.notes
-    assert "out_proj" in alone.notes[0]
+    assert "self_attn" in alone.notes[0]
 
 
 @pytest.mark.parametrize("method", ["lora", addenda.LoRA, None])

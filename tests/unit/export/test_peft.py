@@ -157,7 +157,7 @@ def test_a_cut_off_tensor_file_is_refused(folder: Path) -> None:
     [
         (addenda.Bottleneck(), ["q_proj"], "PEFT has no bottleneck adapters"),
         (addenda.BitFit(), ["q_proj"], "PEFT has no such method"),
-        (addenda.VeRA(rank=2), ["conv"], "are not linear"),
+        (addenda.VeRA(rank=2), ["conv"], "has no form for 1 of the adapted layers"),
     ],
 )
 def test_what_peft_has_no_form_for_is_not_written(

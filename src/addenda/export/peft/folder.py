@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from addenda.bases import LoadedBase
 from addenda.bases.registry import find
 from addenda.core.handle import Handle
-from addenda.core.layers import kind_of
+from addenda.core.layers import kind_of, layer_at
+from addenda.core.layers.experts import ExpertPart
+from addenda.core.parts import Part
 from addenda.core.progress import OnProgress
 from addenda.core.whole import WholeAdapter
 from addenda.errors import ExportError
@@ -25,6 +27,7 @@ from addenda.export.folder import new_folder, write_record
 from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
 from addenda.export.peft.reading import import_peft, view_at
+from addenda.export.peft.stacked import target_of
 from addenda.export.peft.values import values
 
 __all__ = ["export_peft", "write_peft"]
@@ -162,17 +165,17 @@ def write_peft(
         "inference_mode": True,
         "modules_to_save": sorted(whole) or None,
         "revision": revision,
-        "target_modules": _targets(own.model, own.paths),
+        "target_modules": _targets(own),
         "task_type": "CAUSAL_LM" if hasattr(handle.model, "lm_head") else None,
     }
     if any(_kind(own, path) == "conv1d-transposed" for path in own.paths):
         config["fan_in_fan_out"] = True  # methods that PEFT does not have for such layers lack the key
     config.update(form.settings(own), peft_type=form.peft_type)
+    config, tensors = form.together(own, config, _foreign_tensors(form, own))
     config = {key: value for key, value in config.items() if key not in form.unknown}
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tensors = {**_foreign_tensors(form, own), **_whole_tensors(handle, whole)}
-    save_file(tensors, path / TENSORS, metadata={"format": "pt"})
+    save_file({**tensors, **_whole_tensors(handle, whole)}, path / TENSORS, metadata={"format": "pt"})
 
 
 def _require_expressible(handle: Handle) -> Form:
@@ -188,19 +191,19 @@ def _require_expressible(handle: Handle) -> Form:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    kinds = {path: kind_of(handle.model.get_submodule(path)) for path in handle.own().paths}
-    other = [path for path, kind in kinds.items() if not (kind and kind.among(form.kinds))]
+    kinds = {path: kind_of(layer_at(handle.model, path)) for path in handle.own().paths}
+    other = [path for path, kind in kinds.items() if kind is None or form.why_not(kind)]
     if other:
-        linear = form.kinds == Form.kinds
-        kinds_in_words = "linear" if linear else f"of these kinds: {', '.join(form.kinds)}"
         raise ExportError(
-            f"{len(other)} adapted layers are not {kinds_in_words}, first '{other[0]}'",
+            f"PEFT has no form for {len(other)} of the adapted layers, first '{other[0]}'",
             where={"kind": _kind(handle, other[0])},
-            hint="only such layers are written for PEFT; '--to merged' keeps all of them",
+            hint=f"it has one for the kinds {', '.join(form.kinds)}; '--to merged' keeps all layers",
         )
     problems = form.problems(handle.own())
     if "modules_to_save" in form.unknown and _whole(handle):
         problems.append(f"PEFT's {form.peft_type} has no modules_to_save")
+    if held := [path for path in _whole(handle) if isinstance(layer_at(handle.model, path), Part)]:
+        problems.append(f"'{held[0]}' is part of a module, and PEFT trains whole modules alone")
     if handle.merged and any(isinstance(adapter, WholeAdapter) for adapter in handle.adapters.values()):
         problems.append("it is merged, so that its change is part of the base's values")
     if problems:
@@ -209,19 +212,21 @@ def _require_expressible(handle: Handle) -> Form:
 
 
 def _kind(handle: Handle, path: str) -> str:
-    kind = kind_of(handle.model.get_submodule(path))
+    kind = kind_of(layer_at(handle.model, path))
     return kind.name if kind else "unknown"
 
 
-def _targets(model: nn.Module, paths: list[str]) -> list[str]:
+def _targets(handle: Handle) -> list[str]:
     """Last names where they name exactly the adapted layers, as serving engines like them; else whole paths."""
+    layers = {path: layer_at(handle.model, path) for path in handle.paths}
+    paths = {target_of(path, layer) for path, layer in layers.items() if not isinstance(layer, ExpertPart)}
     names = sorted({path.rpartition(".")[2] for path in paths})
     named = {
         path
-        for path, _ in model.named_modules()
-        if ".adapters." not in path and path.rpartition(".")[2] in names
+        for path, module in handle.model.named_modules()
+        if ".adapters." not in path and not isinstance(module, Part) and path.rpartition(".")[2] in names
     }
-    return names if named == set(paths) else sorted(paths)
+    return names if named == paths else sorted(paths)
 
 
 def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.core.layers import view_of
+from addenda.core.layers import LayerKind, view_of
 from addenda.core.targets import resolve
+from addenda.core.views import PartView
 from addenda.errors import CheckpointError
 
 __all__ = [
@@ -102,6 +103,10 @@ class Form(ABC):
         """Return what all layers share under PEFT's names, those of `shared_names`, in PEFT's shapes."""
         return {}
 
+    def why_not(self, kind: LayerKind) -> str | None:
+        """Return why PEFT has no layout for adapters on layers of this kind, or None where it has."""
+        return why_not(kind, self.kinds)
+
     def key(self, path: str, name: str) -> str:
         """Return what a tensor of the layer at ``path`` is called in the file."""
         return name if self.of_model else f"{PREFIX}{path}.{name}"
@@ -118,6 +123,12 @@ class Form(ABC):
             config: the configuration.
             tensors: the file's tensors under their whole names.
         """
+        return dict(config), dict(tensors)
+
+    def together(
+        self, handle: Handle, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Undo `apart` for what is to be written."""
         return dict(config), dict(tensors)
 
     def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
@@ -140,13 +151,20 @@ class Form(ABC):
                 place.copy_(given[name])
 
 
+def why_not(kind: LayerKind, kinds: Sequence[str]) -> str | None:
+    """Return why a layer is of none of these kinds of PEFT's: a part counts by its own kind alone."""
+    names = (kind.name,) if issubclass(kind.view, PartView) else (kind.name, kind.stands_for)
+    return None if any(name in kinds for name in names) else "PEFT has no layout for it"
+
+
 def layers_of(
     model: nn.Module, config: Mapping[str, Any], kinds: Sequence[str] = Form.kinds
 ) -> dict[str, Base]:
     """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
     targets = config.get("target_modules") or "all-linear"
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    return {path: view_of(layer, path) for path, layer in resolve(model, chosen, kinds=kinds).items()}
+    layers = resolve(model, chosen, lambda kind: why_not(kind, kinds))
+    return {path: view_of(layer, path) for path, layer in layers.items()}
 
 
 def agreed(config: Mapping[str, Any], key: str, default: int, sizes: Iterable[int]) -> int:

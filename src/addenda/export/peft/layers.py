@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from addenda.core.handle import Handle
+from addenda.core.layers import layer_at
 from addenda.export.peft.form import PREFIX
 
 __all__ = ["common_and_others", "sizes_at", "uneven_convolutions"]
@@ -19,7 +20,7 @@ def uneven_convolutions(handle: Handle) -> list[str]:
 
     It takes the first number of kernel, stride and padding for all directions, and no dilation, groups or padding mode.
     """
-    layers = {path: handle.model.get_submodule(path) for path in handle.paths}
+    layers = {path: layer_at(handle.model, path) for path in handle.paths}
     return [
         path for path, layer in layers.items() if hasattr(layer, "kernel_size") and not _is_even_conv2d(layer)
     ]

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from addenda.core.contract import Base
 from addenda.core.handle import Handle
-from addenda.core.layers import view_of
+from addenda.core.layers import layer_at, view_of
 
 __all__ = ["core_shape", "most_common", "patterns", "read_patterns", "volumes"]
 
@@ -57,6 +57,6 @@ def core_shape(layer: Base) -> tuple[int, int]:
 
 def volumes(handle: Handle) -> list[str]:
     """Return a problem where an adapted convolution is three-dimensional, which PEFT does not adapt."""
-    layers = (view_of(handle.model.get_submodule(path), path) for path in handle.paths)
+    layers = (view_of(layer_at(handle.model, path), path) for path in handle.paths)
     odd = [layer.path for layer in layers if layer.kind == "conv" and len(layer.module.kernel_size) > 2]
     return [f"PEFT adapts no three-dimensional convolution, first '{odd[0]}'"] if odd else []

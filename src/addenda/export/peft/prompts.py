@@ -10,7 +10,7 @@ from torch import Tensor
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
-from addenda.core.layers import view_of
+from addenda.core.layers import layer_at, view_of
 from addenda.core.sequence import Transformer
 from addenda.errors import CheckpointError
 from addenda.export.peft.form import Form
@@ -38,7 +38,7 @@ class PromptForm(Form):
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         [(path, adapter)] = handle.adapters.items()
-        layer = cast(Transformer, view_of(handle.model.get_submodule(path), path))
+        layer = cast(Transformer, view_of(layer_at(handle.model, path), path))
         return {
             "num_attention_heads": self.heads(layer)[0],
             "num_layers": layer.layers,

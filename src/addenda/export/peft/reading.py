@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from addenda.core.attaching import attach_paths
 from addenda.core.contract import Base
 from addenda.core.handle import Handle
-from addenda.core.layers import kind_of, view_of
+from addenda.core.layers import layer_at, view_of
 from addenda.core.planning import require_possible
-from addenda.core.targets import adaptable, matches
+from addenda.core.targets import adaptable
 from addenda.core.whole import WholeAdapter, exact_layers
 from addenda.errors import CheckpointError, NotFoundError, UnsafeError
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_of, forms
+from addenda.export.peft.stacked import is_target
 from addenda.export.peft.values import set_values, values
 
 __all__ = ["import_peft", "read_config", "view_at"]
@@ -40,6 +41,7 @@ _HARMLESS = (
     "peft_version",
     "revision",
     "target_modules",
+    "target_parameters",
     "task_type",
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
@@ -80,7 +82,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     _require_same_targets(model, config, paths, along, source)
     _require_saved(model, config, whole, source)
     named = list(dict.fromkeys([*paths, *along, *whole]))
-    layers = exact_layers(model, method, named, kinds=form.kinds)
+    layers = exact_layers(model, method, named, why_not=form.why_not)
     require_possible(method, layers)
     handle = attach_paths(
         model, method, list(layers), name=name, fill=lambda made: _fill(form, made, tensors, source)
@@ -275,10 +277,11 @@ def _require_same_targets(
     if not isinstance(targets, list):
         return
     saved = _saved(config, source)
-    modules = [
-        path for path, module in model.named_modules() if kind_of(module) and not _is_saved(path, saved)
-    ]
-    named = {path for path in modules if any(matches(path, target) for target in targets)}
+    named = {
+        path
+        for path, (layer, _) in adaptable(model).items()
+        if is_target(path, layer, config) and not _is_saved(path, saved)
+    }
     missing, extra = sorted(named - {*paths, *along}), sorted({*paths} - {*named, *along})
     if missing:
         raise _unfit(f"{len(missing)} target layers have no tensors, first '{missing[0]}'", source)
@@ -352,7 +355,7 @@ def _require_one_value(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tenso
 
 def view_at(handle: Handle, path: str) -> Base:
     """Return the adapted layer at ``path`` as its adapter sees it."""
-    return view_of(handle.model.get_submodule(path), path)
+    return view_of(layer_at(handle.model, path), path)
 
 
 def _unfit(problem: str, source: Path) -> CheckpointError:

