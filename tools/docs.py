@@ -131,6 +131,24 @@ def methods_page() -> str:
     return page("Methods", intro, methods_table(""), *sections)
 
 
+def starts_page() -> str:
+    """Return every start of a low-rank update, with its settings."""
+    from addenda.core import starts
+
+    rows, sections = [], []
+    for name in starts.names():
+        start = starts.get(name)
+        moved = "yes" if start.moved else "no"
+        rows.append([f"[`{name}`](#{name})", summary(start), start.needs or "nothing", moved])
+        about = f"## {name}\n\n```text\n{inspect.getdoc(start)}\n```"
+        sections.append("\n\n".join([about, settings_table(start)] if dataclasses.fields(start) else [about]))
+    intro = (
+        "How the factors of a low-rank update can begin: `start` and `start_settings` of the method `lora`. What it "
+        "needs beside the weight is observed beforehand. Those that are taken off double the rank of the forward pass."
+    )
+    return page("Starts", intro, table(["start", "what it is", "needs", "taken off again"], rows), *sections)
+
+
 def methods_table(link: str) -> str:
     """Return one row for each method; ``link`` is the page that describes them."""
     from addenda.core import registry
@@ -146,13 +164,22 @@ def methods_table(link: str) -> str:
 
 
 def readme(text: str) -> str:
-    """Return the README's text with the table between its marks written anew."""
+    """Return the README's text with the list of methods between its marks written anew."""
     start, end = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise SystemExit(f"docs: README.md lacks the marks '{start}' and '{end}'")
-    return f"{before}{start}\n\n{methods_table('docs/reference/methods.md')}\n\n{end}{after}"
+    return f"{before}{start}\n\n{methods_list('docs/reference/methods.md')}\n\n{end}{after}"
+
+
+def methods_list(link: str) -> str:
+    """Return the names of all methods in one paragraph; ``link`` is the page that describes them."""
+    from addenda.core import registry
+
+    names = registry.names()
+    text = f"[{len(names)} methods]({link}): " + ", ".join(f"`{name}`" for name in names) + "."
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def method_section(name: str, method: type) -> str:
@@ -257,6 +284,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "findings.md": findings_page,
     "methods.md": methods_page,
     "recipe.md": recipe_page,
+    "starts.md": starts_page,
 }
 
 
@@ -271,7 +299,7 @@ def stale(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Write the pages and the README's table, or compare them; return 1 if one is stale."""
+    """Write the pages and the README's list of methods, or compare them; return 1 if one is stale."""
     written = README.read_text(encoding="utf-8")
     wanted = readme(written)
     if "--check" in sys.argv:
@@ -283,7 +311,7 @@ def main() -> int:
     for name, write in PAGES.items():
         (FOLDER / name).write_text(write(), encoding="utf-8")
     README.write_text(wanted, encoding="utf-8")
-    print(f"docs: wrote {len(PAGES)} pages in docs/reference/ and the table of methods in README.md")
+    print(f"docs: wrote {len(PAGES)} pages in docs/reference/ and the list of methods in README.md")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -226,11 +227,6 @@ PATHS = {
 """Where the layer under test is not ``layer`` itself, but a part of it."""
 
 
-VARIANTS = [
-    registry.get(name).from_settings(v) for name in registry.names() for v in registry.get(name).variants
-]
-
-
 def refused(method: Method, layer: str) -> bool:
     path = PATHS.get(layer, "layer")
     view = view_of(layer_at(LAYERS[layer]()[0], path), path)
@@ -238,9 +234,27 @@ def refused(method: Method, layer: str) -> bool:
     return not asked or bool(method.problems_at(view)) or bool(method.problems_among([path]))
 
 
-PAIRS = [(f"{m.name}-{i}-{layer}", m, layer) for i, m in enumerate(VARIANTS) for layer in LAYERS]
-CASES = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if not refused(method, layer)]
-REFUSED = [pytest.param(method, layer, id=name) for name, method, layer in PAIRS if refused(method, layer)]
+EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
+"""Layers on which the everyday suite tries all methods; on the others it tries three. The slow suite has all pairs."""
+THREE = ("lora", "ia3", "bottleneck")
+
+
+def pair(name: str, number: int, method: Method, layer: str) -> Any:
+    """A method on a layer, marked slow where only the slow suite tries it."""
+    often = layer == "linear" or (number == 0 and (layer in EVERY_DAY or method.name in THREE))
+    return pytest.param(method, layer, id=name, marks=[] if often else [pytest.mark.slow])
+
+
+NUMBERED = [
+    (number, registry.get(name).from_settings(settings))
+    for name in registry.names()
+    for number, settings in enumerate(registry.get(name).variants)
+]
+PAIRS = [(f"{m.name}-{n}-{layer}", n, m, layer) for n, m in NUMBERED for layer in LAYERS]
+SORTED = {True: [], False: []}
+for each in PAIRS:
+    SORTED[refused(*each[2:])].append(pair(*each))
+CASES, REFUSED = SORTED[False], SORTED[True]
 
 
 @pytest.fixture
@@ -591,30 +605,28 @@ def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
     rows = batch.repeat(2, *[1] * (batch.dim() - 1))[:4]
     names = ["a", None, "b", "a"]
     loaded = {name: stirred(addenda.attach(model, method, path, name=name)) for name in ("a", "b")}
-    if (
-        path in PATHS.values()
-    ):  # rows are not told apart by a weight, nor by an expert, to which they come in any order
+    if path in PATHS.values():
+        # Rows are not told apart by a weight, nor by an expert, to which they come in any order.
         refused = pytest.raises((addenda.errors.MethodError, addenda.errors.TargetError), match="rows")
         with addenda.activated(model, addenda.Rows(tuple(names))), refused:
             model(rows)
         return
+    whose = {name: torch.tensor([other == name for other in names]) for name in (*loaded, None)}
 
     def alone(name: str | None) -> Tensor:
         with addenda.activated(model, name):
-            return model(rows)
+            return model(rows[whose[name]])
 
-    weight = torch.randn_like(alone(None))
     with addenda.activated(model, addenda.Rows(tuple(names))):
         routed = model(rows)
+        weight = torch.randn_like(routed)
         (routed * weight).sum().backward()
-    for place, name in enumerate(names):
-        torch.testing.assert_close(routed[place], alone(name)[place], rtol=1e-4, atol=1e-5)
+    for name, own in whose.items():
+        torch.testing.assert_close(routed[own], alone(name), rtol=1e-4, atol=1e-5)
     mixed = {name: [p.grad for p in handle.parameters()] for name, handle in loaded.items()}
     model.zero_grad()
     for name in loaded:
-        own = torch.tensor([other == name for other in names])
-        with addenda.activated(model, name):
-            (model(rows) * weight)[own].sum().backward()
+        (alone(name) * weight[whose[name]]).sum().backward()
         for parameter, grad in zip(loaded[name].parameters(), mixed[name], strict=True):
             torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
 

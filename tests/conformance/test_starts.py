@@ -171,3 +171,35 @@ def test_a_narrow_base_gets_wide_factors_that_start_where_it_is(start: str) -> N
         assert torch.equal(model(batch), before)
     elif starts.get(start).exact:
         torch.testing.assert_close(model(batch), before, rtol=0.02, atol=0.02)
+
+
+def test_a_small_change_keeps_its_precision_in_sixteen_bits() -> None:
+    model, batch = LAYERS["linear"]()
+    handle = attached(model, method_of("pissa"), batch)
+    adapter = handle.adapters["layer"]
+    with torch.no_grad():
+        adapter.A.add_(1e-4 * torch.randn_like(adapter.A))
+        adapter.B.add_(1e-4 * torch.randn_like(adapter.B))
+    x, (A, B, A0, B0) = (
+        batch.reshape(-1, 24),
+        (t.detach() for t in (adapter.A, adapter.B, adapter.A0, adapter.B0)),
+    )
+    exact = x.double() @ (B.double() @ A.double() - B0.double() @ A0.double()).t()
+
+    def error(factors: tuple[Tensor, Tensor]) -> float:
+        small, large = (factor.detach().bfloat16() for factor in factors)
+        found = view_of(model.layer, "layer").low_rank(x.bfloat16(), small, large)
+        return float((found.double() - exact).norm() / exact.norm())
+
+    assert error(adapter.factors()) < 0.02
+    assert error((torch.cat([A, A0]), torch.cat([B, -B0], 1))) > 0.5
+
+
+def test_adapters_that_began_otherwise_combine_and_stack() -> None:
+    model, batch = LAYERS["linear"]()
+    for name, start in (("one", "pissa"), ("two", "lora_ga")):
+        stirred(attached(model, method_of(start), batch, name=name))
+    both = model(batch)
+    addenda.combine(model, {"one": 1.0, "two": 1.0}, name="sum")
+    addenda.activate(model, "sum")
+    torch.testing.assert_close(model(batch), both, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from addenda.export.peft import import_peft, write_peft
 
 peft = pytest.importorskip("peft")
 
+# PEFT merges no BEFT into such a layer.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias term")
+
 LAYERS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
     "linear": lambda: (nn.Linear(24, 20), torch.randn(3, 24)),
+    "linear-no-bias": lambda: (nn.Linear(24, 20, bias=False), torch.randn(3, 24)),
     "conv1d": lambda: (nn.Conv1d(12, 20, 3, padding=1), torch.randn(2, 12, 9)),
     "conv1d-point": lambda: (nn.Conv1d(12, 20, 1), torch.randn(2, 12, 9)),
     "conv2d": lambda: (nn.Conv2d(12, 20, (3, 2), stride=2), torch.randn(2, 12, 8, 9)),
@@ -31,11 +36,19 @@ LYCORIS = [
     {"rank": 3, "tucker": True},
     {"rank": 8},
 ]
+# PEFT asks for scikit-learn.
+ADAMSS = (8, 15) if importlib.util.find_spec("sklearn") else ()
 CASES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     *[("loha", settings, tuple(LAYERS)) for settings in LYCORIS],
     ("lokr", {"rank": 1, "factor": 2}, tuple(LAYERS)),
     ("lokr", {"rank": 2, "factor": 2, "tucker": True}, tuple(LAYERS)),
     ("lokr", {"rank": 1, "decompose_both": True, "alpha": 2.0}, tuple(LAYERS)),
+    ("beft", {}, ("linear", "linear-no-bias")),
+    ("glora", {"rank": 3}, ("linear", "linear-no-bias")),
+    ("glora", {"weight": "vector", "prompt": "vector", "bias": "vector"}, ("linear", "linear-no-bias")),
+    ("glora", {"weight": "constant", "prompt": "none", "bias": "constant"}, ("linear", "linear-no-bias")),
+    ("glora", {"weight": "none", "bias": "none"}, ("linear",)),
+    *[("adamss", {"subspaces": 3, "basis_rank": rank}, ("linear", "linear-no-bias")) for rank in ADAMSS],
     ("lokr", {"rank": 9}, ("linear", "conv2d", "conv2d-grouped", "conv2d-point")),
 ]
 ALL = [
@@ -108,3 +121,9 @@ def test_whole_matrices_of_one_dimensional_convolutions_are_refused(tmp_path: Pa
     peft.get_peft_model(_named(nn.Conv1d(12, 20, 3)), config).save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match="one-dimensional"):
         import_peft(_named(nn.Conv1d(12, 20, 3)), tmp_path / "theirs")
+
+
+def test_groups_of_rows_that_rounding_makes_are_refused(tmp_path: Path) -> None:
+    handle = attach(_named(nn.Linear(24, 20)), registry.get("adamss")(), targets=["layer"])
+    with pytest.raises(ExportError, match="as far from each other"):
+        write_peft(handle, tmp_path)

@@ -29,8 +29,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # It warns of every folder from which something has to be drawn anew, and that is what some cases are for.
     pytest.mark.filterwarnings("ignore:Specified to not:UserWarning"),
+    # Its FRoD multiplies by a sparse tensor and says nothing of checks.
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning"),
     # PEFT's RandLoRA writes its shared bases once more for every layer, and misses these copies when they are left out.
     pytest.mark.filterwarnings(r"ignore:Found missing adapter keys.*randlora_A\.default:UserWarning"),
+    # PEFT misses the layers that AdaLoRA's rank_pattern names by their values.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match.*lora_E:RuntimeWarning"),
     # PEFT takes the vector that its own lora_bias trains for a tensor that was cut off.
     pytest.mark.filterwarnings("ignore:.*have invalid shape:UserWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning"),

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from addenda import LoRA, attach
+from addenda import LoRA, Method, attach
+from addenda.core import handles
 from addenda.errors import CheckpointError, ExportError
 from addenda.export.peft import import_peft, write_peft
 from addenda.methods.ia3 import IA3
+from addenda.methods.shira import SHiRA
+from addenda.methods.supertuning import SuperTuning
 from addenda.methods.trainable_tokens import TrainableTokens
 
 transformers = pytest.importorskip("transformers")
@@ -133,3 +137,39 @@ def test_tied_rows_go_to_peft_and_back(tmp_path: Path, seeded: int) -> None:
     again = llama(seeded, tied=True)
     assert import_peft(again, tmp_path).paths == handle.paths
     assert (logits(again) - wanted).abs().max() <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:save_precomputed_indices=False:UserWarning")
+@pytest.mark.parametrize("top", [True, False])
+def test_places_that_peft_did_not_keep_are_found_again(top: bool, tmp_path: Path, seeded: int) -> None:
+    config = peft.SupertuningConfig(
+        target_modules=["q_proj"], sparsity=0.9, select_top=top, save_precomputed_indices=False
+    )
+    theirs = peft.get_peft_model(llama(seeded), config).eval()
+    stir(theirs)
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "indices" in key]
+    ours = llama(seeded)
+    import_peft(ours, tmp_path)
+    assert (logits(ours) - wanted).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(SHiRA(rank=1), "shira_indices"), (SuperTuning(sparsity=0.9), "supertuning_indices")],
+)
+@pytest.mark.parametrize("place", [-1, 10**6])
+def test_places_outside_of_the_weight_are_refused(
+    method: Method, name: str, place: int, tmp_path: Path
+) -> None:
+    write_peft(attach(llama(0), method, ["q_proj"]), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(name))
+    tensors[key].view(-1)[3] = place
+    save_file(tensors, file)
+    model = llama(0)
+    with pytest.raises(CheckpointError, match="lie outside its weight"):
+        import_peft(model, tmp_path)
+    assert not handles(model)

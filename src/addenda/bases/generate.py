@@ -57,14 +57,14 @@ def generate(
     """
     _check(base, conversations, max_new_tokens, temperature, streams=on_token is not None)
     prompts = [prompt_ids(base, messages) for messages in conversations]
-    too_long = [i for i, ids in enumerate(prompts) if len(ids) >= base.context_length]
+    too_long = [i for i, ids in enumerate(prompts) if len(ids) >= base.room]
     if too_long:
         raise BaseModelError(
             "a conversation leaves no room for an answer",
             where={
                 "conversations": ", ".join(map(str, too_long)),
                 "tokens": max(len(prompts[i]) for i in too_long),
-                "context": base.context_length,
+                "context": base.room,
             },
             hint="leave out the oldest turns",
         )
@@ -131,7 +131,7 @@ def _settings(base: LoadedBase, max_new_tokens: int, temperature: float, *, long
     """All that decides the decoding, said outright, so that no default of the model's own slips in."""
     padding = base.tokenizer.pad_token_id
     settings: dict[str, Any] = {
-        "max_new_tokens": min(max_new_tokens, base.context_length - longest),
+        "max_new_tokens": min(max_new_tokens, base.room - longest),
         "do_sample": temperature > 0,
         "num_beams": 1,
         "repetition_penalty": 1.0,

@@ -54,6 +54,14 @@ class LoadedBase:
     notes: tuple[str, ...] = ()
     """What a reader of results must know, e.g. that weights were dequantised from 4 bits."""
 
+    @property
+    def room(self) -> int:
+        """Tokens of context that the adapters at work leave; each prompt or prefix takes as many as it has."""
+        from addenda.core.handle import handles
+
+        at_work = (handle for handle in handles(self.model).values() if handle.active)
+        return self.context_length - sum(handle.method.positions for handle in at_work)
+
     def describe(self) -> dict[str, Any]:
         """Return the facts of this base as JSON-able values, for listings and provenance."""
         from addenda.core.packed_layers import packed_numel

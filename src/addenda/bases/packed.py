@@ -22,6 +22,7 @@ from addenda.bases.fast.padding import fill_of
 from addenda.bases.fast.recompute import find_blocks, learning_blocks, recomputed
 from addenda.bases.fast.segments import Segments
 from addenda.bases.loaded import vocabulary_of
+from addenda.core.handle import tokens_kept
 from addenda.core.host import host_of, running_on
 from addenda.errors import BaseModelError
 
@@ -193,7 +194,7 @@ def _logits_of(model: nn.Module, input_ids: Tensor, **arguments: Any) -> Tensor:
 def _head_of(model: nn.Module, decoder: nn.Module, decoded: Any) -> Tensor:
     """All that `model` does behind its decoder (head, scaling, soft cap), given the decoder's output."""
     states = decoded[0]
-    with forward_replaced(decoder, lambda *_, **__: decoded):
+    with forward_replaced(decoder, lambda *_, **__: decoded), tokens_kept(model):
         return _logits_of(model, torch.zeros(states.shape[1], dtype=torch.long, device=states.device))
 
 

@@ -60,7 +60,7 @@ def command(
     """Adapt a model to DATA: a file, a folder with train and valid files, or - for standard input.
 
     Writes a run folder: recipe.resolved.toml, environment.json, metrics.jsonl, adapter/, summary.json, report.html,
-    and record.json, all that the report says as data.
+    record.json, all that the report says as data, and start/, the adapter as it began, where that had to be computed.
     Ctrl-C saves a checkpoint; --resume goes on from it. Settings of sections base, data, method, train and evals are
     set in a recipe or with --set; --dry-run shows them all.
     """

@@ -19,6 +19,7 @@ from addenda.core.planning import plan
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.progress import OnProgress
 from addenda.core.targets import Targets
+from addenda.core.tokens import TokenWatch
 from addenda.core.views import LayerView
 from addenda.errors import MethodError, NotFoundError, TargetError
 
@@ -158,6 +159,10 @@ def install_adapters(
     handle = Handle(model, method, name, {path: view.module for path, view in views.items()})
     registry.handles[name] = handle
     registry.selection.composition = Stack((*registry.selection.composition.names, name))
+    if method.reads_tokens():
+        registry.watch = registry.watch or TokenWatch(model)
+        for path in views:
+            handle._host(path)._addenda.view.watch = registry.watch
     return handle
 
 

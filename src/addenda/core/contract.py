@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from addenda.core.observations import Needs, Observer
 from addenda.core.prompts import Prompts
 from addenda.core.ranges import suffixes
+from addenda.core.tokens import TokenWatch
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
@@ -85,6 +86,9 @@ class Base(ABC):
     observed: Mapping[str, Tensor] | None
     """What an :class:`Observer` found out about the layer beforehand."""
 
+    watch: TokenWatch | None
+    """Tells the token ids of the pass that runs, where a method :meth:`~Method.reads_tokens`."""
+
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
     ) -> None:
@@ -95,6 +99,7 @@ class Base(ABC):
         self._source: ParameterSource | None = None
         self.common = None
         self.observed = None
+        self.watch = None
 
     @property
     @abstractmethod
@@ -267,6 +272,10 @@ class Adapter(nn.Module):
     and others like it stand on a layer does not matter."""
     may_rest: bool = False
     """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
+    reads_weight: bool = False
+    """Whether what it computes depends on the layer's weight itself, so that none may be folded in below it."""
+    training_only: tuple[str, ...] = ()
+    """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 
@@ -354,6 +363,10 @@ class Method(ABC):
         """Return the method with the settings that follow from what was observed of each layer, by path."""
         return self
 
+    def reads_tokens(self) -> bool:
+        """Whether its adapters ask ``base.watch`` for the token ids of the pass that runs."""
+        return False
+
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
         return 1.0
@@ -381,6 +394,11 @@ class Method(ABC):
     def problems_among(self, paths: Sequence[str]) -> list[str]:
         """Return what is wrong with the settings for these layers taken together, one short sentence each."""
         return []
+
+    @property
+    def positions(self) -> int:
+        """How many positions it puts in front of every sequence: so much less of a context is left."""
+        return 0
 
     def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
         """Return the method with the tokens of the texts that its settings hold, or as it is where they hold none."""

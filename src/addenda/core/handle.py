@@ -25,11 +25,12 @@ from addenda.core.host import (
     require_module,
     running_on,
 )
+from addenda.core.tokens import TokenWatch
 from addenda.core.views import LayerView
 from addenda.core.whole import is_whole
 from addenda.errors import MethodError
 
-__all__ = ["Handle", "handles", "tied"]
+__all__ = ["Handle", "handles", "tied", "tokens_kept"]
 
 
 class Handle:
@@ -102,11 +103,17 @@ class Handle:
         """
         return ((name, value) for name, value in self.tensors().items() if isinstance(value, nn.Parameter))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise."""
+    def tensors(self, *, training: bool = True) -> dict[str, Tensor]:
+        """Return all that is kept of the adapter, the tensors that are not trained too, named likewise.
+
+        Args:
+            training: with what only training on needs.
+        """
         found: dict[str, Tensor] = {}
         for path, adapter in self.adapters.items():
             for name, value in adapter.state_dict(keep_vars=True).items():
+                if not training and name in adapter.training_only:
+                    continue
                 first, _, rest = name.partition(".")
                 found[f"*.{rest}" if first == COMMON and rest else f"{path}.{name}"] = value
         return found
@@ -181,6 +188,7 @@ class Handle:
         self._stack("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
+        self._require_unread("merge")
         folded = {path: self.folded(path) for path in self._hosts}
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
@@ -201,6 +209,7 @@ class Handle:
                 f"adapter '{self.name}' is not merged", hint="only a merged adapter can be unmerged"
             )
         self._require_order("unmerge", merged=False)
+        self._require_unread("unmerge")
         self._unfold()
         self.enable()
 
@@ -216,6 +225,8 @@ class Handle:
         self._hosts = {}
         registry.handles.pop(self.name, None)
         if not registry.handles:
+            if registry.watch is not None:
+                registry.watch.remove()
             _thaw(self.model, registry.thawed)
             for encoder in registry.padded:
                 encoder.__class__ = cast(PaddedEncoder, encoder).original_class
@@ -326,6 +337,19 @@ class Handle:
     def _selection(self) -> Selection:
         return _registry(self.model).selection
 
+    def _require_unread(self, verb: str) -> None:
+        """Refuse to change a weight that an adapter which was attached on top of this one goes by."""
+        for path in self._hosts:
+            host = self._host(path)
+            later = list(host.adapters)[list(host.adapters).index(self.name) + 1 :]
+            readers = [n for n in later if cast(Adapter, host.adapters[n]).reads_weight]
+            if readers:
+                raise MethodError(
+                    f"cannot {verb} '{self.name}': '{readers[0]}' on top of it goes by the weight as it is",
+                    where={"layer": path, "order of attaching": " ".join(host.adapters)},
+                    hint=f"detach '{readers[0]}' first, or attach it after the other is merged",
+                )
+
     def _require_attached(self, verb: str) -> None:
         if not self._hosts:
             raise MethodError(f"cannot {verb} '{self.name}': it was detached", hint="attach or load it again")
@@ -351,12 +375,13 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, which run, and which base parameters were trainable."""
+    """What a model remembers of its adapters: the handles, which run, who tells them token ids, what was trainable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
         self.selection = Selection()
         self.padded: list[nn.Module] = []
+        self.watch: TokenWatch | None = None
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
 
@@ -372,6 +397,22 @@ def _registry(model: nn.Module) -> Registry:
             parameters[name].requires_grad_(False)
         registry.padded = pad_encoders(model)
     return cast(Registry, registry)
+
+
+@contextlib.contextmanager
+def tokens_kept(model: nn.Module, *, probing: bool = False) -> Iterator[None]:
+    """Let calls within the block change nothing of what adapters know of token ids.
+
+    Args:
+        model: carries adapters, or none.
+        probing: let every adapter take part meanwhile, whatever the ids.
+    """
+    registry = model.__dict__.get("_addenda_registry")
+    if registry is None or registry.watch is None:
+        yield
+        return
+    with registry.watch.kept(probing=probing):
+        yield
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:

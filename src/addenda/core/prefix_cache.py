@@ -31,6 +31,12 @@ class PrefixCache:
         """Layers that have read it."""
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def with_more(self, prefix: Tensor) -> PrefixCache:
+        """Return one with another prefix behind this one; what reads it has read this one too."""
+        more = PrefixCache(torch.cat([self.prefix, prefix], dim=-2), keeps=self.keeps)
+        more.read = self.read
+        return more
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return how many positions lie before the tokens of the next call."""
         kept = self._kept[layer_idx][0].shape[-2] if layer_idx in self._kept else 0

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from addenda.core.handle import Handle
+from addenda.core.handle import Handle, tokens_kept
 from addenda.errors import TargetError
 
 __all__ = ["Probe", "own_batch", "prove", "prove_by_own_batch"]
@@ -80,7 +80,7 @@ def prove(handle: Handle, batch: Probe, *, gradients: bool = True) -> None:
     for calls in counts.values():
         calls.pop(handle.name, None)
     parameters = dict(handle.named_parameters())
-    with torch.enable_grad(), _undisturbed(handle.model):
+    with torch.enable_grad(), _undisturbed(handle.model), tokens_kept(handle.model, probing=True):
         loss = _scalar(_output(handle.model, batch))
         trained = [p for p in parameters.values() if p.requires_grad]
         found = (

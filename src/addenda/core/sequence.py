@@ -173,6 +173,10 @@ class SequenceMethod(Method):
     def default_targets(self, paths: Sequence[str]) -> str | list[str]:
         return list(paths)
 
+    @property
+    def positions(self) -> int:
+        return int(getattr(self, "tokens", 0))
+
     def with_tokens(self, encode: Callable[[str], Sequence[int]]) -> Self:
         text = getattr(self, "text", "")
         changes: dict[str, Any] = {"ids": tuple(encode(text))} if text else {}
@@ -212,11 +216,18 @@ def with_prompt(model: Transformer, inputs: Inputs, prompt: Tensor) -> Any:
     rows = torch.cat([prompt.expand(len(embedded), -1, -1), embedded], dim=1)
     longer = _moved(inputs, added).but(input_ids=None, inputs_embeds=rows)
     if (positions := longer.given.get("position_ids")) is not None:
-        front = torch.arange(added, device=positions.device).expand(*positions.shape[:-1], -1)
+        front = _front(inputs, added, positions).expand(*positions.shape[:-1], -1)
         longer = longer.but(position_ids=torch.cat([front, positions], dim=-1))
     if (types := inputs.given.get("token_type_ids")) is not None:
         longer = longer.but(token_type_ids=torch.cat([types.new_zeros(len(types), added), types], dim=1))
     return _cut(model(longer), lambda states: states[:, added:])
+
+
+def _front(inputs: Inputs, added: int, positions: Tensor) -> Tensor:
+    """The positions of a prompt: the first ones, or those behind a prefix that stands in front of it."""
+    cache = inputs.given.get("past_key_values")
+    first = 0 if cache is None else cache.get_seq_length()
+    return torch.arange(first, first + added, device=positions.device)
 
 
 def _packed_with_prompt(model: Transformer, inputs: Inputs, embedded: Tensor, prompt: Tensor) -> Any:
@@ -228,7 +239,7 @@ def _packed_with_prompt(model: Transformer, inputs: Inputs, embedded: Tensor, pr
     added, segments = len(prompt), inputs.given["segments"]
     order, places = interleaved(segments.lengths, embedded.shape[1], added, device=embedded.device)
     positions = inputs.given["position_ids"][0]
-    positions = torch.cat([torch.arange(added, device=positions.device), positions + added])
+    positions = torch.cat([_front(inputs, added, positions), positions + added])
     longer = inputs.but(
         input_ids=None,
         inputs_embeds=torch.cat([prompt, embedded[0]])[order][None],
@@ -292,11 +303,13 @@ def with_prefix(model: Transformer, inputs: Inputs, prefix: Tensor) -> Any:
         shape = (tokens.shape[0], added + tokens.shape[1])
         longer = longer.but(attention_mask=torch.ones(shape, dtype=torch.long, device=tokens.device))
     cache = inputs.given.get("past_key_values")
-    if cache is not None:
+    if cache is not None and not isinstance(cache, PrefixCache):
         for layer, (keys, values) in enumerate(prefix):
             cache.update(*(x.expand(tokens.shape[0], -1, -1, -1) for x in (keys, values)), layer)
         return model(longer)
     lent = PrefixCache(prefix, keeps=_keeps(model, inputs))
+    if cache is not None:  # lent by an adapter on top of this one
+        lent = cache.with_more(prefix)
     try:
         output = model(longer.but(past_key_values=lent))
     except RuntimeError as problem:  # a mask longer than the keys

@@ -216,7 +216,7 @@ def _the_one(model: nn.Module, name: str | None) -> Handle:
 
 
 def _tensors(handle: Handle) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in handle.tensors().items()}
+    return {name: value.detach().cpu().contiguous() for name, value in handle.tensors(training=False).items()}
 
 
 def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _refuse(problem: str, place: Path, *, unless: bool) -> None:
 
 
 def _fill(handle: Handle, tensors: Mapping[str, Tensor], source: Path) -> None:
-    wanted = handle.tensors()
+    wanted = handle.tensors(training=False)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     _refuse(f"{len(missing)} tensors are missing, first '{(missing or [''])[0]}'", source, unless=not missing)
     _refuse(f"{len(extra)} tensors belong to nothing, first '{(extra or [''])[0]}'", source, unless=not extra)

@@ -33,8 +33,12 @@ def is_transformer(module: nn.Module) -> bool:
         return False
     if getattr(module, "base_model", None) is not module:
         return False
-    taken = inspect.signature(type(module).forward).parameters
-    return {"input_ids", "inputs_embeds"} <= taken.keys() and _embedding_of(module) is not None
+    original: Any = getattr(type(module), "original_class", type(module))
+    taken = inspect.signature(original.forward).parameters
+    if not {"input_ids", "inputs_embeds"} <= taken.keys() or _embedding_of(module) is None:
+        return False
+    # Of a model that puts pictures among the tokens, it is the language model inside.
+    return not any(is_transformer(part) for part in module.modules() if part is not module)
 
 
 def is_attention(module: nn.Module) -> bool:

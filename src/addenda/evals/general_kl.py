@@ -142,7 +142,7 @@ def _encoded(base: LoadedBase, prompts: Sequence[GeneralPrompt]) -> list[tuple[G
             base.tokenizer,
             chat_template=base.chat_template,
             train_on="assistant",
-            max_tokens=base.context_length,
+            max_tokens=base.room,
             overflow="drop",
         )
         if isinstance(found, Example):

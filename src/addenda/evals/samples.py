@@ -112,7 +112,7 @@ def _asks(row: Conversation) -> bool:
 def _fits(base: LoadedBase, row: Conversation, max_new_tokens: int) -> bool:
     """Whether the question leaves room for an answer of full length."""
     prompt = prompt_ids(base, [turn.as_dict() for turn in row.messages[:-1]])
-    return len(prompt) + max_new_tokens <= base.context_length
+    return len(prompt) + max_new_tokens <= base.room
 
 
 def _overlap(one: frozenset[str], other: frozenset[str]) -> float:

@@ -63,7 +63,7 @@ def probe_rows(base: LoadedBase) -> list[Tensor]:
     """The prompts of the gate as token ids, each (1, T) long."""
     encoded = (base.tokenizer(text, return_tensors="pt")["input_ids"] for text in _TEXTS)
     device = next(base.model.parameters()).device
-    return [ids[:, : base.context_length].to(device) for ids in encoded]
+    return [ids[:, : base.room].to(device) for ids in encoded]
 
 
 def logits_of(

@@ -92,6 +92,10 @@ class CPT(SequenceMethod):
             return ["it asks for the tokens of a context: set text in a recipe, or give ids"]
         return unknown_tokens(self.ids, base)
 
+    @property
+    def positions(self) -> int:
+        return len(self.ids)
+
     def build_on(self, model: Transformer) -> CPTAdapter:
         start = model.constant(len(self.ids), model.width, init=tokens_of_vocabulary(model, self.ids))
         return CPTAdapter(start, model.parameter(*start.shape), self.radii(model.width))

@@ -79,6 +79,7 @@ def squared_rows(weight: Tensor) -> Tensor:
 class DoRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank), m: (d_out,); squares: (d_out,), the squared norms of W's rows, frozen."""
 
+    reads_weight = True
     squares: Tensor
 
     def __init__(

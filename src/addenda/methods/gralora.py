@@ -42,8 +42,7 @@ class GraLoRA(Method):
     the whole update once in each forward. **Use it when** LoRA of a high rank (64 and more) does worse than of a
     lower one, which is the case the paper starts from.
 
-    **Learning rate**: 2e-4, that of PEFT's published comparison of methods (MetaMathQA, Llama 3.2 3B, rank 32); the
-    authors of the method chose it.
+    **Learning rate**: 2e-4, that of PEFT's published comparison of methods (MetaMathQA, Llama 3.2 3B, rank 32).
 
     **Differs from**: nothing in the formula. PEFT advises 2 blocks up to a rank of 32 and 4 from 64.
 

@@ -89,6 +89,8 @@ class HiRA(Method):
 class HiRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank)."""
 
+    reads_weight = True
+
     def __init__(self, A: nn.Parameter, B: nn.Parameter, dropout: float) -> None:
         super().__init__()
         self.A, self.B, self.dropout = A, B, dropout

@@ -165,9 +165,12 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
     precision = _same_precision(number_format(recipe.base), parallel)
     base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
     recipe = _with_tokens(recipe, base)
-    encoder = encoder_for(base, recipe.data)
+    encoder = encoder_for(base, recipe.data, ahead=recipe.method.positions)
     if recipe.data.max_tokens is None:
-        reason = f"the base's context is {base.context_length:,} tokens, and {LONGEST_ROW:,} are enough"
+        taken = f", {recipe.method.positions} of them the method's" if recipe.method.positions else ""
+        reason = (
+            f"the base's context is {base.context_length:,} tokens{taken}, and {LONGEST_ROW:,} are enough"
+        )
         recipe = recipe.derive("data.max_tokens", encoder.max_tokens, reason)
     train_rows = _encode(parts.train, encoder, "training", on_event)
     heldout_rows = _encode(parts.heldout, encoder, "held-out", on_event)
@@ -283,13 +286,17 @@ def prepare_base(settings: BaseSettings, dtype: torch.dtype | None, on_event: On
     return base
 
 
-def encoder_for(base: LoadedBase, settings: DataSettings) -> Encoder:
-    """The encoder that the data settings ask for, with the row limit of the base where none is set."""
-    limit = settings.max_tokens or min(LONGEST_ROW, base.context_length)
-    if limit > base.context_length:
+def encoder_for(base: LoadedBase, settings: DataSettings, *, ahead: int = 0) -> Encoder:
+    """The encoder that the data settings ask for, with the row limit of the base where none is set.
+
+    ``ahead`` positions of the context will be taken by what is about to be attached.
+    """
+    room = base.room - ahead
+    limit = settings.max_tokens or min(LONGEST_ROW, room)
+    if limit > room:
         raise ConfigError(
-            f"data.max_tokens = {limit:,} is more than the base's context of {base.context_length:,} tokens",
-            hint=f"set data.max_tokens={base.context_length}, or leave it unset",
+            f"data.max_tokens = {limit:,} is more than the base's context of {room:,} tokens",
+            hint=f"set data.max_tokens={room}, or leave it unset",
         )
     return Encoder(base.tokenizer, base.chat_template, settings.train_on, limit, settings.overflow)
 

@@ -9,8 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
 from torch import nn
 
+import addenda
 from addenda.bases.generate import generate, prompt_ids
 from addenda.bases.loaded import LoadedBase
+from addenda.core import registry
 from addenda.data.encode import encode
 from addenda.data.rows import Conversation, Example, Message, RowRef
 from addenda.errors import BaseModelError, ConfigError
@@ -172,6 +174,21 @@ def test_an_answer_stops_at_the_end_of_the_context():
     (answer,) = generate(made, [talk("abc")], max_new_tokens=50)
     prompt = ["<s>", "<user>", "a", "b", "c", "<end>", "<assistant>"]
     assert len(answer) == 14 - len(prompt)
+
+
+@pytest.mark.parametrize("name", ["prompt-tuning", "prefix-tuning"])
+def test_what_stands_in_front_of_a_conversation_takes_part_and_takes_room(name):
+    made, talks = base(context_length=14), [talk("z"), talk("ab")]
+    before = generate(made, talks, max_new_tokens=3)
+    handle = addenda.attach(made.model, registry.get(name)(tokens=4))
+    assert made.room == 10
+    answers = generate(made, talks, max_new_tokens=3)
+    assert answers == [greedy_by_hand(made, messages, 3) for messages in talks]
+    (cut,) = generate(made, [talk("abc")], max_new_tokens=50)
+    assert len(cut) == 10 - 7
+    handle.disable()
+    assert made.room == 14
+    assert generate(made, talks, max_new_tokens=3) == before
 
 
 @pytest.mark.parametrize(

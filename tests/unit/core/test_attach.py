@@ -49,7 +49,12 @@ def tiny_llama() -> LlamaForCausalLM:
     [
         (addenda.LoRA(rank=2), ["q_proj", "v_prj"], "new", "'v_prj' matched no module"),
         (addenda.LoRA(rank=2), [], "new", "no target was given"),
-        (addenda.LoRA(rank=2), "norm", "new", "cannot adapt (LayerNorm: method 'lora' adapts no layer of kind 'norm')"),
+        (
+            addenda.LoRA(rank=2),
+            "norm",
+            "new",
+            "cannot adapt (LayerNorm: method 'lora' adapts no layer of kind 'norm')",
+        ),
         (addenda.LoRA(rank=9), "q_proj", "new", "rank 9 exceeds min(d_in, d_out) = 8 at 'q_proj'"),
         (addenda.LoRA(rank=2, ranks={"v_proj": 99}), "all-linear", "new", "rank 99 exceeds"),
         (addenda.LoRA(rank=2), "q_proj", "taken", "already carries an adapter 'taken'"),

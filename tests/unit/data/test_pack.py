@@ -69,6 +69,12 @@ def test_collate_aligns_targets_with_the_state_before_them() -> None:
     assert batch.rows == tuple(example.row for example in chosen)
 
 
+def test_the_prompt_is_what_comes_before_the_first_trained_token() -> None:
+    masks = [(False, False, True, False, True), (False, False), (True, False)]
+    batch = collate([Example(tuple(range(len(on))), on, ROW) for on in masks])
+    assert batch.prompts == (2, 2, 0)
+
+
 def test_no_target_crosses_from_one_example_to_the_next() -> None:
     whole = Example((1, 2, 3), (True, True, True), ROW)
     batch = collate([whole, whole])

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import addenda
+from addenda.errors import MethodError
 from addenda.methods.dora import DoRA
+from addenda.methods.hira import HiRA
 
 
 def reference(x: torch.Tensor, layer: nn.Linear, adapter: nn.Module, scaling: float) -> torch.Tensor:
@@ -56,3 +58,26 @@ def test_a_row_of_zeros_stays_one() -> None:
     before = model(x)
     addenda.attach(model, DoRA(rank=2), targets=["0"])
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reader", [DoRA(rank=2), HiRA(rank=2)], ids=["dora", "hira"])
+def test_nothing_is_folded_in_below_what_goes_by_the_weight(reader: addenda.Method) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 5)), torch.randn(3, 8)
+    below = addenda.attach(model, addenda.LoRA(rank=2), name="below")
+    on_top = addenda.attach(model, reader, name="top")
+    with torch.no_grad():
+        for parameter in (*below.parameters(), *on_top.parameters()):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    before = model(x)
+    with pytest.raises(MethodError, match="goes by the weight"):
+        below.merge()
+    assert torch.equal(model(x), before)
+    on_top.detach()
+    below.merge()
+    merged, on_top = model(x), addenda.attach(model, reader, name="top")
+    torch.testing.assert_close(model(x), merged, rtol=0, atol=1e-6)
+    with pytest.raises(MethodError, match="goes by the weight"):
+        below.unmerge()
+    on_top.merge()
+    on_top.unmerge()
+    torch.testing.assert_close(model(x), merged, rtol=0, atol=1e-6)

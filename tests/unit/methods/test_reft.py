@@ -181,3 +181,44 @@ def test_places_in_prompts() -> None:
     told = Prompts.of_rows(real, torch.tensor([2, 1]))
     assert told.before.tolist() == [[-1, 0, 1, -1], [0, -1, -1, -1]]
     assert told.ends(0, 1).tolist() == [[False, False, True, False], [True, False, False, False]]
+
+
+def test_rows_of_a_batch_may_each_have_an_edit_of_their_own() -> None:
+    model = llama()
+    for name in ("a", "b"):
+        stirred(model, ReFT(rank=2, first=1, last=2), name)
+    ids, mask = torch.randint(3, 61, (3, 8)), torch.ones(3, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    alone = []
+    for row, name in enumerate(("b", None, "a")):
+        with addenda.activated(model, name):
+            alone.append(model(input_ids=ids, attention_mask=mask).logits[row])
+    with addenda.activated(model, addenda.Rows(("b", None, "a"))):
+        routed = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(routed, torch.stack(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_runs_sample_by_sample_is_told_where_the_prompts_end() -> None:
+    config = transformers.GptOssConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    model = transformers.GptOssForCausalLM(config).eval()
+    packed = PackedModel(model)
+    assert packed.path == "general"
+    stirred(model, ReFT(rank=2, first=1, last=1))
+    ids = torch.randint(3, 61, (12,))
+    with torch.no_grad():
+        found = packed.hidden(ids, (7, 5), prompts=(4, 5))
+        told = model.model(input_ids=ids[None, :7], prompt_lengths=torch.tensor([4]))[0][0]
+        untold = model.model(input_ids=ids[None, :7])[0][0]
+        rest = model.model(input_ids=ids[None, 7:])[0][0]
+    torch.testing.assert_close(found, torch.cat([told, rest]))
+    assert not torch.allclose(told, untold)

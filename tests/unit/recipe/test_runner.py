@@ -98,7 +98,7 @@ def test_an_encoder_is_refused(tiny: Path) -> None:
 def test_rows_longer_than_the_base_can_read_are_refused_up_front() -> None:
     from types import SimpleNamespace
 
-    base = SimpleNamespace(context_length=128, tokenizer=None, chat_template=None)
+    base = SimpleNamespace(room=128, tokenizer=None, chat_template=None)
     with pytest.raises(ConfigError, match=r"more than the base's context of 128 tokens") as caught:
         encoder_for(base, DataSettings(path="x", max_tokens=129))  # type: ignore[arg-type]
     assert "data.max_tokens=128" in caught.value.hint

@@ -81,7 +81,7 @@ def export_peft(
         rows = probe_rows(base)
         wanted = logits_of(base.model, rows, on_progress=on_progress)
         with handle.disabled():
-            reader, found = _read_again(base.model, work, rows, on_progress)
+            reader, found = _read_again(base.model, work, rows, on_progress, form=form_for(handle.method))
         parity = require_parity(wanted, found, reader=reader)
         base.tokenizer.save_pretrained(work)
         write_record(work, form="peft", parity=parity, provenance=facts)
@@ -98,15 +98,21 @@ def export_peft(
 
 
 def _read_again(
-    model: nn.Module, folder: Path, rows: list[Tensor], on_progress: OnProgress | None
+    model: nn.Module,
+    folder: Path,
+    rows: list[Tensor],
+    on_progress: OnProgress | None,
+    *,
+    form: Form | None,
 ) -> tuple[str, list[Tensor]]:
     """Load the folder onto the bare model, run it, and take it off again."""
-    if importlib.util.find_spec("peft") is None:
+    why_not = "peft is not installed" if importlib.util.find_spec("peft") is None else ""
+    if form is not None and not form.answers_alone:
+        why_not = "peft's model asks for more than the tokens"
+    if why_not:
         again = import_peft(model, folder, name="export-gate")
         try:
-            return "addenda's own reader (peft is not installed)", logits_of(
-                model, rows, on_progress=on_progress
-            )
+            return f"addenda's own reader ({why_not})", logits_of(model, rows, on_progress=on_progress)
         finally:
             again.detach()
     import peft
@@ -116,9 +122,23 @@ def _read_again(
         warnings.simplefilter("ignore", FutureWarning)
         theirs = peft.PeftModel.from_pretrained(model, folder)
     try:
-        return f"peft {peft.__version__}", logits_of(theirs, rows, on_progress=on_progress)
+        found = logits_of(theirs, rows, on_progress=on_progress)
+        # PEFT scores virtual positions too.
+        return f"peft {peft.__version__}", [
+            each[-row.numel() :] for each, row in zip(found, rows, strict=True)
+        ]
     finally:
+        _take_off(form, theirs)
+
+
+def _take_off(form: Form | None, theirs: Any) -> None:
+    """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
+    if form is not None and form.of_model:
+        return
+    if hasattr(theirs.base_model, "unload"):
         theirs.unload()
+    else:
+        theirs.base_model.delete_adapter("default")
 
 
 def write_peft(
@@ -213,7 +233,7 @@ def _foreign_tensors(form: Form, handle: Handle) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path, adapter in handle.adapters.items():
         for name, tensor in form.tensors(adapter, view_at(handle, path)).items():
-            found[f"{PREFIX}{path}.{name}"] = tensor
+            found[form.key(path, name)] = tensor
         if adapter.common is not None:
             for name, tensor in form.shared(adapter.common).items():
                 found[f"{SHARED_PREFIX}{name}"] = tensor

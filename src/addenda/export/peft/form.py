@@ -56,6 +56,10 @@ class Form(ABC):
     """Keys that say how training began or ran, and change nothing of what a trained adapter computes."""
     unknown: ClassVar[tuple[str, ...]] = ()
     """Keys that most of PEFT's configurations have and this one has not: they are not written."""
+    of_model: ClassVar[bool] = False
+    """Whether the adapter stands on the model as a whole, so that its tensors carry no layer's path."""
+    literal_targets: ClassVar[bool] = False
+    """Whether a text for ``target_modules`` is a name, and no regular expression."""
     names: ClassVar[tuple[str, ...]]
     """What a layer's tensors are called after its path and a dot."""
     integers: ClassVar[tuple[str, ...]] = ()
@@ -64,6 +68,8 @@ class Form(ABC):
     """Those of `names` that a file may lack; `fill` then makes up for them."""
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
+    answers_alone: ClassVar[bool] = True
+    """Whether PEFT's model can be called as the base is, without arguments of the method's own."""
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
@@ -98,6 +104,10 @@ class Form(ABC):
         """Return why PEFT has no layout for adapters on layers of this kind, or None where it has."""
         return why_not(kind, self.kinds)
 
+    def key(self, path: str, name: str) -> str:
+        """Return what a tensor of the layer at ``path`` is called in the file."""
+        return name if self.of_model else f"{PREFIX}{path}.{name}"
+
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -126,6 +136,11 @@ class Form(ABC):
         """Return why PEFT computes otherwise what this adapter computes, though it has a form for the method."""
         return []
 
+    def prepare(  # noqa: B027  (most forms have nothing to make up for)
+        self, adapter: Adapter, layer: Base, method: Method
+    ) -> None:
+        """Set what PEFT computes from the layer when it loads; called once, before `tensors` and `fill`."""
+
     def fill(self, adapter: Adapter, layer: Base, given: Mapping[str, Tensor]) -> None:
         """Write tensors under PEFT's names, whose shapes are right, into the adapter."""
         with torch.no_grad():
@@ -139,12 +154,16 @@ def why_not(kind: LayerKind, kinds: Sequence[str]) -> str | None:
     return None if any(name in kinds for name in names) else "PEFT has no layout for it"
 
 
-def layers_of(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Base]:
+def layers_of(
+    model: nn.Module, config: Mapping[str, Any], kinds: Sequence[str] = Form.kinds
+) -> dict[str, Base]:
     """Return the layers that a configuration's ``target_modules`` name, by path, in the model's order."""
     targets = config.get("target_modules") or "all-linear"
     chosen = [targets] if isinstance(targets, str) else list(targets)
-    layers = resolve(model, chosen, lambda kind: why_not(kind, Form.kinds))
-    return {path: view_of(layer, path) for path, layer in layers.items()}
+    return {
+        path: view_of(layer, path)
+        for path, layer in resolve(model, chosen, lambda kind: why_not(kind, kinds)).items()
+    }
 
 
 _FORMS: dict[str, Form] = {}

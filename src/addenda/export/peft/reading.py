@@ -46,6 +46,8 @@ _HARMLESS = (
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
 _BASE_LAYER = ".base_layer."
+_PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern")
+"""Keys under which values stand by names of layers."""
 _NOTHING = ("bias = 'none'",)
 """Values that say that nothing is used."""
 
@@ -70,7 +72,11 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
     tensors = _without_base(model, _read_tensors(source), source)
     _require_numbers(form, tensors, source)
     config, tensors = form.apart(model, config, tensors)
-    paths, whole = _paths(form, config, tensors, source)
+    paths, whole = (
+        (_at_the_model(form, model, tensors, source), [])
+        if form.of_model
+        else _paths(form, config, tensors, source)
+    )
     method = replace(form.read_settings(config, paths, tensors), whole=tuple(whole))
     along = form.along(model, paths)
     _require_same_targets(model, config, paths, along, source)
@@ -123,9 +129,11 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def _require_safe(config: Mapping[str, Any], source: Path) -> None:
+    known = form_of(config)
     patterns = [key for key in ("target_modules", "feedforward_modules") if isinstance(config.get(key), str)]
+    patterns = [] if known is not None and known.literal_targets else patterns
     patterns = [key for key in patterns if config[key] != "all-linear"]
-    listed = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    listed = [entry for key in _PATTERNS for entry in config.get(key) or {}]
     for key in ("target_modules", "feedforward_modules"):
         listed += config[key] if isinstance(config.get(key), list) else []
     odd = [f"{key} = {config[key]!r}" for key in patterns]
@@ -134,7 +142,7 @@ def _require_safe(config: Mapping[str, Any], source: Path) -> None:
         raise UnsafeError(
             f"layers are named by a regular expression, which is not run: {odd[0][:200]}",
             where={"folder": source, "expressions": len(odd)},
-            hint="list the layers' names literally in target_modules, rank_pattern and alpha_pattern",
+            hint="list the layers' names literally in target_modules and the patterns",
         )
 
 
@@ -188,6 +196,19 @@ def _form(config: Mapping[str, Any], source: Path) -> Form:
     used = [text[:100] for text in used if text not in _NOTHING]
     if used:
         raise _unfit(f"the adapter uses what this does not read: {', '.join(sorted(used))}", source)
+    return found
+
+
+def _at_the_model(form: Form, model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> list[str]:
+    """The one place for an adapter on the whole model; a tensor of another name belongs to nothing."""
+    extra = sorted(tensors.keys() - set(form.names))
+    if extra:
+        raise _unfit(f"{len(extra)} tensors belong to nothing, first '{extra[0]}'", source)
+    found = [path for path, (_, kind) in adaptable(model).items() if kind.among(form.kinds)]
+    if len(found) != 1:
+        raise _unfit(
+            f"the model has {len(found)} transformers that a prompt could stand in front of, not one", source
+        )
     return found
 
 
@@ -271,8 +292,10 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         for path, adapter in handle.adapters.items()
         if path not in adapters
     }
+    for adapter, layer in adapters.values():
+        form.prepare(adapter, layer, handle.method)
     wanted = {
-        f"{PREFIX}{path}.{name}": place
+        form.key(path, name): place
         for path, (adapter, layer) in adapters.items()
         for name, place in form.tensors(adapter, layer).items()
     }
@@ -293,20 +316,32 @@ def _fill(form: Form, handle: Handle, tensors: Mapping[str, Tensor], source: Pat
         if key in tensors and place.shape != tensors[key].shape:
             found, expected = tuple(tensors[key].shape), tuple(place.shape)
             raise _unfit(f"'{key}' has shape {found}; its settings and layer ask for {expected}", source)
+    _require_one_value(wanted, tensors, source)
     with torch.no_grad():
         for name, place in shared.items():
             place.copy_(tensors[SHARED_PREFIX + name])
     for path, (adapter, layer) in adapters.items():
-        form.fill(adapter, layer, _given(tensors, path, form.names))
+        form.fill(adapter, layer, _given(tensors, {name: form.key(path, name) for name in form.names}))
     for path, (changed, layer) in whole.items():
-        set_values(changed, layer, _given(tensors, path, ("weight", "bias")))
+        set_values(
+            changed, layer, _given(tensors, {name: f"{PREFIX}{path}.{name}" for name in ("weight", "bias")})
+        )
     if problems := form.problems(handle):
         raise _unfit("; ".join(problems), source)
 
 
-def _given(tensors: Mapping[str, Tensor], path: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-    keys = {name: f"{PREFIX}{path}.{name}" for name in names}
+def _given(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """Those of the tensors that the file has, by their short names."""
     return {name: tensors[key] for name, key in keys.items() if key in tensors}
+
+
+def _require_one_value(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse a folder that gives several values to one tensor, as where layers share otherwise than here."""
+    first: dict[tuple[int, ...], str] = {}
+    for key, place in wanted.items():
+        other = first.setdefault((place.data_ptr(), *place.shape), key)
+        if not torch.equal(tensors[other], tensors[key]):
+            raise _unfit(f"'{other}' and '{key}' differ, and these layers share it here", source)
 
 
 def view_at(handle: Handle, path: str) -> Base:

@@ -1,0 +1,45 @@
+"""Prompts, prefixes and adaption prompts exported as a user would, and read again before the folder appears."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import addenda
+from addenda.core import registry
+from addenda.export.peft import export_peft
+
+pytest.importorskip("peft")
+
+# PEFT 0.21 asks transformers 5.23 for a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+READERS = {
+    "prompt-tuning": "peft",
+    "prefix-tuning": "peft",
+    "llama-adapter": "peft",
+    "multitask-prompt-tuning": "addenda's own reader (peft asks for more than the tokens)",
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_an_export_is_read_again_and_the_model_is_as_before(
+    name: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = addenda.load_base(str(tiny_model), dtype="float32")
+    handle = addenda.attach(base.model, registry.get(name).from_settings(registry.get(name).variants[0]))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    ids = torch.arange(4, 16)[None]
+    before = base.model(ids).logits
+    classes = [type(module) for module in base.model.modules()]
+    parity = export_peft(base, handle, tmp_path / "out")
+    assert parity.reader.startswith(READERS[name])
+    assert torch.equal(base.model(ids).logits, before)
+    assert [type(module) for module in base.model.modules()] == classes
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
