@@ -69,11 +69,12 @@ def test_a_missing_a_changed_and_a_foreign_page_are_stale(
     assert docs.stale(tmp_path) == ["changed.md", "gone.md", "foreign.md"]
 
 
-def test_the_table_in_the_readme_is_replaced_and_nothing_else(docs: ModuleType) -> None:
+def test_the_list_in_the_readme_is_replaced_and_nothing_else(docs: ModuleType) -> None:
     marks = "<!-- methods: written by `make docs` -->", "<!-- end of methods -->"
     text = docs.readme(f"before {marks[0]} anything {marks[1]} after")
-    assert text.startswith(f"before {marks[0]}\n\n| method |")
-    assert text.endswith(f"|\n\n{marks[1]} after")
+    assert text.startswith(f"before {marks[0]}\n\n[")
+    assert "`lora`" in text
+    assert text.endswith(f".\n\n{marks[1]} after")
     assert docs.readme(text) == text
     with pytest.raises(SystemExit, match="lacks the marks"):
         docs.readme("a page without them")

@@ -62,6 +62,14 @@ def activated(model: nn.Module, wanted: Wanted) -> Iterator[None]:
     """Let exactly these adapters run inside a ``with`` block; backward passes belong into it too.
 
     Arguments and errors as for `activate`.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], name="law")
+        >>> with addenda.activated(model, None):
+        ...     handle.active
+        False
     """
     before = active_composition(model)
     activate(model, wanted)

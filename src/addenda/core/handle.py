@@ -416,7 +416,15 @@ def tokens_kept(model: nn.Module, *, probing: bool = False) -> Iterator[None]:
 
 
 def handles(model: nn.Module) -> dict[str, Handle]:
-    """Return the handles of all adapters on the model, by name."""
+    """Return the handles of all adapters on the model, by name, in the order of attaching.
+
+    Example:
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> _ = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], name="law")
+        >>> list(addenda.handles(model))
+        ['law']
+    """
     require_module(model)
     registry = model.__dict__.get("_addenda_registry")
     return dict(registry.handles) if registry else {}

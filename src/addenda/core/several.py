@@ -41,6 +41,15 @@ def save_all(
         NotFoundError: the model carries no adapter.
         MethodError: one of them is merged.
         CheckpointError: a value is not finite, or the folder holds something else.
+
+    Example:
+        >>> import addenda, tempfile
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> for name in ("law", "style"):
+        ...     _ = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], name=name)
+        >>> path = addenda.save_all(model, tempfile.mkdtemp() + "/adapters")
+        >>> sorted(entry.name for entry in path.iterdir())
+        ['adapters.json', 'law', 'style']
     """
     on_model, target = handles(model), Path(folder)
     if not on_model:
@@ -89,6 +98,15 @@ def load_all(
     Raises:
         NotFoundError: the folder or one of its adapters is missing.
         CheckpointError: a file is damaged, or belongs to another base. The model is then as it was.
+
+    Example:
+        >>> import addenda, tempfile
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2), targets=["0"], name="law")
+        >>> folder = addenda.save_all(model, tempfile.mkdtemp() + "/adapters")
+        >>> handle.detach()
+        >>> addenda.load_all(model, folder)
+        {'law': <Handle 'law': lora, 1 layers, 24 parameters, active>}
     """
     source = Path(folder)
     index = _index(source)
