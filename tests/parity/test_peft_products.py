@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from addenda import attach
@@ -132,3 +134,27 @@ def test_groups_of_rows_that_rounding_makes_are_refused(tmp_path: Path) -> None:
     handle = attach(_named(nn.Linear(24, 20)), registry.get("adamss")(), targets=["layer"])
     with pytest.raises(ExportError, match="as far from each other"):
         write_peft(handle, tmp_path)
+
+
+def test_ranks_that_differ_by_group_are_refused_by_name(tmp_path: Path) -> None:
+    model = _named(nn.Linear(24, 20))
+    handle = attach(model, registry.get("adamss")(basis_rank=8, subspaces=2), targets=["layer"])
+    write_peft(handle, tmp_path)
+    handle.detach()
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_dynamic_rank": True}))
+    with pytest.raises(CheckpointError, match="use_dynamic_rank"):
+        import_peft(model, tmp_path)
+
+
+def test_what_stands_for_an_untrained_part_has_to_be_zero(tmp_path: Path) -> None:
+    model = _named(nn.Linear(24, 20))
+    handle = attach(model, registry.get("glora")(rank=2, prompt="none"), targets=["layer"])
+    write_peft(handle, tmp_path)
+    handle.detach()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.layer.glora_C.zeros"][3] = 1.0
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="not zero"):
+        import_peft(model, tmp_path)
+    assert type(model.layer) is nn.Linear
