@@ -53,7 +53,7 @@ class DEFT(Method):
         >>> addenda.attach(model, DEFT(rank=2), targets=["0"]).trainable_parameters
         24
 
-    References: arXiv:2509.22793 (NeurIPS 2025), section 3.
+    References: arXiv:2509.22793 (NeurIPS 2025).
     """
 
     mergeable: ClassVar[bool] = True

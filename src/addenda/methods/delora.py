@@ -55,7 +55,7 @@ class DeLoRA(Method):
         >>> addenda.attach(model, DeLoRA(rank=2), targets=["0"]).trainable_parameters
         25
 
-    References: Bini et al. 2025, arXiv:2503.18225, section 3.
+    References: Bini et al. 2025, arXiv:2503.18225.
     """
 
     mergeable: ClassVar[bool] = True

@@ -58,7 +58,7 @@ class GLoRA(Method):
         >>> addenda.attach(model, GLoRA(rank=2), targets=["0"]).trainable_parameters
         68
 
-    References: Chavan et al. 2023, arXiv:2306.07967, section 3.
+    References: Chavan et al. 2023, arXiv:2306.07967.
     """
 
     mergeable: ClassVar[bool] = True

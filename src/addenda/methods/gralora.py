@@ -52,7 +52,7 @@ class GraLoRA(Method):
         >>> addenda.attach(model, GraLoRA(rank=2), targets=["0"]).trainable_parameters
         24
 
-    References: Jung et al. 2025, arXiv:2505.20355, section 3.
+    References: Jung et al. 2025, arXiv:2505.20355.
     """
 
     mergeable: ClassVar[bool] = True

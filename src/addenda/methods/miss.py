@@ -54,7 +54,7 @@ class MiSS(Method):
         >>> addenda.attach(model, MiSS(rank=2), targets=["0"]).trainable_parameters
         8
 
-    References: Kang and Yin 2024, arXiv:2409.15371, section 3.
+    References: Kang and Yin 2024, arXiv:2409.15371.
     """
 
     mergeable: ClassVar[bool] = True

@@ -46,7 +46,7 @@ class PaRa(Method):
         >>> addenda.attach(model, PaRa(rank=2), targets=["0"]).trainable_parameters
         8
 
-    References: Chen et al. 2024, arXiv:2406.05641, section 3.
+    References: Chen et al. 2024, arXiv:2406.05641.
     """
 
     mergeable: ClassVar[bool] = True
