@@ -50,6 +50,10 @@ class NormView(LayerView):
     def groups(self) -> int:
         return self.d_out
 
+    @property
+    def bias_possible(self) -> bool:
+        return "bias" in self.module._parameters
+
     def to_matrix(self, stored: Tensor) -> Tensor:
         return stored[:, None]
 

@@ -30,7 +30,7 @@ class BitFit(Method):
     Differs from: the paper trains all biases that a model has, those of its layer norms too. Without targets this
     adapts the linear layers alone; targets of ``["all-linear", "all-norms"]`` take the norms along. It trains an
     offset beside the bias, so that the base stays untouched, and gives bias-free linear layers (Llama and its kin) an
-    offset where the paper has nothing to train. A norm that has no bias gets none.
+    offset where the paper has nothing to train. A norm whose form has no bias, as an RMS norm's, gets none.
 
     Example:
         >>> import addenda
@@ -54,8 +54,6 @@ class BitFit(Method):
     def problems_at(self, base: Base) -> list[str]:
         if base.has_bias:
             return []
-        if base.kind == "norm":
-            return ["it is a norm that has no bias"]
         if not base.bias_possible:
             return ["it has no bias and no place for one"]
         return [] if self.create else ["it has no bias (create=True gives it one)"]
