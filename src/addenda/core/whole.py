@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.layers import LayerKind
+from addenda.core.parts import Part
 from addenda.core.targets import adaptable, bypass_of, exact, matches
 
 __all__ = [
@@ -95,12 +96,19 @@ def whole_problems(model: nn.Module, method: Method) -> list[str]:
         if bypass_of(model, path, layer)
     ]
     if method.whole:
+        held = {id(parameter) for layer in layers.values() for parameter in _held(layer)}
         found += [
             f"whole names '{name}', which belongs to no layer of a kind that can be trained whole"
-            for name, _ in model.named_parameters()
-            if is_whole(method, name) and not any(around in layers for around in _around(name))
+            for name, parameter in model.named_parameters()
+            if is_whole(method, name) and id(parameter) not in held
         ]
     return found
+
+
+def _held(layer: nn.Module) -> list[Tensor | None]:
+    """The parameters in which a layer keeps what it computes with; those of a part are its owner's."""
+    places = [layer.weight_at, layer.bias_at] if isinstance(layer, Part) else []
+    return [*layer.parameters(), *(place.parameter for place in places if place is not None)]
 
 
 def _why_not_whole(kind: LayerKind) -> str | None:

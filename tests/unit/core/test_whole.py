@@ -182,6 +182,16 @@ def test_what_cannot_be_trained_whole_is_refused(whole: tuple[str, ...], text: s
         addenda.plan(model, addenda.LoRA(rank=2, whole=whole), "0")
 
 
+@pytest.mark.parametrize(
+    "module",
+    [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.LSTM(8, 8), nn.GRU(8, 8, bias=False)],
+)
+def test_modules_whose_weights_are_parts_of_parameters_are_trained_whole(module: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), module)
+    planned = addenda.plan(model, addenda.LoRA(rank=2, whole=("1",)), "0")
+    assert planned.parameters == sum(p.numel() for p in module.parameters()) + 2 * (8 + 8)
+
+
 def test_a_text_in_place_of_a_list_is_refused() -> None:
     with pytest.raises(addenda.ConfigError, match="whole must be a list"):
         addenda.LoRA(whole="head")
