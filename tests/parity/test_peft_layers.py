@@ -131,7 +131,7 @@ def test_a_convolution_that_peft_does_not_follow_is_refused(
         write_peft(handle, tmp_path)
     handle.detach()
     write_peft(addenda.attach(Layers(0), addenda.LoRA(rank=2), targets=["one"]), tmp_path)
-    with pytest.raises((CheckpointError), match=name):
+    with pytest.raises((CheckpointError), match=f"{name}|has shape"):
         import_peft(odd, tmp_path)
     assert type(odd.one) is nn.Conv1d
 
