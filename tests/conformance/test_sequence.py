@@ -316,23 +316,23 @@ def _gradients(handle: addenda.Handle, loss: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(handle.parameters()), allow_unused=True))
 
 
-def _same_gradients(found: list[Tensor], wanted: list[Tensor]) -> None:
+def assert_same_gradients(found: list[Tensor], wanted: list[Tensor]) -> None:
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize(("method", "kind"), CASES)
-def test_activation_checkpointing_gives_the_same_gradients(
+def test_activation_checkpointing_gives_theassert_same_gradients(
     method: Method, model: nn.Module, ids: Tensor
 ) -> None:
     handle = stirred(addenda.attach(model, method))
     plain = _gradients(handle, logits(model, ids).square().sum())
     whole = checkpoint(lambda x: logits(model, x), ids, use_reentrant=False)
-    _same_gradients(_gradients(handle, whole.square().sum()), plain)
+    assert_same_gradients(_gradients(handle, whole.square().sum()), plain)
 
 
 @pytest.mark.parametrize(("method", "kind"), CASES)
-def test_gradient_checkpointing_by_transformers_gives_the_same_gradients_or_an_error(
+def test_gradient_checkpointing_by_transformers_gives_theassert_same_gradients_or_an_error(
     method: Method, model: nn.Module, ids: Tensor, kind: str
 ) -> None:
     handle = stirred(addenda.attach(model, method))
@@ -343,7 +343,7 @@ def test_gradient_checkpointing_by_transformers_gives_the_same_gradients_or_an_e
         with pytest.raises(addenda.errors.MethodError, match="did not read the prefix"):
             logits(model, ids)
         return
-    _same_gradients(_gradients(handle, logits(model, ids).square().sum()), plain)
+    assert_same_gradients(_gradients(handle, logits(model, ids).square().sum()), plain)
 
 
 @pytest.mark.parametrize(("method", "kind"), CAUSAL)
@@ -358,7 +358,7 @@ def test_packed_rows_give_what_single_samples_give(method: Method, model: nn.Mod
     for recompute in (0, 2):
         hidden = packed.hidden(row, lengths, recompute=recompute)
         torch.testing.assert_close(hidden, torch.cat(alone), rtol=1e-4, atol=1e-5)
-        _same_gradients(_gradients(handle, hidden.square().sum()), wanted)
+        assert_same_gradients(_gradients(handle, hidden.square().sum()), wanted)
 
 
 @pytest.mark.parametrize(("method", "kind"), CAUSAL)

@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, seeded: int) -> None:
         ({"num_virtual_tokens": 9}, "not the 9 virtual tokens"),
         ({"num_transformer_submodules": 2}, "for an encoder and a decoder"),
         ({"peft_type": "PREFIX_TUNING", "prompt_tuning_init": None}, "has shape"),
-        ({"modules_to_save": ["lm_head"]}, "does not read"),
+        ({"encoder_hidden_size": 7}, "does not read"),
     ):
         path.write_text(json.dumps({**config, **change}))
         with pytest.raises(addenda.errors.CheckpointError, match=words):
