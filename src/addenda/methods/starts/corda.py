@@ -40,7 +40,7 @@ class CorDA(Start):
 
     **Use it when** what the base knew is to be kept (``kpm``), or as PiSSA where the inputs are far from isotropic.
 
-    **Learning rate**: a tenth of the method's where none is set, because at the whole of it the first steps overshot on a
+    **Learning rate**: a tenth of the method's where none is set: at the whole of it the first steps overshot on a
     small trial (decision 9); not tuned.
 
     Differs from: the paper and PEFT take scaling * B0 A0 off the weight; here the base never changes, and the adapter

@@ -41,7 +41,7 @@ class LoRAGA(Start):
 
     **Use it when** training has few steps: the first ones go where full training would.
 
-    **Learning rate**: a tenth of the method's where none is set, because at the whole of it the first steps overshot on a
+    **Learning rate**: a tenth of the method's where none is set: at the whole of it the first steps overshot on a
     small trial (decision 9); not tuned.
 
     Differs from: the paper takes scaling * B0 A0 off the weight; here the base never changes, and the adapter takes it

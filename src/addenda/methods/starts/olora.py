@@ -26,7 +26,7 @@ class OLoRA(Start):
     **Use it when** PiSSA's decomposition takes too long: B0 is orthonormal, but spans the weight's first columns rather
     than the directions in which it is large.
 
-    **Learning rate**: a tenth of the method's where none is set, because at the whole of it the first steps overshot on a
+    **Learning rate**: a tenth of the method's where none is set: at the whole of it the first steps overshot on a
     small trial (decision 9); not tuned.
 
     Differs from: the paper takes scaling * B0 A0 off the weight; here the base never changes, and the adapter takes it

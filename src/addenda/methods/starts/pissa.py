@@ -31,7 +31,7 @@ class PiSSA(Start):
 
     **Use it when** the rank is small and training short: the directions in which the base is large move first.
 
-    **Learning rate**: a tenth of the method's where none is set, because at the whole of it the first steps overshot on a
+    **Learning rate**: a tenth of the method's where none is set: at the whole of it the first steps overshot on a
     small trial (decision 9); not tuned.
 
     Differs from: the paper takes scaling * B0 A0 off the weight. Here the base never changes: the adapter takes it off
