@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import addenda
 from addenda import LoRA
 from addenda.core import starts
-from addenda.core.layers import view_of
+from addenda.core.layers import kind_of, view_of
 
 spec = importlib.util.spec_from_file_location(
     "layers_under_test", Path(__file__).with_name("test_methods.py")
@@ -38,12 +38,15 @@ def method_of(start: str, *, own: bool = False, **settings: object) -> LoRA:
 def refused(start: str, layer: str) -> bool:
     model = LAYERS[layer]()[0].layer
     view = view_of(model, "layer")
-    return view.kind == "block" or bool(method_of(start).problems_at(view))
+    return bool(method_of(start).problems_at(view))
 
 
-PAIRS = [
-    (start, layer) for start in starts.names() for layer in LAYERS if layer not in {"block", *methods.PATHS}
+FACTORED = [
+    layer
+    for layer in LAYERS
+    if layer not in methods.PATHS and kind_of(LAYERS[layer]()[0].layer).among(LoRA.kinds)
 ]
+PAIRS = [(start, layer) for start in starts.names() for layer in FACTORED]
 CASES = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS if not refused(*pair)]
 REFUSED = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS if refused(*pair)]
 
