@@ -61,7 +61,9 @@ def measure(contestant: str, count: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run every contestant with every number of adapters, print the table, and write it if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "COUNT"))
     parser.add_argument("--write-readme", action="store_true")
     options = parser.parse_args()
@@ -79,11 +81,15 @@ def main() -> None:
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: importlib.metadata.version(name) for name in ("addenda", "torch", "peft", "transformers")},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("addenda", "torch", "peft", "transformers")
+        },
         "runs": runs,
     }
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{record['date']}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (HERE / "results" / f"{record['date']}.json").write_text(
+        json.dumps(record, indent=1) + "\n", encoding="utf-8"
+    )
     if options.write_readme:
         text = README.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)
