@@ -62,6 +62,9 @@ class Lily(Method):
         {"rank": 4},
         {"rank": 3, "stride": 2, "experts": 3, "scaling": 2.0},
     )
+    exceptions: ClassVar[Mapping[str, str]] = {
+        "rows": "the mixture is an average over the rows that run together, so a row's answer depends on the others"
+    }
 
     rank: int = 32
     """Inner dimension of the update."""
