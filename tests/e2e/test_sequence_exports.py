@@ -21,7 +21,7 @@ READERS = {
     "prompt-tuning": "peft",
     "prefix-tuning": "peft",
     "llama-adapter": "peft",
-    "multitask-prompt-tuning": "addenda's own reader (peft asks for more than the tokens)",
+    "multitask-prompt-tuning": "addenda's own reader (peft's model asks for more than the tokens)",
 }
 
 
