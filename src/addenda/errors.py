@@ -165,8 +165,12 @@ def nearest(word: str, names: Iterable[str], *, count: int = 3) -> list[str]:
     Example:
         >>> nearest("v_prj", ["q_proj", "v_proj"])[0]
         'v_proj'
+        >>> nearest("lroa", ["road", "lora"])[0]
+        'lora'
     """
-    return difflib.get_close_matches(word, list(names), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word, list(names), n=max(count, 8), cutoff=0.5)
+    # Letters in another order are the likeliest slip, and look farther off than a letter in place of another.
+    return sorted(close, key=lambda name: sorted(name) != sorted(word))[:count]
 
 
 # All but tab and line feed; then the marks that turn the direction of text.
