@@ -65,10 +65,13 @@ def _weights(
 
     A buffer that is shared out becomes a parameter of its module, which is all that FSDP2 looks at.
     """
-    whole = {p for m in model.modules() if (host := host_of(m)) for p in host.adapters.parameters()}
+    own = _adapter_modules(model)
+    whole = {p for module in own for p in module.parameters(recurse=False)}
     whole |= {p for block in blocks for p in block.parameters() if type(p) is not nn.Parameter}
     shared: list[tuple[nn.Module, str, Tensor]] = []
     for module in (module for block in blocks for module in block.modules()):
+        if module in own:
+            continue
         shared += [(module, n, p) for n, p in module._parameters.items() if p is not None and p not in whole]
         for name, buffer in list(module._buffers.items()):
             if (
@@ -81,6 +84,11 @@ def _weights(
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
                 shared.append((module, name, buffer))
     return shared, whole
+
+
+def _adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """Every module of an adapter: what they hold, frozen tensors too, stays whole in every process."""
+    return {inner for m in model.modules() if (host := host_of(m)) for inner in host.adapters.modules()}
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
@@ -103,9 +111,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
             f"'{type(model).__name__}' has no list of blocks to deal out", hint="set train.sharding=none"
         )
     owners: dict[nn.Parameter, int] = {}
-    outside = _outside(model, blocks)
+    outside, adapters = _outside(model, blocks), _adapter_modules(model)
     for index, block in enumerate(blocks):
-        shared = any(p in outside or owners.setdefault(p, index) != index for p in block.parameters())
+        frozen = [p for m in block.modules() if m not in adapters for p in m.parameters(recurse=False)]
+        shared = any(p in outside or owners.setdefault(p, index) != index for p in frozen)
         if shared:
             raise ConfigError(
                 f"block {index} of '{type(model).__name__}' shares a weight with another part of the model",
