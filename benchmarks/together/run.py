@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "sft_cpu"))
+
+from rows import as_chat, first_lines  # noqa: E402
+
 README = HERE / "README.md"
 START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 ROWS = 32
@@ -31,12 +35,14 @@ ROWS = 32
 
 def measure(way: str, data_file: str, adapters: int) -> dict[str, Any]:
     """Train every adapter, and return the seconds of training and the peak memory; called in a process of its own."""
+    import torch
+
     import addenda
     from addenda import data, train
     from addenda.train.together import Job, train_together
 
-    base = addenda.load_base("smollm2-135m-instruct")
-    encoder = data.Encoder(base.tokenizer, base.chat_template, "answers", max_tokens=1024, overflow="cut")
+    base = addenda.load_base("smollm2-135m-instruct", dtype=torch.float32)
+    encoder = data.Encoder(base.tokenizer, base.chat_template, "assistant", max_tokens=1024, overflow="cut")
     rows = data.encode_rows(data.read_dataset(data_file).require_clean().conversations, encoder).examples
     config = train.TrainConfig(epochs=1, batch_size=16, save_every_minutes=None)
     own = [rows[number * ROWS : (number + 1) * ROWS] for number in range(adapters)]
@@ -81,14 +87,30 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(options.one[0], options.data, int(options.one[1]))))
         return
+    with tempfile.TemporaryDirectory() as work:
+        chats = Path(work) / "chats.jsonl"
+        lines = first_lines(Path(options.data), ROWS * max(options.adapters))
+        chats.write_text(
+            "".join(json.dumps(as_chat(json.loads(line))) + "\n" for line in lines), encoding="utf-8"
+        )
+        report(measured(str(chats), options), options)
+
+
+def measured(chats: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every way with every number of adapters, in turns."""
     runs = []
     for _ in range(options.repeats):
         for adapters in options.adapters:
             for way in ("together", "apart"):
-                command = [sys.executable, __file__, "--data", options.data, "--one", way, str(adapters)]
+                command = [sys.executable, __file__, "--data", chats, "--one", way, str(adapters)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
                 print(runs[-1], flush=True)
+    return runs
+
+
+def report(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print the table, keep the runs, and write the README if asked."""
     table = as_table(runs)
     print(table)
     names = ("addenda", "torch", "transformers")
