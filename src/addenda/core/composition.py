@@ -345,49 +345,49 @@ class _Bare(Adapter):
 _BARE = _Bare()
 
 
-class Stacked:
-    """A base with an adapter already on it: calling it runs both, everything else is the bare layer's."""
+class _Over:
+    """A base under another one: what is not said here is the bare layer's."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+
+    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
+
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+
+class Stacked(_Over):
+    """A base with an adapter already on it: calling it runs both."""
 
     def __init__(self, base: Base, adapter: Callable[[Tensor, Base], Tensor]) -> None:
-        self._base, self._adapter = base, adapter
+        super().__init__(base)
+        self._adapter = adapter
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._adapter(x, self._base)
 
-    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
-
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
-        return None
-
     def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bare: Any = self._base
-        while isinstance(bare, Stacked | _Once):
+        while isinstance(bare, _Over):
             bare = bare._base
         change: Tensor = bare.add_weight(x, weight, bias) - bare(x)
         return self(x) + change
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
 
-
-class _Once:
+class _Once(_Over):
     """A base that has run on one input already and does not run on it again."""
 
     def __init__(self, base: Base, x: Tensor) -> None:
-        self._base, self._x, self._y = base, x, base(x)
+        super().__init__(base)
+        self._x, self._y = x, base(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._y if x is self._x else self._base(x)
-
-    def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
-
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
-        return None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
 
 
 def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:
