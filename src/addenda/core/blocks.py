@@ -38,6 +38,8 @@ class WeightlessView(LayerView):
 
     called: ClassVar[str]
     """What it is called in messages."""
+    instead: ClassVar[str] = "works on activations"
+    """What a method does that can stand on it."""
 
     def __init__(self, module: nn.Module, path: str, **settings: Any):
         super().__init__(module, path, **settings)
@@ -62,7 +64,7 @@ class WeightlessView(LayerView):
     def _no_weight(self) -> MethodError:
         return MethodError(
             f"{self.called} '{self.path}' has no single weight",
-            hint="target the linear layers inside it, or use a method that works on activations",
+            hint=f"target the linear layers inside it, or use a method that {self.instead}",
         )
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from addenda.core.blocks import WeightlessView
 from addenda.core.prefix_cache import PrefixCache, cached_blocks
 from addenda.core.sequence import Attention, Inputs, Transformer
 from addenda.core.views import LayerView
-from addenda.errors import MethodError
 
 __all__ = ["AttentionView", "TransformerView", "is_attention", "is_transformer"]
 
@@ -58,10 +58,11 @@ def _embedding_of(module: Any) -> nn.Module | None:
     return found if hasattr(found, "embedding_dim") else None
 
 
-class _CalledView(LayerView):
+class _CalledView(WeightlessView):
     """A module that is called with arguments by name, and has no single weight."""
 
     writable = False
+    instead = "changes the sequence"
 
     def received(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Any, LayerView]:
         bound = inspect.signature(self.original.forward).bind(self.module, *args, **kwargs).arguments
@@ -86,33 +87,11 @@ class _CalledView(LayerView):
     def width(self) -> int:
         """Features of a hidden state."""
 
-    @property
-    def has_bias(self) -> bool:
-        return False
-
-    def weight(self) -> Tensor:
-        raise self._no_weight()
-
-    def bias(self) -> Tensor | None:
-        raise self._no_weight()
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        raise self._no_weight()
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        raise self._no_weight()
-
-    def _no_weight(self) -> MethodError:
-        return MethodError(
-            f"{self.kind} '{self.path}' has no single weight",
-            hint="target the linear layers inside it, or use a method that changes the sequence",
-        )
-
 
 class TransformerView(_CalledView, Transformer):
     """The transformer of a transformers model."""
 
-    kind = "transformer"
+    kind = called = "transformer"
 
     def __call__(self, x: Any) -> Any:
         lent = isinstance(x.given.get("past_key_values"), PrefixCache)
@@ -181,7 +160,7 @@ class TransformerView(_CalledView, Transformer):
 class AttentionView(_CalledView, Attention):
     """The self-attention of a transformers model."""
 
-    kind = "attention"
+    kind = called = "attention"
 
     @property
     def width(self) -> int:
