@@ -18,7 +18,7 @@ from addenda.methods.lora import LowRank, kaiming_uniform
 __all__ = ["LoRAExperts"]
 
 
-@register("lora_experts")
+@register("lora-experts")
 @dataclass(frozen=True)
 class LoRAExperts(LowRank):
     """Several low-rank updates on each layer, mixed for each token by a router: the experts of LoRA.
