@@ -276,6 +276,9 @@ class Adapter(nn.Module):
     """Whether what it computes depends on the layer's weight or bias itself, so that none may be folded in below it."""
     training_only: tuple[str, ...] = ()
     """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
+    sums: tuple[str, ...] = ()
+    """Names of the buffers, not persistent, to which the backward passes of a step add what `Method.penalty` needs.
+    They add up over micro-batches and processes, and are set to zero when the penalty was asked for."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
 
