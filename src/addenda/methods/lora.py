@@ -250,11 +250,7 @@ class LoRAAdapter(Adapter):
     ) -> None:
         super().__init__()
         A0, B0 = taken_off or (None, None)
-        for name, value in {"A": A, "B": B, "A0": A0, "B0": B0}.items():
-            if isinstance(value, nn.Parameter):
-                self.register_parameter(name, value)
-            else:
-                self.register_buffer(name, value)
+        self.hold(A=A, B=B, A0=A0, B0=B0)
         self.bias, self.scaling, self.dropout = bias, scaling, dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:

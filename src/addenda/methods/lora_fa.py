@@ -41,6 +41,7 @@ class LoRAFA(LowRank):
 
     Example:
         >>> import addenda
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> addenda.attach(model, LoRAFA(rank=2), targets=["0"]).trainable_parameters
         8

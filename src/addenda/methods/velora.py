@@ -86,7 +86,10 @@ class VeLoRA(LowRank):
     def build(self, base: Base) -> VeLoRAAdapter:
         init = _random_direction if self.direction == "random" else 0.0
         v = base.constant(-(-base.d_in // self.groups), init=init)
-        return VeLoRAAdapter(*self.pair_for(base), self.scaling_at(base.path), v, self)
+        adapter = VeLoRAAdapter(*self.pair_for(base), self.scaling_at(base.path), dropout=self.dropout)
+        adapter.hold(v=v)
+        adapter.groups, adapter.scale, adapter.direction = self.groups, self.scale, self.direction
+        return adapter
 
 
 def _random_direction(tensor: Tensor, generator: torch.Generator) -> None:
@@ -98,11 +101,9 @@ class VeLoRAAdapter(LoRAAdapter):
     """A: (rank, d_in), B: (d_out, rank), v: (d_in / groups,), zero until there is one."""
 
     v: Tensor
-
-    def __init__(self, A: Tensor, B: Tensor, scaling: float, v: Tensor, settings: VeLoRA) -> None:
-        super().__init__(A, B, scaling, dropout=settings.dropout)
-        self.register_buffer("v", v)
-        self.groups, self.scale, self.direction = settings.groups, settings.scale, settings.direction
+    groups: int
+    scale: float
+    direction: str
 
     def _compresses(self) -> bool:
         return self.training and torch.is_grad_enabled()
