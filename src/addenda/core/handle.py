@@ -328,8 +328,9 @@ class Handle:
             order = list(host.adapters)
             effect = [*folded, *(n for n in order if n in running)]
             for first, second in itertools.combinations(effect, 2):
-                both_add = all(cast(Adapter, host.adapters[n]).additive for n in (first, second))
-                if order.index(first) > order.index(second) and not both_add:
+                both = [cast(Adapter, host.adapters[n]) for n in (first, second)]
+                free = all(adapter.additive and not adapter.reads_weight for adapter in both)
+                if order.index(first) > order.index(second) and not free:
                     raise MethodError(
                         f"cannot {verb} '{self.name}': '{first}' would then act before '{second}', on which it stands",
                         where={"layer": path, "order of attaching": " ".join(order)},

@@ -60,7 +60,9 @@ class DeLoRA(Method):
 
     mergeable: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-4
-    variants: ClassVar[tuple[Mapping[str, object], ...]] = ({"rank": 3}, {"rank": 6, "strength": 0.5})
+    # The modest strength first: at the usual one a random little model trains chaotically, and a run on it multiplies
+    # the rounding of the first step by 20 in each that follows.
+    variants: ClassVar[tuple[Mapping[str, object], ...]] = ({"rank": 6, "strength": 0.5}, {"rank": 3})
 
     rank: int = 8
     """Inner dimension of the update."""
