@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from addenda.core.contract import Base
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import integer, suffixes
 from addenda.core.registry import register
 from addenda.core.targets import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS, matches
-from addenda.methods.lora import LoRAAdapter, LowRank, kaiming_uniform
+from addenda.methods.lora import LoRAAdapter, LowRank
 
 __all__ = ["BDLoRA"]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from addenda.core.contract import Base
+from addenda.core.products import kaiming_uniform
 from addenda.core.registry import register
-from addenda.methods.lora import LoRAAdapter, LowRank, kaiming_uniform
+from addenda.methods.lora import LoRAAdapter, LowRank
 
 __all__ = ["LoRAFA"]
 

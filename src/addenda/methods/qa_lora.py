@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from addenda.core.contract import Base
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import integer
 from addenda.core.registry import register
-from addenda.methods.lora import LoRAAdapter, LowRank, kaiming_uniform
+from addenda.methods.lora import LoRAAdapter, LowRank
 
 __all__ = ["QALoRA"]
 
