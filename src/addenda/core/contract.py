@@ -278,6 +278,8 @@ class Adapter(nn.Module):
     """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
+    _tied_weights_keys: ClassVar[Mapping[str, str]] = {r"common\.": "common"}
+    """Tells transformers that a model's state names those tensors more than once, so that it writes each once."""
 
     def __init__(self) -> None:
         super().__init__()
