@@ -91,6 +91,7 @@ class Attending(nn.Module):
         super().__init__()
         self.layer = nn.MultiheadAttention(24, 4, batch_first=True, **widths)
         nn.init.normal_(self.layer.in_proj_bias)
+        nn.init.normal_(self.layer.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x, x[..., : self.layer.kdim], x[..., : self.layer.vdim])[0]
@@ -505,6 +506,24 @@ def test_two_adapters_stack(method: Method, layer: str, path: str, case: tuple[n
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
+def test_merging_what_another_stands_on_changes_nothing_or_is_refused(
+    method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
+) -> None:
+    model, batch = case
+    model, batch = model.double(), batch.double() if batch.is_floating_point() else batch
+    lower, upper = (stirred(addenda.attach(model, method, path, name=name)) for name in ("lower", "upper"))
+    adapted, weights = model(batch), snapshot(model)
+    reads = upper.adapters[path].reads_weight
+    if reads or why_unmergeable(method, lower.adapters[path], layer_at(model, path)._addenda.view):
+        with pytest.raises(addenda.errors.MethodError):
+            lower.merge()
+        assert same(snapshot(model), weights)
+        return
+    lower.merge()
+    torch.testing.assert_close(model(batch), adapted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("method", "layer"), CASES)
 def test_what_is_declared_additive_commutes(
     method: Method, layer: str, path: str, case: tuple[nn.Module, Tensor]
 ) -> None:
@@ -518,6 +537,8 @@ def test_what_is_declared_additive_commutes(
     torch.testing.assert_close(model(batch), before, rtol=1e-4, atol=1e-4)
     x = input_of(model, path, batch)
     adapted = layer_at(model, path)
+    if adapted.adapters["first"].reads_weight:
+        return
     view = adapted._addenda.view
     term = adapted(x) - view(x)
     with torch.no_grad():
@@ -632,7 +653,8 @@ def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
     for name in loaded:
         (alone(name) * weight[whose[name]]).sum().backward()
         for parameter, grad in zip(loaded[name].parameters(), mixed[name], strict=True):
-            torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4)
+            size = max(1.0, float(parameter.grad.abs().max()))
+            torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-4 * size)
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)

@@ -97,9 +97,15 @@ class Stack(Composition):
     def fold(
         self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
     ) -> tuple[Tensor, Tensor | None]:
+        own = weight, bias
         for name in self.names:
-            if name in adapters:
-                weight, bias = adapters[name].fold(weight, bias)
+            if name not in adapters:
+                continue
+            adapter = adapters[name]
+            if adapter.additive and adapter.reads_weight:  # its term is that of the layer's own weight
+                weight, bias = _with_change((weight, bias), own, adapter.fold(*own))
+            else:
+                weight, bias = adapter.fold(weight, bias)
         return weight, bias
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
@@ -152,16 +158,11 @@ class Sum(Composition):
     def fold(
         self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
     ) -> tuple[Tensor, Tensor | None]:
-        total, total_bias = weight, bias
+        total = own = weight, bias
         for name, share in self.weights.items():
-            if name not in adapters:
-                continue
-            folded, folded_bias = adapters[name].fold(weight, bias)
-            total = total + share * (folded - weight)
-            if folded_bias is not None:
-                start = torch.zeros_like(folded_bias) if bias is None else bias
-                total_bias = (start if total_bias is None else total_bias) + share * (folded_bias - start)
-        return total, total_bias
+            if name in adapters:
+                total = _with_change(total, own, adapters[name].fold(*own), share)
+        return total
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         if (parts := self.parts(adapters, x, base.path)) is not None:
@@ -388,6 +389,19 @@ class _Once(_Over):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._y if x is self._x else self._base(x)
+
+
+_Folded = tuple[Tensor, Tensor | None]
+
+
+def _with_change(total: _Folded, own: _Folded, folded: _Folded, share: float = 1.0) -> _Folded:
+    """A weight and bias with a share of what a fold changes of the layer's own."""
+    (weight, bias), (own_weight, own_bias), (folded_weight, folded_bias) = total, own, folded
+    weight = weight + share * (folded_weight - own_weight)
+    if folded_bias is None:
+        return weight, bias
+    start = torch.zeros_like(folded_bias) if own_bias is None else own_bias
+    return weight, (start if bias is None else bias) + share * (folded_bias - start)
 
 
 def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:

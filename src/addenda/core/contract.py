@@ -268,14 +268,17 @@ class Adapter(nn.Module):
     """The trained parameters of one method on one layer, and how they change what the layer computes."""
 
     additive: bool = False
-    """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
-    and others like it stand on a layer does not matter."""
+    """Whether it adds to the output a term that depends on the layer's input and weight alone, so that the order in
+    which it and others like it stand on a layer does not matter."""
     may_rest: bool = False
     """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
     reads_weight: bool = False
-    """Whether what it computes depends on the layer's weight itself, so that none may be folded in below it."""
+    """Whether what it computes depends on the layer's weight or bias itself, so that none may be folded in below it."""
     training_only: tuple[str, ...] = ()
     """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
+    sums: tuple[str, ...] = ()
+    """Names of the buffers, not persistent, to which the backward passes of a step add what `Method.penalty` needs.
+    They add up over micro-batches and processes, and are set to zero when the penalty was asked for."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {r"common\.": "common"}

@@ -201,11 +201,11 @@ def _planned(
 
 
 def _size(made: nn.Module, *, without: nn.Module | None = None) -> tuple[int, int]:
-    """Trainable numbers, and bytes with the frozen tensors."""
-    shared = {id(t) for t in (*without.parameters(), *without.buffers())} if without is not None else set()
-    own = [p for p in made.parameters() if id(p) not in shared]
-    kept = [b for b in made.buffers() if id(b) not in shared]
-    return sum(p.numel() for p in own), sum(t.numel() * t.element_size() for t in (*own, *kept))
+    """Trainable numbers, and bytes with the frozen tensors that are kept."""
+    shared = set() if without is None else {id(t) for t in without.state_dict(keep_vars=True).values()}
+    own = [t for t in made.state_dict(keep_vars=True).values() if id(t) not in shared]
+    trained = sum(t.numel() for t in own if isinstance(t, nn.Parameter))
+    return trained, sum(t.numel() * t.element_size() for t in own)
 
 
 def _base_parameters(model: nn.Module) -> int:

@@ -120,10 +120,13 @@ class GLoRAAdapter(Adapter):
     Rows and columns are d_out and d_in for A and B, d_in and 1 for C, d_out and 1 for D and E.
     """
 
+    reads_weight = True
+
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
+        self.additive = not self.has("A")  # as a factor of rows it scales what others add, too
 
     def has(self, name: str) -> bool:
         """Whether it has a parameter of this name."""

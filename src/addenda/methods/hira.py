@@ -89,7 +89,7 @@ class HiRA(Method):
 class HiRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank)."""
 
-    reads_weight = True
+    additive = reads_weight = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, dropout: float) -> None:
         super().__init__()

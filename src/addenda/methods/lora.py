@@ -226,18 +226,22 @@ class LoRA(LowRank):
 class LoRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank), bias: (d_out,) or None; A0, B0: both at the start, where they are taken off.
 
+    A factor that is no parameter is frozen.
+
     B A - B0 A0 is computed as (B - B0) A + B0 (A - A0), one product of twice the rank: it is exactly zero at the start,
     and in 16 bits the small differences keep their own precision.
     """
 
     additive = True
+    A: Tensor
+    B: Tensor
     A0: Tensor | None
     B0: Tensor | None
 
     def __init__(
         self,
-        A: nn.Parameter,
-        B: nn.Parameter,
+        A: Tensor,
+        B: Tensor,
         scaling: float,
         *,
         dropout: float = 0.0,
@@ -245,10 +249,13 @@ class LoRAAdapter(Adapter):
         taken_off: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.A, self.B, self.bias = A, B, bias
-        self.scaling, self.dropout = scaling, dropout
-        for name, value in zip(("A0", "B0"), taken_off or (None, None), strict=True):
-            self.register_buffer(name, value)
+        A0, B0 = taken_off or (None, None)
+        for name, value in {"A": A, "B": B, "A0": A0, "B0": B0}.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+        self.bias, self.scaling, self.dropout = bias, scaling, dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A' (k, d_in) and B' (d_out, k) of what is added, scaling * B' A' x; k is rank or twice that."""

@@ -106,6 +106,8 @@ def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
 class PEANuTAdapter(Adapter):
     """A: (rank, d_out), B: (d_out, rank), encoders and decoders: depth times (rank, rank)."""
 
+    additive = reads_weight = True
+
     def __init__(
         self,
         A: nn.Parameter,
