@@ -230,9 +230,34 @@ PATHS = {
 
 def refused(method: Method, layer: str) -> bool:
     path = PATHS.get(layer, "layer")
-    view = view_of(layer_at(LAYERS[layer]()[0], path), path)
+    model = LAYERS[layer]()[0]
+    if method.mixes():
+        if refused(ON_BLOCKS if layer == "block" else ON_LAYERS, layer):
+            return True
+        with_mixed(model, method, path)
+    view = view_of(layer_at(model, path), path)
     asked = kind_of(view.module).why_not(method) is None
     return not asked or bool(method.problems_at(view)) or bool(method.problems_among([path]))
+
+
+ON_LAYERS, ON_BLOCKS = addenda.LoRA(rank=2), addenda.Bottleneck(size=2, placement="parallel")
+"""What a mixture is given to mix."""
+
+
+def with_mixed(model: nn.Module, method: Method, path: str) -> nn.Module:
+    """Attach the adapters that a method mixes, if any; they do not run by themselves."""
+    for name in method.mixes():
+        on = ON_BLOCKS if isinstance(getattr(model, path, None), FeedForward) else ON_LAYERS
+        stirred(addenda.attach(model, on, path, name=name, seed=len(name)), by=0.15).disable()
+    return model
+
+
+def stirred(handle: addenda.Handle, by: float = 0.3) -> addenda.Handle:
+    """Give the adapter values of a trained size, so that nothing is zero."""
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * by)
+    return handle
 
 
 EVERY_DAY = ("linear", "packed-linear", "conv1d-transposed", "conv2d", "embedding")
@@ -259,8 +284,9 @@ CASES, REFUSED = SORTED[False], SORTED[True]
 
 
 @pytest.fixture
-def case(layer: str) -> tuple[nn.Module, Tensor]:
-    return LAYERS[layer]()
+def case(method: Method, layer: str, path: str) -> tuple[nn.Module, Tensor]:
+    model, batch = LAYERS[layer]()
+    return with_mixed(model, method, path), batch
 
 
 @pytest.fixture
@@ -271,18 +297,12 @@ def path(layer: str) -> str:
 @pytest.mark.parametrize(("method", "layer"), REFUSED)
 def test_a_layer_it_cannot_adapt_is_refused_by_the_plan(method: Method, layer: str, path: str) -> None:
     model, _ = LAYERS[layer]()
-    with pytest.raises((addenda.errors.TargetError, addenda.errors.MethodError)) as caught:
+    with pytest.raises(
+        (addenda.errors.TargetError, addenda.errors.MethodError, addenda.errors.NotFoundError)
+    ) as caught:
         addenda.plan(model, method, path)
     assert caught.value.hint
     assert type(model.layer).__name__ == type(LAYERS[layer]()[0].layer).__name__
-
-
-def stirred(handle: addenda.Handle) -> addenda.Handle:
-    """Give the adapter values of a trained size, so that nothing is zero."""
-    with torch.no_grad():
-        for parameter in handle.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return handle
 
 
 def input_of(model: nn.Module, path: str, batch: Tensor) -> Tensor:
@@ -340,7 +360,7 @@ def test_disabled_equals_base_and_detached_gives_the_base_back(
     assert same(snapshot(model), weights)
     assert type(model.layer) is kind
     assert [p.requires_grad for p in model.parameters()] == trainable
-    assert not [key for key in vars(model.layer) if "addenda" in key]
+    assert method.mixes() or not [key for key in vars(model.layer) if "addenda" in key]
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -407,7 +427,7 @@ def test_save_and_load_are_bitwise(
     handle = stirred(addenda.attach(model, method, path, name="mine"))
     expected = model(batch)
     saved = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
-    addenda.save(model, f"{tmp_path}/adapter")
+    addenda.save(model, f"{tmp_path}/adapter", name="mine")
     handle.detach()
     loaded = addenda.load(model, f"{tmp_path}/adapter")
     assert same({name: tensor.detach() for name, tensor in loaded.tensors().items()}, saved)
@@ -502,7 +522,7 @@ def test_two_adapters_stack(method: Method, layer: str, path: str, case: tuple[n
     assert torch.equal(model(batch), both)
     first.detach()
     second.detach()
-    assert not hasattr(layer_at(model, path), "adapters")
+    assert set(getattr(layer_at(model, path), "adapters", {})) == set(method.mixes())
 
 
 @pytest.mark.parametrize(("method", "layer"), CASES)
@@ -578,7 +598,7 @@ ON_LINEAR = [pytest.param(case.values[0], id=case.id) for case in CASES if case.
 
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
-    model, batch = Pair(), torch.randn(4, 5, 24)
+    model, batch = with_mixed(Pair(), method, "layer"), torch.randn(4, 5, 24)
     planned = addenda.plan(model, method, "layer")
     handle = stirred(addenda.attach(model, method, "layer"))
     commons = [adapter.common for adapter in handle.adapters.values()]
@@ -592,7 +612,7 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
     assert {id(tensor) for tensor in handle.tensors().values()} >= {id(p) for p in handle.parameters()}
     expected = model(batch)
     assert torch.equal(twin(batch), expected)
-    addenda.save(model, f"{tmp_path}/adapter")
+    addenda.save(model, f"{tmp_path}/adapter", name="default")
     handle.detach()
     loaded = addenda.load(model, f"{tmp_path}/adapter")
     assert torch.equal(model(batch), expected)
@@ -601,7 +621,7 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
 
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
-    model, batch = Pair().double(), torch.randn(4, 5, 24).double()
+    model, batch = with_mixed(Pair(), method, "layer").double(), torch.randn(4, 5, 24).double()
     handle = stirred(addenda.attach(model, method, "layer"))
     model(batch).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())

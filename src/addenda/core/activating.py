@@ -9,6 +9,7 @@ from torch import nn
 
 from addenda.core.composition import Composition, Stack
 from addenda.core.handle import _registry, handles
+from addenda.core.mixing import require_apart
 from addenda.errors import MethodError, NotFoundError, nearest
 
 __all__ = ["activate", "activated", "active_composition"]
@@ -27,7 +28,7 @@ def activate(model: nn.Module, wanted: Wanted) -> None:
 
     Raises:
         NotFoundError: the model carries no adapter of that name; all of them are named.
-        MethodError: one of them is merged, or another one is while the composition is no stack.
+        MethodError: one of them is merged, or would run twice: by itself and as part of a mixture.
 
     Example:
         >>> import addenda
@@ -54,6 +55,7 @@ def activate(model: nn.Module, wanted: Wanted) -> None:
         raise MethodError(
             f"adapter '{merged[0]}' is merged: it acts already", hint="call its unmerge() first"
         )
+    require_apart(on_model, composition)
     _registry(model).selection.composition = composition
 
 

@@ -122,6 +122,11 @@ class Base(ABC):
         """Features of the layer's output."""
 
     @property
+    def others(self) -> Mapping[str, Adapter]:
+        """The adapters on the layer, by name: where a method mixes some, it finds them here."""
+        return {}
+
+    @property
     def groups(self) -> int:
         """Into how many groups a convolution divides its channels; 1 for every other kind."""
         return 1
@@ -383,6 +388,10 @@ class Method(ABC):
     def reads_tokens(self) -> bool:
         """Whether its adapters ask ``base.watch`` for the token ids of the pass that runs."""
         return False
+
+    def mixes(self) -> tuple[str, ...]:
+        """Return the names of the adapters that it runs itself, which are then frozen and do not run on their own."""
+        return ()
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""
