@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -593,11 +594,17 @@ class Pair(nn.Module):
         return self.second.layer(torch.tanh(self.first.layer(x)))
 
 
+def fitting(method: Method, width: int) -> Method:
+    """The method for a model that ends in that many features."""
+    return replace(method, hidden_size=width) if hasattr(method, "hidden_size") else method
+
+
 ON_LINEAR = [pytest.param(case.values[0], id=case.id) for case in CASES if case.values[1] == "linear"]
 
 
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
+    method = fitting(method, 24)
     model, batch = with_mixed(Pair(), method, "layer"), torch.randn(4, 5, 24)
     planned = addenda.plan(model, method, "layer")
     handle = stirred(addenda.attach(model, method, "layer"))
@@ -621,6 +628,7 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
 
 @pytest.mark.parametrize("method", ON_LINEAR)
 def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
+    method = fitting(method, 24)
     model, batch = with_mixed(Pair(), method, "layer").double(), torch.randn(4, 5, 24).double()
     handle = stirred(addenda.attach(model, method, "layer"))
     model(batch).square().sum().backward()
@@ -688,6 +696,7 @@ def test_a_weighted_sum_adds_what_each_alone_changes(
 
     def under(wanted: object) -> Tensor:
         with addenda.activated(model, wanted):
+            model(batch)  # what looks ahead does so in a pass of the whole model
             return layer_at(model, path)(x)
 
     base = under(None)

@@ -17,6 +17,7 @@ from addenda.core.layers import layer_at, view_of
 from addenda.core.mixing import require_mixable
 from addenda.core.observations import Observed
 from addenda.core.planning import plan
+from addenda.core.preview import Preview
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.progress import OnProgress
 from addenda.core.targets import Targets
@@ -167,6 +168,11 @@ def install_adapters(
         registry.watch = registry.watch or TokenWatch(model)
         for path in views:
             handle._host(path)._addenda.view.watch = registry.watch
+    if method.looks_ahead():
+        registry.preview = registry.preview or Preview(model, registry.selection)
+        registry.preview.names.add(name)
+        for path in views:
+            handle._host(path)._addenda.view.preview = registry.preview
     return handle
 
 

@@ -267,7 +267,9 @@ class Rows(Composition):
             adapters[name] if name is not None and name in adapters else _BARE for name, _, _ in stretches
         ]
         view = cast(Any, base)
-        if view.args or view.kwargs:  # what else the layer was given belongs to all rows at once
+        if (
+            view.args or view.kwargs or any(owner.by_place for owner in owners)
+        ):  # it belongs to all rows at once
             once = cast(Base, Once(base, x))
             whole = {owner: owner(x, once) for owner in dict.fromkeys(owners)}
             made = [

@@ -26,6 +26,7 @@ from addenda.core.host import (
 )
 from addenda.core.merging import copy_of, fold_into, tied, write
 from addenda.core.mixing import Resting, require_apart, require_unmixed, rest, wake
+from addenda.core.preview import Preview
 from addenda.core.tokens import TokenWatch
 from addenda.core.views import LayerView
 from addenda.core.whole import is_whole
@@ -251,9 +252,12 @@ class Handle:
         self._hosts = {}
         registry.handles.pop(self.name, None)
         registry.wake(self.method.mixes(), running=running)
+        if registry.preview is not None:
+            registry.preview.names.discard(self.name)
         if not registry.handles:
-            if registry.watch is not None:
-                registry.watch.remove()
+            for watch in (registry.watch, registry.preview):
+                if watch is not None:
+                    watch.remove()
             _thaw(self.model, registry.thawed)
             for encoder in registry.padded:
                 encoder.__class__ = cast(PaddedEncoder, encoder).original_class
@@ -410,6 +414,7 @@ class Registry:
         self.selection = Selection()
         self.padded: list[nn.Module] = []
         self.watch: TokenWatch | None = None
+        self.preview: Preview | None = None
         self.resting: dict[str, Resting] = {}
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
@@ -445,17 +450,18 @@ def _registry(model: nn.Module) -> Registry:
 
 @contextlib.contextmanager
 def tokens_kept(model: nn.Module, *, probing: bool = False) -> Iterator[None]:
-    """Let calls within the block change nothing of what adapters know of token ids.
+    """Let calls within the block change nothing of what adapters know of token ids and first passes.
 
     Args:
         model: carries adapters, or none.
         probing: let every adapter take part meanwhile, whatever the ids.
     """
     registry = model.__dict__.get("_addenda_registry")
-    if registry is None or registry.watch is None:
-        yield
-        return
-    with registry.watch.kept(probing=probing):
+    with contextlib.ExitStack() as kept:
+        if registry is not None and registry.watch is not None:
+            kept.enter_context(registry.watch.kept(probing=probing))
+        if registry is not None and registry.preview is not None and not probing:
+            kept.enter_context(registry.preview.kept())
         yield
 
 
