@@ -288,6 +288,14 @@ class Adapter(nn.Module):
         super().__init__()
         self.common = None  # of the object: a class's attribute would hide the module
 
+    def hold(self, **tensors: Tensor | None) -> None:
+        """Keep tensors under these names: parameters to be trained, others as they are."""
+        for name, value in tensors.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""
         raise MethodError(

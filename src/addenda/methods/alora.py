@@ -57,6 +57,7 @@ class ALoRA(LowRank):
 
     Example:
         >>> import addenda
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
         >>> handle = addenda.attach(model, ALoRA(invocation=(5, 6), rank=2), targets=["1"])
         >>> nn.init.ones_(handle.adapters["1"].B).shape

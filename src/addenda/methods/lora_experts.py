@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import flag, integer, number
 from addenda.core.registry import register
-from addenda.methods.lora import LowRank, kaiming_uniform
+from addenda.methods.lora import LowRank
 
 __all__ = ["LoRAExperts"]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from addenda.core.contract import Base
+from addenda.core.products import kaiming_uniform
 from addenda.core.registry import register
-from addenda.methods.lora import LoRAAdapter, LowRank, kaiming_uniform
+from addenda.methods.lora import LoRAAdapter, LowRank
 
 __all__ = ["LoRAFA"]
 
@@ -41,6 +42,7 @@ class LoRAFA(LowRank):
 
     Example:
         >>> import addenda
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> addenda.attach(model, LoRAFA(rank=2), targets=["0"]).trainable_parameters
         8

@@ -67,4 +67,5 @@ class MiCA(LowRank):
 
 def minor(weight: Tensor, rank: int) -> Tensor:
     """Return the left singular vectors of the least singular values of ``weight`` (d_out, d_in), as (d_out, rank)."""
-    return torch.linalg.svd(weight, full_matrices=False).U[:, -rank:]
+    U: Tensor = torch.linalg.svd(weight, full_matrices=False).U
+    return U[:, -rank:]

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method
+from addenda.core.contract import Base, Method
+from addenda.core.products import ProductAdapter
 from addenda.core.ranges import flag, integer, number
 from addenda.core.registry import register
 from addenda.core.rotation import cayley, cayley_neumann, skew
@@ -135,10 +136,9 @@ class PSOFT(Method):
         return Vt, U * S
 
 
-class PSOFTAdapter(Adapter):
+class PSOFTAdapter(ProductAdapter):
     """core: above the diagonal of Q, (rank * (rank - 1) / 2,), or R: (rank, rank); a, b: (rank,); A, B frozen."""
 
-    additive = True
     A: Tensor
     B: Tensor
 
@@ -174,10 +174,3 @@ class PSOFTAdapter(Adapter):
         R = R if self.b is None else self.b[:, None] * R
         R = R if self.a is None else R * self.a
         return self.A, self.B @ (R - torch.eye(len(R), dtype=R.dtype, device=R.device)), 1.0
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base.add_low_rank(x, *self.low_rank_term())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, _ = self.low_rank_term()
-        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias

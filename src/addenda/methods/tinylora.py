@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.contract import Base, Method, ParameterSource
+from addenda.core.products import ProductAdapter
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
 
@@ -117,10 +118,9 @@ class Vectors(nn.Module):
         self.v, self.groups = nn.ParameterList(v), groups
 
 
-class TinyLoRAAdapter(Adapter):
+class TinyLoRAAdapter(ProductAdapter):
     """A: (rank, d_in), B: (d_out, rank), P: (size, rank, rank); frozen."""
 
-    additive = True
     common: Vectors
     A: Tensor
     B: Tensor
@@ -136,10 +136,3 @@ class TinyLoRAAdapter(Adapter):
     def low_rank_term(self) -> tuple[Tensor, Tensor, float]:
         R = torch.einsum("i,ijk->jk", self.common.v[self.group], self.P)
         return R @ self.A, self.B, 1.0
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base.add_low_rank(x, *self.low_rank_term())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, _ = self.low_rank_term()
-        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias

@@ -42,7 +42,15 @@ KINDS = ("linear", "conv1d-transposed", "conv", "embedding")
 
 MICA = "mica"
 """PEFT's word for a start that goes with a frozen B."""
-_MARKS = ("use_dora", "alora_invocation_tokens", "kasa_config", "use_bdlora", "use_qalora")
+_MARKS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
 """Keys each of which makes another method of a ``LoraConfig``; what else is set beside the first is refused by name."""
 
 
