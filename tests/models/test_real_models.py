@@ -135,7 +135,11 @@ def test_ten_steps_lower_the_loss_and_what_was_learnt_can_be_saved_loaded_and_me
 
 
 TARGETS = {
-    "smollm2": ["q_proj", "v_proj", "down_proj"],  # the output head is tied, so that nothing can be merged into it
+    "smollm2": [
+        "q_proj",
+        "v_proj",
+        "down_proj",
+    ],  # the output head is tied, so that nothing can be merged into it
     "whisper": ["q_proj", "v_proj", "fc2"],
     "efficientnet": ["_project_conv", "_fc"],
     "resemblyzer": ["lstm", "linear"],
