@@ -32,6 +32,7 @@ BUDGETS = {
     "cli": 2200,  # a verb a file
     "recipe": 2600,  # a run, and many: sweeps, their search, their standing
     "": 1000,  # the files beside the rooms: errors, folders, settings, TOML
+    "conformance": 1500,  # properties of methods and the places on which they are tried; tests, in effect
 }
 
 
