@@ -1,0 +1,124 @@
+"""What is compared: methods with settings near one number of trained parameters, and what is left out, with the reason.
+
+The number is that of LoRA of rank 8 on all linear layers. A method whose settings can reach it within a factor of two
+is set so; one that is made to be small, or whose parts are prompts, keeps its defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from addenda.core import Method, registry
+
+__all__ = ["CONTENDERS", "HEAD_ONLY", "LEFT_OUT", "Contender", "find"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One method with its settings, under the name that the tables use."""
+
+    name: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    per_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings that hold for one task only, by its name."""
+
+    def made(self, task: str) -> Method:
+        """Return the method for a task."""
+        return registry.get(self.method).from_settings({**self.settings, **self.per_task.get(task, {})})
+
+    def learning_rate(self, task: str) -> float | None:
+        """Return the rate that the method names itself."""
+        return None if self.method == HEAD_ONLY else self.made(task).usual_rate()
+
+
+HEAD_ONLY = "head-only"
+"""No adapter: the frozen base with a trained classifier on top, where a task has one."""
+
+
+def _of(name: str, method: str | None = None, /, **settings: Any) -> Contender:
+    return Contender(name, method or name, settings)
+
+
+def _start(name: str) -> Contender:
+    return _of(f"lora, {name}", "lora", rank=8, start=name)
+
+
+# The best known first, so that a run which is cut short has those.
+CONTENDERS = (
+    _of(HEAD_ONLY),
+    _of("full"),
+    _of("lora", rank=8),
+    _of("dora", rank=8),
+    _of("rslora", "lora", rank=8, rank_stabilized=True),
+    _of("lora+", "lora", rank=8, b_rate=16.0),
+    _of("lora-fa", rank=16),
+    _of("adalora"),
+    _of("vera"),
+    _of("ia3"),
+    _of("oft"),
+    _of("bottleneck"),
+    _of("prefix-tuning"),
+    _of("prompt-tuning"),
+    _of("bitfit"),
+    _of("miss", rank=16),
+    _of("loha", rank=4),
+    _of("lokr", rank=16, factor=2),
+    _of("hra", rank=16),
+    _of("road"),
+    _start("pissa"),
+    _of("ln-tuning"),
+    _of("boft", block_size=16),
+    _of("fourierft", coefficients=9216),
+    _start("eva"),
+    _start("lora-ga"),
+    _start("olora"),
+    _start("orthogonal"),
+    _start("gaussian"),
+    _start("corda"),
+    _of("p-tuning"),
+    _of("compacter"),
+    _of("reft"),
+    _of("vblora"),
+    _of("randlora"),
+    _of("shira", rank=8),
+    _of("c3a", block_size=32),
+    _of("hira", rank=8),
+    _of("waveft", coefficients=9216),
+    _of("delora"),
+    _of("gralora", rank=8),
+    _of("osf", kept=0.98),
+    _of("psoft", rank=128),
+    _of("poly", rank=2),
+    _of("glora", rank=4),
+    _of("unilora"),
+    _of("tinylora"),
+    _of("pvera"),
+    _of("deft"),
+    _of("para", rank=16),
+    _of("peanut", rank=8),
+    _of("lily", rank=16),
+    _of("adamss", rank=8),
+    _of("frod"),
+    _of("beft"),
+    _of("supertuning", sparsity=0.97),
+    _of("multitask-prompt-tuning"),
+    _of("cartridge", start="vocabulary", tokens=20),
+)
+
+LEFT_OUT = {
+    "alora": "without an invocation, which these tasks do not have, it is LoRA",
+    "cpt": "what it adds to prompt tuning is a context of examples, which these tasks do not give",
+    "llama-adapter": "stands on causal attention only",
+    "trainable-tokens": "trains the embeddings of tokens that the base does not know yet, and these tasks have none",
+}
+
+
+def find(name: str) -> Contender:
+    """Return the contender of that name."""
+    found = {contender.name: contender for contender in CONTENDERS}
+    if name not in found:
+        raise SystemExit(f"no contender is called {name!r}; there are: {', '.join(found)}")
+    return found[name]
