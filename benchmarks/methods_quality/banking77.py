@@ -11,7 +11,7 @@ import importlib.util
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,14 @@ from addenda import kernels
 from addenda.evals.general_kl import general_prompts
 from addenda.train import TrainConfig
 from addenda.train.evaluation import training_mode
-from addenda.train.optimizer import clip, learning_rate_factor, make_optimizer, set_learning_rate, warmup_steps
+from addenda.train.memory import peak_memory_bytes
+from addenda.train.optimizer import (
+    clip,
+    learning_rate_factor,
+    make_optimizer,
+    set_learning_rate,
+    warmup_steps,
+)
 
 __all__ = ["Banking77"]
 
@@ -84,10 +91,11 @@ class Banking77:
         """Train with one rate and seed, and judge on a part; leaves the encoder changed, so call it in a child."""
         torch.manual_seed(seed)
         head = nn.Linear(self.encoder.config.hidden_size, self.intents)
-        rows, before = self.rows("train", seed), self.embeddings()
+        rows, held = self.rows("train", seed), peak_memory_bytes()["rss"]
         handle, attach_seconds = self._attach(contender, head, rows, seed)
-        with training_mode(self.encoder, handle) if handle else nullcontext(), addenda.lean(
-            self.encoder, skip_padding=True
+        with (
+            training_mode(self.encoder, handle) if handle else nullcontext(),
+            addenda.lean(self.encoder, skip_padding=True),
         ):
             started = time.process_time()
             losses = self._train(handle, head, rows, rate)
@@ -95,12 +103,13 @@ class Banking77:
                 "cpu_seconds": time.process_time() - started,
                 "attach_seconds": attach_seconds,
                 "parameters": handle.trainable_parameters if handle else 0,
+                "peak_bytes": peak_memory_bytes()["rss"] - held,
                 "losses": losses,
                 "rows": len(rows),
             }
         with torch.no_grad(), addenda.lean(self.encoder.eval(), skip_padding=True):
             found |= self._judge(head, self.rows(part, seed))
-            return found | (_moved(before, self.embeddings()) if part == "test" else {})
+            return found | (self._moved(handle) if part == "test" else {})
 
     def _attach(
         self, contender: Contender, head: nn.Linear, rows: Rows, seed: int
@@ -108,7 +117,7 @@ class Banking77:
         if contender.method == HEAD_ONLY:
             return None, 0.0
         started, observed = time.process_time(), None
-        method = contender.made(self.name)
+        method = contender.made()
         if method.needs() not in (None, "weight"):
             few = rows[: method.rows_to_observe()]
             batches = [partial(self._loss, head, few[i : i + BATCH]) for i in range(0, len(few), BATCH)]
@@ -123,7 +132,7 @@ class Banking77:
 
     def _train(self, handle: addenda.Handle | None, head: nn.Linear, rows: Rows, rate: float) -> list[float]:
         """Return the loss of every step."""
-        rates = {p: rate if handle is None else HEAD_RATE for p in head.parameters()}
+        rates = dict.fromkeys(head.parameters(), rate if handle is None else HEAD_RATE)
         if handle is not None:
             rates |= {p: rate * handle.rate_of(name) for name, p in handle.named_parameters()}
         parameters = [p for p in rates if p.requires_grad]
@@ -154,20 +163,21 @@ class Banking77:
         right = (logits.argmax(1) == answers).double().mean()
         return {"accuracy": float(right), "nll": float(F.cross_entropy(logits, answers))}
 
+    def _moved(self, handle: addenda.Handle | None) -> dict[str, float]:
+        """How far the embeddings of general sentences moved, and whether they still rank each other alike."""
+        after = self.embeddings()
+        with handle.disabled() if handle else nullcontext():
+            before = self.embeddings()
+        pairs = torch.triu_indices(len(before), len(before), offset=1)
+        ranks = [_ranks((x @ x.t())[pairs[0], pairs[1]]) for x in (before, after)]
+        return {
+            "cosine": float((before * after).sum(1).mean()),
+            "spearman": float(torch.corrcoef(torch.stack(ranks))[0, 1]),
+        }
+
     def embeddings(self) -> Tensor:
         """Return what the encoder makes of general sentences, (sentences, features) of length 1."""
-        with torch.no_grad():
-            return F.normalize(self.pooled(self.general), dim=1)
-
-
-def _moved(before: Tensor, after: Tensor) -> dict[str, float]:
-    """How far the embeddings of general sentences moved, and whether they still rank each other alike."""
-    pairs = torch.triu_indices(len(before), len(before), offset=1)
-    ranks = [_ranks((x @ x.t())[pairs[0], pairs[1]]) for x in (before, after)]
-    return {
-        "cosine": float((before * after).sum(1).mean()),
-        "spearman": float(torch.corrcoef(torch.stack(ranks))[0, 1]),
-    }
+        return F.normalize(self.pooled(self.general), dim=1)
 
 
 def _ranks(values: Tensor) -> Tensor:

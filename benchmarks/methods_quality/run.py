@@ -25,8 +25,6 @@ import torch
 from contenders import CONTENDERS, Contender, find
 from tuning import best_rate, next_rate
 
-from addenda.train.memory import peak_memory_bytes
-
 HERE = Path(__file__).resolve().parent
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 VERSIONS = {name: importlib.metadata.version(name) for name in ("addenda", "torch", "transformers")}
@@ -81,13 +79,12 @@ def in_child(task: Task, contender: Contender, rate: float, seed: int, part: str
 
 
 def _child(out: Connection, task: Task, contender: Contender, rate: float, seed: int, part: str) -> None:
-    before = peak_memory_bytes()["rss"]
     try:
         found = task.run(contender, rate, seed, part)
-    except Exception as error:  # a method that fails is a result
+    except Exception as error:  # noqa: BLE001  (a method that fails is a result)
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    out.send(found | {"peak_bytes": peak_memory_bytes()["rss"] - before})
+    out.send(found)
 
 
 def measure(task: Task, contender: Contender, results: Results) -> None:
@@ -97,8 +94,8 @@ def measure(task: Task, contender: Contender, results: Results) -> None:
         found = {
             "name": contender.name,
             "method": contender.method,
-            "settings": {**contender.settings, **contender.per_task.get(task.name, {})},
-            "default_rate": contender.learning_rate(task.name),
+            "settings": dict(contender.settings),
+            "default_rate": contender.learning_rate(),
             "part": part,
             "rate": rate,
             "seed": seed,
@@ -144,7 +141,8 @@ def main() -> None:
         task = GSM8K(options.data, options.model)
     results = Results(HERE / "results" / f"{task.name}.jsonl")
     for contender in map(find, options.only) if options.only else CONTENDERS:
-        measure(task, contender, results)
+        if task.name in contender.tasks:
+            measure(task, contender, results)
 
 
 if __name__ == "__main__":
