@@ -12,7 +12,7 @@ from typing import Any
 
 from addenda.core import Method, registry
 
-__all__ = ["CONTENDERS", "HEAD_ONLY", "LEFT_OUT", "Contender", "find"]
+__all__ = ["CONTENDERS", "HEAD_ONLY", "LEFT_OUT", "STARTS_LEFT_OUT", "Contender", "find"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,9 @@ LEFT_OUT = {
     "trainable-tokens": "trains the embeddings of tokens that the base does not know yet, and these tasks have none",
 }
 """Methods that no contender is of, each with the reason."""
+
+STARTS_LEFT_OUT = {"loftq": "makes up for what quantizing took, and these bases are not quantized"}
+"""Beginnings of LoRA that no contender has, each with the reason; that of plain LoRA is kaiming."""
 
 
 def find(name: str) -> Contender:

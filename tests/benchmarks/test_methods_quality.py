@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from addenda.core import registry
+from addenda.core import registry, starts
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "methods_quality"
 
@@ -36,6 +36,9 @@ def test_every_method_is_compared_or_left_out_for_a_reason(module: Callable[[str
     own = {name for name in registry.names() if registry.get(name).__module__.startswith("addenda.methods.")}
     assert compared | set(contenders.LEFT_OUT) == own
     assert not compared & set(contenders.LEFT_OUT)
+    begun = {each.settings.get("start", "kaiming") for each in contenders.CONTENDERS if each.method == "lora"}
+    assert begun | set(contenders.STARTS_LEFT_OUT) == set(starts.names())
+    assert not begun & set(contenders.STARTS_LEFT_OUT)
 
 
 def test_every_contender_can_be_made_and_names_are_unique(module: Callable[[str], ModuleType]) -> None:
