@@ -27,6 +27,8 @@ from tuning import best_rate, next_rate
 
 HERE = Path(__file__).resolve().parent
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
+FIRST = 1e-3
+"""Where tuning begins for what names no rate."""
 VERSIONS = {name: importlib.metadata.version(name) for name in ("addenda", "torch", "transformers")}
 
 
@@ -109,7 +111,8 @@ def measure(task: Task, contender: Contender, results: Results) -> None:
         return found
 
     losses = {known["rate"]: loss_of(known) for known in results.runs(contender.name, "validation")}
-    while (rate := next_rate(losses)) is not None:
+    first = contender.learning_rate() or FIRST
+    while (rate := next_rate(losses, first=first)) is not None:
         losses[rate] = loss_of(run(rate, TUNING_SEED, "validation"))
     best = best_rate(losses)
     if best is None:

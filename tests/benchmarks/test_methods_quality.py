@@ -58,7 +58,8 @@ def test_tuning_finds_the_lowest_point_of_a_valley_and_tries_both_its_sides(
     tuning, draw = module("tuning"), random.Random(seed)
     lowest, broken_above = draw.uniform(-5.5, 0.5), draw.uniform(0.2, 3.0)
     losses: dict[float, float] = {}
-    while (rate := tuning.next_rate(losses)) is not None:
+    first = 10 ** draw.uniform(-5.0, lowest + broken_above)
+    while (rate := tuning.next_rate(losses, first=first)) is not None:
         assert rate not in losses
         distance = math.log10(rate) - lowest
         losses[rate] = math.nan if distance > broken_above else distance**2
@@ -71,7 +72,7 @@ def test_tuning_finds_the_lowest_point_of_a_valley_and_tries_both_its_sides(
 def test_tuning_ends_where_every_run_fails(module: Callable[[str], ModuleType]) -> None:
     tuning = module("tuning")
     losses: dict[float, float] = {}
-    while (rate := tuning.next_rate(losses)) is not None:
+    while (rate := tuning.next_rate(losses, first=random.uniform(1e-5, 1.0))) is not None:
         losses[rate] = math.nan
     assert min(losses) <= 1e-6
     assert tuning.best_rate(losses) is None
