@@ -31,6 +31,7 @@ BUDGETS = {
     "export": 5600,  # a file for each method that PEFT has too
     "cli": 2000,
     "recipe": 1500,
+    "conformance": 1500,  # properties of methods and the places on which they are tried; tests, in effect
     "": 950,  # the files beside the rooms: errors, folders, settings
 }
 

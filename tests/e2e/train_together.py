@@ -146,3 +146,6 @@ def exchange(rank, size, port, seed):
         torch.testing.assert_close(everywhere.grad, sum(draws))
         assert torch.equal(lonely.grad, draws[1])
         assert nowhere.grad is None
+        sums = [draws[rank].clone(), torch.full((2,), float(rank))]
+        parallel.add(sums)
+        torch.testing.assert_close(sums, [sum(draws), torch.full((2,), float(sum(range(size))))])

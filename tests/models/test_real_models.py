@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import addenda
+from addenda.bases import load_base
+from addenda.core import registry
+from addenda.core.handle import handles
+from addenda.errors import AddendaError
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +43,8 @@ def minilm() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     directions = torch.randn(2, 384)
 
     def loss(adapted: nn.Module) -> Tensor:
-        pooled = adapted(**batch).last_hidden_state.mean(1)
+        seen = adapted(**batch)
+        pooled = seen.last_hidden_state.mean(1) + seen.pooler_output
         return F.cross_entropy(F.linear(pooled, directions), torch.tensor([0, 1] * 4))
 
     return model, loss
@@ -91,7 +97,18 @@ def resemblyzer() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return model.eval(), loss
 
 
+def smollm2() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """A language model, which is to say one thing."""
+    try:
+        base = load_base("smollm2-135m-instruct", weights="dense", dtype=torch.float32, offline=True)
+    except AddendaError as error:
+        pytest.skip(f"{error}; 'make test-models' fetches it")
+    ids = torch.tensor([base.tokenizer.encode("The parcel left our warehouse this morning.")] * 2)
+    return base.model.eval(), lambda adapted: adapted(input_ids=ids, labels=ids).loss
+
+
 LIVES = {
+    "smollm2-lora": (smollm2, addenda.LoRA(rank=4), None, 1e-3),
     "minilm-lora": (minilm, addenda.LoRA(rank=4), ["query", "value", "output.dense"], 1e-2),
     "minilm-ia3": (minilm, addenda.IA3(), None, 5e-2),
     "minilm-bottleneck": (minilm, addenda.Bottleneck(size=8), None, 5e-3),
@@ -114,14 +131,64 @@ def test_ten_steps_lower_the_loss_and_what_was_learnt_can_be_saved_loaded_and_me
     rate: float,
     tmp_path: Path,
 ) -> None:
-    model, loss_of = make()
+    live(*make(), method, targets, rate, tmp_path)
+
+
+TARGETS = {
+    "smollm2": [
+        "q_proj",
+        "v_proj",
+        "down_proj",
+    ],  # the output head is tied, so that nothing can be merged into it
+    "whisper": ["q_proj", "v_proj", "fc2"],
+    "efficientnet": ["_project_conv", "_fc"],
+    "resemblyzer": ["lstm", "linear"],
+}
+"""Where the layers that a method adapts unless told otherwise are few, or many."""
+MAKERS = {
+    each.__name__: functools.cache(each) for each in (smollm2, minilm, efficientnet, whisper, resemblyzer)
+}
+
+
+@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("model_name", MAKERS)
+@pytest.mark.timeout(600)
+def test_every_method_lives_on_every_model_or_is_refused_by_the_plan(
+    model_name: str, name: str, tmp_path: Path
+) -> None:
+    model, loss_of = MAKERS[model_name]()
+    method = registry.get(name)()
+    targets = TARGETS.get(model_name) if method.default_targets(["layer"]) == "all-linear" else None
+    try:
+        addenda.plan(model, method, targets)
+    except AddendaError as refusal:
+        assert refusal.hint  # noqa: PT017  (either outcome is right)
+        return
+    try:
+        live(model, loss_of, method, targets, method.usual_rate(), tmp_path)
+    finally:
+        for handle in handles(model).values():
+            handle.detach()
+
+
+def live(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module], Tensor],
+    method: addenda.Method,
+    targets: list[str] | str | None,
+    rate: float,
+    folder: Path,
+) -> None:
+    """Plan, attach, train for ten steps, save, detach, load, merge and unmerge."""
     with torch.no_grad():
         before = loss_of(model)
     planned = addenda.plan(model, method, targets)
     handle = addenda.attach(model, method, targets, probe=loss_of)
     assert handle.trainable_parameters == planned.parameters
     with torch.no_grad():
-        torch.testing.assert_close(loss_of(model), before, rtol=1e-4, atol=1e-5)
+        start = loss_of(model)
+    if "identity" not in method.exceptions:
+        torch.testing.assert_close(start, before, rtol=1e-4, atol=1e-5)
     optimizer = torch.optim.Adam(handle.parameters(), lr=rate)
     for _ in range(10):
         optimizer.zero_grad()
@@ -129,14 +196,18 @@ def test_ten_steps_lower_the_loss_and_what_was_learnt_can_be_saved_loaded_and_me
         optimizer.step()
     with torch.no_grad():
         after = loss_of(model)
-        assert after < before
-        addenda.save(model, tmp_path / "adapter")
+        assert after < start
+        addenda.save(model, folder / "adapter")
+        learnt = {name: parameter.clone() for name, parameter in handle.named_parameters()}
         handle.detach()
-        assert torch.equal(loss_of(model), before)
-        loaded = addenda.load(model, tmp_path / "adapter")
-        assert torch.equal(loss_of(model), after)
+        # One convolution gives other last bits than the next, as its operands happen to lie in memory.
+        torch.testing.assert_close(loss_of(model), before, rtol=1e-5, atol=1e-6)
+        loaded = addenda.load(model, folder / "adapter")
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, learnt[name]), name
+        torch.testing.assert_close(loss_of(model), after, rtol=1e-5, atol=1e-6)
         if method.mergeable:
             loaded.merge()
             torch.testing.assert_close(loss_of(model), after, rtol=1e-3, atol=1e-4)
             loaded.unmerge()
-            assert torch.equal(loss_of(model), after)
+            torch.testing.assert_close(loss_of(model), after, rtol=1e-5, atol=1e-6)

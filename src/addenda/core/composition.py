@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from addenda.core.contract import Adapter, Base
-from addenda.core.terms import Part
+from addenda.core.terms import Addend
 from addenda.errors import ConfigError, MethodError, TargetError
 
 __all__ = ["Composition", "Rows", "Stack", "Stacked", "Sum", "average", "from_settings", "parallel"]
@@ -50,7 +50,7 @@ class Composition(ABC):
             MethodError: there is no such weight.
         """
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         """Return the low-rank terms that `run` adds to the layer's output, if that is all it does, else None.
 
         Args:
@@ -91,15 +91,21 @@ class Stack(Composition):
     def without(self, name: str) -> Stack:
         return Stack(tuple(other for other in self.of if other != name))
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         return _joined([(adapters[name], 1.0) for name in self.names if name in adapters])
 
     def fold(
         self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
     ) -> tuple[Tensor, Tensor | None]:
+        own = weight, bias
         for name in self.names:
-            if name in adapters:
-                weight, bias = adapters[name].fold(weight, bias)
+            if name not in adapters:
+                continue
+            adapter = adapters[name]
+            if adapter.additive and adapter.reads_weight:  # its term is that of the layer's own weight
+                weight, bias = _with_change((weight, bias), own, adapter.fold(*own))
+            else:
+                weight, bias = adapter.fold(weight, bias)
         return weight, bias
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
@@ -144,7 +150,7 @@ class Sum(Composition):
     def without(self, name: str) -> Sum:
         return Sum({other: weight for other, weight in self.weights.items() if other != name})
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         return _joined(
             [(adapters[name], weight) for name, weight in self.weights.items() if name in adapters]
         )
@@ -152,16 +158,11 @@ class Sum(Composition):
     def fold(
         self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
     ) -> tuple[Tensor, Tensor | None]:
-        total, total_bias = weight, bias
+        total = own = weight, bias
         for name, share in self.weights.items():
-            if name not in adapters:
-                continue
-            folded, folded_bias = adapters[name].fold(weight, bias)
-            total = total + share * (folded - weight)
-            if folded_bias is not None:
-                start = torch.zeros_like(folded_bias) if bias is None else bias
-                total_bias = (start if total_bias is None else total_bias) + share * (folded_bias - start)
-        return total, total_bias
+            if name in adapters:
+                total = _with_change(total, own, adapters[name].fold(*own), share)
+        return total
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         if (parts := self.parts(adapters, x, base.path)) is not None:
@@ -237,7 +238,7 @@ class Rows(Composition):
         [owner] = owners
         return (weight, bias) if owner is None else adapters[owner].fold(weight, bias)
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         dim = self._dim(x, path, features=True)
         each = x.shape[:-1].numel() // x.shape[dim]  # rows of the flattened input to one place in ``dim``
         found = []
@@ -247,7 +248,7 @@ class Rows(Composition):
             term = adapters[name].low_rank_term()
             if term is None:
                 return None
-            found.append(Part(*term, (start * each, stop * each)))
+            found.append(Addend(*term, (start * each, stop * each)))
         return tuple(found)
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
@@ -354,7 +355,7 @@ class _Over:
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
 
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Addend]) -> None:
         return None
 
     def __getattr__(self, name: str) -> Any:
@@ -390,7 +391,20 @@ class _Once(_Over):
         return self._y if x is self._x else self._base(x)
 
 
-def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:
+_Folded = tuple[Tensor, Tensor | None]
+
+
+def _with_change(total: _Folded, own: _Folded, folded: _Folded, share: float = 1.0) -> _Folded:
+    """A weight and bias with a share of what a fold changes of the layer's own."""
+    (weight, bias), (own_weight, own_bias), (folded_weight, folded_bias) = total, own, folded
+    weight = weight + share * (folded_weight - own_weight)
+    if folded_bias is None:
+        return weight, bias
+    start = torch.zeros_like(folded_bias) if own_bias is None else own_bias
+    return weight, (start if bias is None else bias) + share * (folded_bias - start)
+
+
+def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Addend, ...] | None:
     """The terms of several adapters as one of the sum of their ranks; None where one of them has none."""
     terms = [(adapter.low_rank_term(), weight) for adapter, weight in every]
     found = [(*term, weight) for term, weight in terms if term is not None]
@@ -398,9 +412,9 @@ def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:
         return None
     if len(found) == 1:
         A, B, scaling, weight = found[0]
-        return (Part(A, B, weight * scaling),)
+        return (Addend(A, B, weight * scaling),)
     A = torch.cat([A for A, _, _, _ in found])
-    return (Part(A, torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1), 1.0),)
+    return (Addend(A, torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1), 1.0),)
 
 
 def _require_names(names: Sequence[str]) -> None:

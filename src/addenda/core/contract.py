@@ -23,7 +23,7 @@ from addenda.core.tokens import TokenWatch
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
-    from addenda.core.terms import Part
+    from addenda.core.terms import Addend
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
@@ -180,7 +180,7 @@ class Base(ABC):
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
 
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Addend]) -> Tensor | None:
         """Return ``base(x)`` with the terms of several adapters, each on rows of its own, where the kind can fuse
         that, else None."""
         return None
@@ -268,20 +268,33 @@ class Adapter(nn.Module):
     """The trained parameters of one method on one layer, and how they change what the layer computes."""
 
     additive: bool = False
-    """Whether it adds to the output a term that depends on the layer's input alone, so that the order in which it
-    and others like it stand on a layer does not matter."""
+    """Whether it adds to the output a term that depends on the layer's input and weight alone, so that the order in
+    which it and others like it stand on a layer does not matter."""
     may_rest: bool = False
     """Whether a batch may well leave it without a gradient, as one in which none of its tokens occurs."""
     reads_weight: bool = False
-    """Whether what it computes depends on the layer's weight itself, so that none may be folded in below it."""
+    """Whether what it computes depends on the layer's weight or bias itself, so that none may be folded in below it."""
     training_only: tuple[str, ...] = ()
     """Names of the buffers that only training on needs: checkpoints of a run keep them, a saved adapter does not."""
+    sums: tuple[str, ...] = ()
+    """Names of the buffers, not persistent, to which the backward passes of a step add what `Method.penalty` needs.
+    They add up over micro-batches and processes, and are set to zero when the penalty was asked for."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
+    _tied_weights_keys: ClassVar[Mapping[str, str]] = {r"common\.": "common"}
+    """Tells transformers that a model's state names those tensors more than once, so that it writes each once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.common = None  # of the object: a class's attribute would hide the module
+
+    def hold(self, **tensors: Tensor | None) -> None:
+        """Keep tensors under these names: parameters to be trained, others as they are."""
+        for name, value in tensors.items():
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(name, value)
+            else:
+                self.register_buffer(name, value)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Return the adapted output for the layer's input ``x``; shapes as the layer's own."""

@@ -127,8 +127,22 @@ class Handle:
         return 1.0 if is_whole(self.method, path) else self.method.rate_of(name[len(path) + 1 :])
 
     def penalty(self) -> Tensor | None:
-        """Return what the method adds to the loss of each step, a scalar; None where it adds nothing."""
-        return self.method.penalty(self.own().adapters)
+        """Return what the method adds to the loss of each step, a scalar; None where it adds nothing.
+
+        Asked for once in a step, after its backward passes: what they summed up for it is forgotten then.
+        """
+        found = self.method.penalty(self.own().adapters)
+        self.forget()
+        return found
+
+    def sums(self) -> list[Tensor]:
+        """Return what the backward passes of a step sum up for the penalty, to be added up over processes."""
+        return [adapter.get_buffer(name) for adapter in self.adapters.values() for name in adapter.sums]
+
+    def forget(self) -> None:
+        """Forget what was summed up for the penalty, as where the gradients of a step are given up."""
+        for total in self.sums():
+            total.zero_()
 
     def after_update(self, *, step: int, of_steps: int) -> None:
         """Let the method change the adapter after an optimiser step, while the step's gradients are still there.
@@ -314,8 +328,9 @@ class Handle:
             order = list(host.adapters)
             effect = [*folded, *(n for n in order if n in running)]
             for first, second in itertools.combinations(effect, 2):
-                both_add = all(cast(Adapter, host.adapters[n]).additive for n in (first, second))
-                if order.index(first) > order.index(second) and not both_add:
+                both = [cast(Adapter, host.adapters[n]) for n in (first, second)]
+                free = all(adapter.additive and not adapter.reads_weight for adapter in both)
+                if order.index(first) > order.index(second) and not free:
                     raise MethodError(
                         f"cannot {verb} '{self.name}': '{first}' would then act before '{second}', on which it stands",
                         where={"layer": path, "order of attaching": " ".join(order)},

@@ -95,6 +95,7 @@ class FeatureMap(Adapter, ABC):
     def __init__(self, base: Base) -> None:
         super().__init__()
         self.at_output = base.channels_in is None
+        self.reads_weight = not self.at_output and (base.groups > 1 or base.channels_in != base.d_in)
 
     @abstractmethod
     def map(self, x: Tensor, *, transposed: bool = False) -> Tensor:
@@ -104,7 +105,7 @@ class FeatureMap(Adapter, ABC):
         """Return the adapted output, as the contract says."""
         if self.at_output:
             return base.outputs_back(self.map(base.outputs_last(base(x))))
-        if base.groups == 1 and base.channels_in == base.d_in:
+        if not self.reads_weight:
             return base(base.inputs_back(self.map(base.inputs_last(x))))
         # A convolution's input holds each feature once and the weight sees it at every place of the kernel, so the
         # kernel is turned; as a difference, so that an adapter below keeps its part.

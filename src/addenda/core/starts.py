@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from addenda.core.contract import Base, Initializer
 from addenda.core.observations import Needs, Observer
 from addenda.errors import AddendaError, ConfigError, MethodError, NotFoundError, nearest
 
-__all__ = ["Setting", "Start", "begin", "get", "make", "names", "problems", "start", "wide_weight"]
+__all__ = ["Setting", "Start", "begin", "get", "jointly", "make", "names", "problems", "start", "wide_weight"]
 
 Setting = bool | int | float | str
 """A value of one of a start's own settings."""
@@ -83,22 +83,35 @@ def begin(
     Returns:
         A (rank, d_in), B (d_out, rank), and, where B A begins other than zero, frozen copies of both.
     """
+    first, second = jointly(lambda generator: start.factors(base, rank, scaling, generator), 2)
+    A, B = base.parameter(rank, base.d_in, init=first), base.parameter(base.d_out, rank, init=second)
+    if not start.moved:
+        return A, B, None
+    return A, B, (base.constant(*A.shape, init=first), base.constant(*B.shape, init=second))
+
+
+def jointly(make: Callable[[torch.Generator], Sequence[Tensor]], count: int) -> list[Initializer]:
+    """Return initializers of so many tensors that come out of one computation; it is done for the first one asked.
+
+    Example:
+        >>> first, second = jointly(lambda _: (torch.ones(2), torch.zeros(1)), 2)
+        >>> tensor = torch.empty(2)
+        >>> first(tensor, torch.Generator())
+        >>> tensor
+        tensor([1., 1.])
+    """
     made: list[Tensor] = []
 
-    def factor(which: int) -> Initializer:
+    def initializer(which: int) -> Initializer:
         def fill(tensor: Tensor, generator: torch.Generator) -> None:
             with torch.no_grad():
-                if not made:  # one decomposition gives both
-                    made.extend(start.factors(base, rank, scaling, generator))
+                if not made:
+                    made.extend(make(generator))
                 tensor.copy_(made[which])
 
         return fill
 
-    A = base.parameter(rank, base.d_in, init=factor(0))
-    B = base.parameter(base.d_out, rank, init=factor(1))
-    if not start.moved:
-        return A, B, None
-    return A, B, (base.constant(*A.shape, init=factor(0)), base.constant(*B.shape, init=factor(1)))
+    return [initializer(which) for which in range(count)]
 
 
 def wide_weight(base: Base) -> Tensor:

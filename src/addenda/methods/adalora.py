@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method
+from addenda.core.contract import Adapter, Base
 from addenda.core.ranges import integer, number
+from addenda.core.ranked import Ranked
 from addenda.core.registry import register
-from addenda.core.targets import unmatched
 from addenda.errors import ConfigError
-from addenda.methods.lora import add_low_rank, setting_at, table_problems
+from addenda.methods.lora import add_low_rank
 
 __all__ = ["AdaLoRA"]
 
@@ -23,7 +23,7 @@ _TRAINED = ("P", "values", "Q")
 
 @register("adalora")
 @dataclass(frozen=True)
-class AdaLoRA(Method):
+class AdaLoRA(Ranked):
     """Low-rank update whose rank each layer gets by what it is worth: train P diag(l) Q, set the least of l to zero.
 
     y = base(x) + scaling * P (l * (Q x)),   Q: (rank, d_in),  l: (rank,),  P: (d_out, rank)
@@ -69,6 +69,7 @@ class AdaLoRA(Method):
     """
 
     mergeable: ClassVar[bool] = True
+    least_rank: ClassVar[int] = 0
     learning_rate: ClassVar[float] = 1e-3
     variants: ClassVar[tuple[Mapping[str, object], ...]] = (
         {"rank": 4, "target_rank": 2},
@@ -95,11 +96,9 @@ class AdaLoRA(Method):
     """Smoothing of the sensitivity's change."""
     orthogonality: float = 0.5
     """Weight of the penalty on P and Q that are not orthonormal."""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    """Initial rank for the layers a literal suffix names."""
 
     def problems(self) -> list[str]:
-        found = integer("rank", self.rank) + integer("target_rank", self.target_rank)
+        found = super().problems() + integer("target_rank", self.target_rank)
         found += number("dropout", self.dropout, least=0.0, below=1.0)
         found += number("orthogonality", self.orthogonality, least=0.0)
         for name, least in (("t_init", 0), ("t_final", 0), ("delta_t", 1)):
@@ -111,18 +110,7 @@ class AdaLoRA(Method):
             found += number("alpha", self.alpha, above=0.0)
         if not found and self.target_rank > self.rank:
             found.append(f"target_rank {self.target_rank} exceeds rank {self.rank}")
-        return found + table_problems("ranks", self.ranks, least=0)
-
-    def problems_at(self, base: Base) -> list[str]:
-        rank, limit = self.rank_at(base.path), min(base.d_in, base.d_out)
-        return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
-
-    def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return [f"ranks names no target by '{suffix}'" for suffix in unmatched(paths, self.ranks)]
-
-    def rank_at(self, path: str) -> int:
-        """Return the initial rank that applies to the layer at ``path``."""
-        return int(setting_at(self.ranks, path, self.rank))
+        return found
 
     @property
     def scaling(self) -> float:
@@ -215,10 +203,7 @@ class AdaLoRAAdapter(Adapter):
         dropout: float,
     ) -> None:
         super().__init__()
-        for name, parameter in trained.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+        self.hold(**trained, **buffers)
         self.scaling, self.dropout = scaling, dropout
 
     def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base
@@ -15,7 +15,7 @@ from addenda.core.ranges import integer
 from addenda.core.registry import register
 from addenda.core.tokens import Tokens
 from addenda.errors import MethodError
-from addenda.methods.lora import LowRank, add_low_rank
+from addenda.methods.lora import LoRAAdapter, LowRank
 
 __all__ = ["ALoRA"]
 
@@ -57,6 +57,7 @@ class ALoRA(LowRank):
 
     Example:
         >>> import addenda
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4))
         >>> handle = addenda.attach(model, ALoRA(invocation=(5, 6), rank=2), targets=["1"])
         >>> nn.init.ones_(handle.adapters["1"].B).shape
@@ -89,35 +90,29 @@ class ALoRA(LowRank):
         return bool(self.invocation)
 
     def build(self, base: Base) -> ALoRAAdapter:
-        A, B = self.pair_for(base)
-        return ALoRAAdapter(A, B, self.invocation, scaling=self.scaling_at(base.path), dropout=self.dropout)
+        adapter = ALoRAAdapter(*self.pair_for(base), self.scaling_at(base.path), dropout=self.dropout)
+        adapter.invocation = self.invocation
+        return adapter
 
 
-class ALoRAAdapter(Adapter):
+class ALoRAAdapter(LoRAAdapter):
     """A: (rank, d_in), B: (d_out, rank)."""
 
-    additive = True
+    invocation: tuple[int, ...] = ()
 
-    def __init__(
-        self,
-        A: nn.Parameter,
-        B: nn.Parameter,
-        invocation: tuple[int, ...],
-        *,
-        scaling: float,
-        dropout: float,
-    ) -> None:
-        super().__init__()
-        self.A, self.B, self.invocation = A, B, invocation
-        self.scaling, self.dropout = scaling, dropout
+    def low_rank_term(self) -> None:
+        return None
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        active, dropout = self._active(x, base), self.dropout * self.training
+        active = self._active(x, base)
         if active is None:
-            return add_low_rank(x, base, self.A, self.B, self.scaling, dropout=dropout)
-        A, B = self.A.to(base.dtype), self.B.to(base.dtype)
+            return super().forward(x, base)
+        A, B, dropout = self.A.to(base.dtype), self.B.to(base.dtype), self.dropout * self.training
         y = base(x)
         return y + active.to(y.dtype) * self.scaling * base.low_rank(F.dropout(x, dropout), A, B)
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return Adapter.fold(self, weight, bias)
 
     def _active(self, x: Tensor, base: Base) -> Tensor | None:
         """1 for each token (..., 1) that is called, or None where all are."""

@@ -106,6 +106,8 @@ def project(P: Tensor, projection: str) -> tuple[Tensor, Tensor]:
 class DEFTAdapter(Adapter):
     """P: (d_out, rank); R: (rank, d_in), or None where nothing is injected."""
 
+    additive = reads_weight = True
+
     def __init__(
         self, P: nn.Parameter, R: nn.Parameter | None, *, projection: str, scaling: float = 1.0
     ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import integer, one_of
 from addenda.core.registry import register
 
@@ -101,15 +101,11 @@ class GLoRA(Method):
 
     def _part(self, base: Base, name: str, form: str, rows: int, columns: int) -> dict[str, nn.Parameter]:
         if form == "low-rank":
-            down = base.parameter(self.rank, columns, init=_kaiming_uniform)
+            down = base.parameter(self.rank, columns, init=kaiming_uniform)
             return {f"{name}_down": down, f"{name}_up": base.parameter(rows, self.rank)}
         # A vector keeps its column, so that it is not taken for a constant where it has one row.
         shapes = {"vector": (rows,) if name in "DE" else (rows, 1), "constant": (1,)}
         return {name: base.parameter(*shapes[form])} if form in shapes else {}
-
-
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
 class GLoRAAdapter(Adapter):
@@ -120,10 +116,12 @@ class GLoRAAdapter(Adapter):
     Rows and columns are d_out and d_in for A and B, d_in and 1 for C, d_out and 1 for D and E.
     """
 
+    reads_weight = True
+
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
+        self.hold(**parameters)
+        self.additive = not self.has("A")  # as a factor of rows it scales what others add, too
 
     def has(self, name: str) -> bool:
         """Whether it has a parameter of this name."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from addenda.core.contract import Adapter, Base, Method
-from addenda.core.ranges import integer, number
+from addenda.core.contract import Adapter, Base
+from addenda.core.products import kaiming_uniform
+from addenda.core.ranges import number
+from addenda.core.ranked import Ranked
 from addenda.core.registry import register
-from addenda.core.targets import unmatched
-from addenda.methods.lora import kaiming_uniform, setting_at, table_problems
 
 __all__ = ["HiRA"]
 
 
 @register("hira")
 @dataclass(frozen=True)
-class HiRA(Method):
+class HiRA(Ranked):
     """Update a weight by its own elements times a low-rank matrix.
 
     y = base(x) + (W * (B A)) x,   * element by element,  A: (rank, d_in),  B: (d_out, rank)
@@ -62,23 +62,9 @@ class HiRA(Method):
     """Inner dimension of the factor."""
     dropout: float = 0.0
     """Probability of zeroing an input feature of the update during training."""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    """Rank for the layers a literal suffix names."""
 
     def problems(self) -> list[str]:
-        found = integer("rank", self.rank) + number("dropout", self.dropout, least=0.0, below=1.0)
-        return found + table_problems("ranks", self.ranks, least=1)
-
-    def problems_at(self, base: Base) -> list[str]:
-        rank, limit = self.rank_at(base.path), min(base.d_in, base.d_out)
-        return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
-
-    def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return [f"ranks names no target by '{suffix}'" for suffix in unmatched(paths, self.ranks)]
-
-    def rank_at(self, path: str) -> int:
-        """Return the rank that applies to the layer at ``path``."""
-        return int(setting_at(self.ranks, path, self.rank))
+        return super().problems() + number("dropout", self.dropout, least=0.0, below=1.0)
 
     def build(self, base: Base) -> HiRAAdapter:
         rank = self.rank_at(base.path)
@@ -89,7 +75,7 @@ class HiRA(Method):
 class HiRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank)."""
 
-    reads_weight = True
+    additive = reads_weight = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, dropout: float) -> None:
         super().__init__()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
 
@@ -91,18 +91,14 @@ class Lily(Method):
             factors.B.append(source.parameter(self.experts, self.rank, d_out))
             for i, path in enumerate(paths):
                 if i % self.stride == 0:
-                    factors.A.append(source.parameter(self.rank, d_in, init=_kaiming_uniform))
+                    factors.A.append(source.parameter(self.rank, d_in, init=kaiming_uniform))
                 factors.places[path] = len(factors.A) - 1, len(factors.B) - 1
         return factors
 
     def build(self, base: Base) -> LilyAdapter:
         assert isinstance(base.common, SharedFactors)
-        router = base.parameter(self.experts, self.rank, init=_kaiming_uniform)
+        router = base.parameter(self.experts, self.rank, init=kaiming_uniform)
         return LilyAdapter(router, base.common.places[base.path], self.scaling)
-
-
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
 class SharedFactors(nn.Module):

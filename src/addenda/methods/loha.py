@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method
-from addenda.core.ranges import flag, integer, number, table
+from addenda.core.contract import Adapter, Base
+from addenda.core.ranges import flag
+from addenda.core.ranked import Scaled
 from addenda.core.registry import register
-from addenda.core.targets import at, strays
 
 __all__ = ["LoHa", "LoHaAdapter", "uniform"]
 
 
 @register("loha")
 @dataclass(frozen=True)
-class LoHa(Method):
+class LoHa(Scaled):
     """Low-rank Hadamard product: an update of rank up to rank ** 2 from two pairs of factors.
 
     y = base(x) + scaling * ((B1 A1) * (B2 A2)) x,   A1, A2: (rank, d_in),  B1, B2: (d_out, rank)
@@ -69,32 +69,14 @@ class LoHa(Method):
 
     rank: int = 8
     """Inner dimension of both pairs."""
-    alpha: float | None = None
-    """Numerator of the scaling; None means the rank."""
     tucker: bool = False
     """Give a convolution's kernel a core of its own."""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    """Rank for the layers a literal suffix names."""
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    """Alpha for the layers a literal suffix names."""
 
     def problems(self) -> list[str]:
-        found = integer("rank", self.rank) + flag("tucker", self.tucker) + table("ranks", self.ranks, integer)
-        if self.alpha is not None:
-            found += number("alpha", self.alpha, above=0.0)
-        return found + table("alphas", self.alphas, lambda name, value: number(name, value, above=0.0))
+        return super().problems() + flag("tucker", self.tucker)
 
-    def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return strays(paths, ranks=self.ranks, alphas=self.alphas)
-
-    def rank_at(self, path: str) -> int:
-        """Return the rank that applies to the layer at ``path``."""
-        return at(path, self.ranks, self.rank)
-
-    def scaling_at(self, path: str) -> float:
-        """Return the scaling that applies to the layer at ``path``."""
-        rank = self.rank_at(path)
-        return at(path, self.alphas, float(rank) if self.alpha is None else self.alpha) / rank
+    def problems_at(self, base: Base) -> list[str]:
+        return []  # the rank of a pair may exceed what a layer holds
 
     def build(self, base: Base) -> LoHaAdapter:
         rank, kernel = self.rank_at(base.path), base.kernel_volume

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method
-from addenda.core.ranges import flag, integer, number, table
+from addenda.core.contract import Adapter, Base
+from addenda.core.ranges import flag, integer
+from addenda.core.ranked import Scaled
 from addenda.core.registry import register
-from addenda.core.targets import at, strays
 from addenda.methods.loha import uniform
 
 __all__ = ["LoKr", "factors"]
@@ -21,7 +21,7 @@ __all__ = ["LoKr", "factors"]
 
 @register("lokr")
 @dataclass(frozen=True)
-class LoKr(Method):
+class LoKr(Scaled):
     """Low-rank Kronecker product: one small matrix says how copies of another are scaled and placed.
 
     y = base(x) + scaling * (W1 kron W2) x,   W1: (p, m),  W2: (q, n),  p * q = d_out,  m * n = d_in
@@ -72,39 +72,19 @@ class LoKr(Method):
 
     rank: int = 8
     """Inner dimension of W2."""
-    alpha: float | None = None
-    """Numerator of the scaling; None means the rank."""
     factor: int | None = None
     """Size of W1; None takes the square roots of d_out and d_in."""
     decompose_both: bool = False
     """Make W1 a product of low rank too."""
     tucker: bool = False
     """Give a convolution's kernel a core of its own."""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    """Rank for the layers a literal suffix names."""
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    """Alpha for the layers a literal suffix names."""
 
     def problems(self) -> list[str]:
-        found = integer("rank", self.rank) + flag("decompose_both", self.decompose_both)
-        found += flag("tucker", self.tucker) + table("ranks", self.ranks, integer)
-        if self.factor is not None:
-            found += integer("factor", self.factor)
-        if self.alpha is not None:
-            found += number("alpha", self.alpha, above=0.0)
-        return found + table("alphas", self.alphas, lambda name, value: number(name, value, above=0.0))
+        found = super().problems() + flag("decompose_both", self.decompose_both) + flag("tucker", self.tucker)
+        return found if self.factor is None else found + integer("factor", self.factor)
 
-    def problems_among(self, paths: Sequence[str]) -> list[str]:
-        return strays(paths, ranks=self.ranks, alphas=self.alphas)
-
-    def rank_at(self, path: str) -> int:
-        """Return the rank that applies to the layer at ``path``."""
-        return at(path, self.ranks, self.rank)
-
-    def scaling_at(self, path: str) -> float:
-        """Return the scaling that applies to the layer at ``path``."""
-        rank = self.rank_at(path)
-        return at(path, self.alphas, float(rank) if self.alpha is None else self.alpha) / rank
+    def problems_at(self, base: Base) -> list[str]:
+        return []  # the rank of a pair may exceed what a layer holds
 
     def build(self, base: Base) -> LoKrAdapter:
         rank, kernel = self.rank_at(base.path), base.kernel_volume
@@ -151,8 +131,7 @@ class LoKrAdapter(Adapter):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], scaling: float) -> None:
         super().__init__()
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
+        self.hold(**parameters)
         self.scaling = scaling
 
     def has(self, name: str) -> bool:

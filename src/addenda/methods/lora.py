@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -13,93 +13,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core import starts
-from addenda.core.contract import Adapter, Base, Method
+from addenda.core.contract import Adapter, Base
 from addenda.core.observations import Needs, Observer
-from addenda.core.ranges import flag, integer, number, suffixes
+from addenda.core.products import kaiming_uniform
+from addenda.core.ranges import flag, integer, number
+from addenda.core.ranked import Scaled
 from addenda.core.registry import register
-from addenda.core.targets import matches, unmatched
 
-__all__ = ["LoRA", "LowRank", "add_low_rank", "kaiming_uniform", "setting_at", "table_problems"]
+__all__ = ["LoRA", "LoRAAdapter", "LowRank", "add_low_rank"]
 
 
 @dataclass(frozen=True)
-class LowRank(Method):
+class LowRank(Scaled):
     """The settings of a pair A: (rank, d_in), B: (d_out, rank) that stands for B A; not a method by itself."""
 
-    rank: int = 16
-    """Inner dimension of the update."""
+    usual_scaling: ClassVar[float] = 2.0
+
     alpha: float | None = None
     """Numerator of the scaling; None means 2 * rank."""
     dropout: float = 0.0
     """Probability of zeroing an input feature of A during training."""
     rank_stabilized: bool = False
     """Divide alpha by sqrt(rank) instead of rank."""
-    ranks: Mapping[str, int] = field(default_factory=dict)
-    """Rank for the layers a literal suffix names."""
-    alphas: Mapping[str, float] = field(default_factory=dict)
-    """Alpha for the layers a literal suffix names."""
 
     def problems(self) -> list[str]:
-        found = integer("rank", self.rank) + number("dropout", self.dropout, least=0.0, below=1.0)
-        found += flag("rank_stabilized", self.rank_stabilized)
-        if self.alpha is not None:
-            found += number("alpha", self.alpha, above=0.0)
-        found += table_problems("ranks", self.ranks, least=1)
-        return found + table_problems("alphas", self.alphas)
-
-    def problems_at(self, base: Base) -> list[str]:
-        rank, limit = self.rank_at(base.path), min(base.d_in, base.d_out)
-        return [f"rank {rank} exceeds min(d_in, d_out) = {limit}"] if rank > limit else []
-
-    def problems_among(self, paths: Sequence[str]) -> list[str]:
-        tables = {"ranks": self.ranks, "alphas": self.alphas}
-        return [
-            f"{name} names no target by '{suffix}'"
-            for name, table in tables.items()
-            for suffix in unmatched(paths, table)
-        ]
-
-    def rank_at(self, path: str) -> int:
-        """Return the rank that applies to the layer at ``path``."""
-        return int(setting_at(self.ranks, path, self.rank))
+        found = number("dropout", self.dropout, least=0.0, below=1.0)
+        return super().problems() + found + flag("rank_stabilized", self.rank_stabilized)
 
     def scaling_at(self, path: str) -> float:
         """Return the scaling that applies to the layer at ``path``."""
         rank = self.rank_at(path)
-        alpha = setting_at(self.alphas, path, 2.0 * rank if self.alpha is None else self.alpha)
-        return alpha / math.sqrt(rank) if self.rank_stabilized else alpha / rank
+        return self.alpha_at(path) / (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def pair_for(self, base: Base) -> tuple[nn.Parameter, nn.Parameter]:
         """Make A, Kaiming-uniform, and B, zero."""
         rank = self.rank_at(base.path)
         return base.parameter(rank, base.d_in, init=kaiming_uniform), base.parameter(base.d_out, rank)
-
-
-def setting_at(overrides: Mapping[str, float], path: str, default: float) -> float:
-    """Return what the last of the suffixes that names ``path`` says, or the default.
-
-    Example:
-        >>> setting_at({"q_proj": 4, "1.q_proj": 8}, "layers.1.q_proj", 2)
-        8
-    """
-    found = [value for suffix, value in overrides.items() if matches(path, suffix)]
-    return found[-1] if found else default
-
-
-def table_problems(name: str, table: object, *, least: int | None = None) -> list[str]:
-    """Check a setting by suffix: whole numbers >= ``least``, or any numbers > 0 where that is None."""
-    if not isinstance(table, Mapping):
-        return [f"{name} must map suffixes to numbers, got {table!r}"]
-    found = suffixes(f"keys of {name}", list(table))
-    for suffix, value in table.items():
-        place = f"{name}[{suffix!r}]"
-        found += number(place, value, above=0.0) if least is None else integer(place, value, least=least)
-    return found
-
-
-def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a matrix with U(-k, k), k = 1 / sqrt(columns)."""
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
 @register("lora")
@@ -226,18 +175,22 @@ class LoRA(LowRank):
 class LoRAAdapter(Adapter):
     """A: (rank, d_in), B: (d_out, rank), bias: (d_out,) or None; A0, B0: both at the start, where they are taken off.
 
+    A factor that is no parameter is frozen.
+
     B A - B0 A0 is computed as (B - B0) A + B0 (A - A0), one product of twice the rank: it is exactly zero at the start,
     and in 16 bits the small differences keep their own precision.
     """
 
     additive = True
+    A: Tensor
+    B: Tensor
     A0: Tensor | None
     B0: Tensor | None
 
     def __init__(
         self,
-        A: nn.Parameter,
-        B: nn.Parameter,
+        A: Tensor,
+        B: Tensor,
         scaling: float,
         *,
         dropout: float = 0.0,
@@ -245,10 +198,9 @@ class LoRAAdapter(Adapter):
         taken_off: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.A, self.B, self.bias = A, B, bias
-        self.scaling, self.dropout = scaling, dropout
-        for name, value in zip(("A0", "B0"), taken_off or (None, None), strict=True):
-            self.register_buffer(name, value)
+        A0, B0 = taken_off or (None, None)
+        self.hold(A=A, B=B, A0=A0, B0=B0)
+        self.bias, self.scaling, self.dropout = bias, scaling, dropout
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A' (k, d_in) and B' (d_out, k) of what is added, scaling * B' A' x; k is rank or twice that."""

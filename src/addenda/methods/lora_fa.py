@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-
-from addenda.core.contract import Adapter, Base
+from addenda.core.contract import Base
+from addenda.core.products import kaiming_uniform
 from addenda.core.registry import register
-from addenda.methods.lora import LowRank, add_low_rank, kaiming_uniform
+from addenda.methods.lora import LoRAAdapter, LowRank
 
 __all__ = ["LoRAFA"]
 
@@ -43,6 +42,7 @@ class LoRAFA(LowRank):
 
     Example:
         >>> import addenda
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(8, 4))
         >>> addenda.attach(model, LoRAFA(rank=2), targets=["0"]).trainable_parameters
         8
@@ -54,29 +54,7 @@ class LoRAFA(LowRank):
     learning_rate: ClassVar[float] = 1e-3
     variants: ClassVar[tuple[Mapping[str, object], ...]] = ({"rank": 4}, {"rank": 3, "alpha": 5.0})
 
-    def build(self, base: Base) -> LoRAFAAdapter:
-        rank = self.rank_at(base.path)
-        A = base.constant(rank, base.d_in, init=kaiming_uniform)
-        return LoRAFAAdapter(A, base.parameter(base.d_out, rank), self.scaling_at(base.path), self.dropout)
-
-
-class LoRAFAAdapter(Adapter):
-    """A: (rank, d_in), frozen; B: (d_out, rank)."""
-
-    additive = True
-    A: Tensor
-
-    def __init__(self, A: Tensor, B: nn.Parameter, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.register_buffer("A", A)
-        self.B = B
-        self.scaling, self.dropout = scaling, dropout
-
-    def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:
-        return None if self.training and self.dropout else (self.A, self.B, self.scaling)
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return add_low_rank(x, base, self.A, self.B, self.scaling, dropout=self.dropout * self.training)
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scaling * (self.B.to(weight.dtype) @ self.A.to(weight.dtype)), bias
+    def build(self, base: Base) -> LoRAAdapter:
+        rank, scaling = self.rank_at(base.path), self.scaling_at(base.path)
+        A, B = base.constant(rank, base.d_in, init=kaiming_uniform), base.parameter(base.d_out, rank)
+        return LoRAAdapter(A, B, scaling, dropout=self.dropout)

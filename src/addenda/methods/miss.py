@@ -127,6 +127,8 @@ class MiSSAdapter(Adapter):
 class BatAdapter(Adapter):
     """B: (d_out / rank, rank, rank)."""
 
+    additive = reads_weight = True
+
     def __init__(self, B: nn.Parameter) -> None:
         super().__init__()
         self.B = B

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
 
@@ -89,9 +89,9 @@ class PEANuT(Method):
         return found
 
     def build(self, base: Base) -> PEANuTAdapter:
-        hidden = [base.parameter(self.rank, self.rank, init=_kaiming_uniform) for _ in range(2 * self.depth)]
+        hidden = [base.parameter(self.rank, self.rank, init=kaiming_uniform) for _ in range(2 * self.depth)]
         return PEANuTAdapter(
-            base.parameter(self.rank, base.d_out, init=_kaiming_uniform),
+            base.parameter(self.rank, base.d_out, init=kaiming_uniform),
             base.parameter(base.d_out, self.rank),
             hidden[: self.depth],
             hidden[self.depth :],
@@ -99,12 +99,10 @@ class PEANuT(Method):
         )
 
 
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
-
-
 class PEANuTAdapter(Adapter):
     """A: (rank, d_out), B: (d_out, rank), encoders and decoders: depth times (rank, rank)."""
+
+    additive = reads_weight = True
 
     def __init__(
         self,

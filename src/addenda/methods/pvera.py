@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.products import FrozenPair
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
-from addenda.methods.vera import Projections, kaiming_uniform
+from addenda.methods.vera import kaiming_uniform
 
 __all__ = ["PVeRA"]
 
@@ -81,7 +82,7 @@ class PVeRA(Method):
 
     def build_common(self, bases: Sequence[Base], source: ParameterSource) -> nn.Module:
         d_in, d_out = max(base.d_in for base in bases), max(base.d_out for base in bases)
-        return Projections(
+        return FrozenPair(
             source.constant(2 * self.rank, d_in, init=kaiming_uniform),
             source.constant(d_out, self.rank, init=kaiming_uniform),
         )
@@ -95,7 +96,7 @@ class PVeRAAdapter(Adapter):
     """d: (2 * rank,), b: (d_out,)."""
 
     additive = True
-    common: Projections
+    common: FrozenPair
 
     def __init__(self, d: nn.Parameter, b: nn.Parameter, *, d_in: int, sample: str) -> None:
         super().__init__()

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.contract import Base, Method, ParameterSource
+from addenda.core.products import FrozenPair, ProductAdapter
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
 
@@ -89,7 +90,7 @@ class RandLoRA(Method):
         sides = max(base.d_in for base in bases), max(base.d_out for base in bases)
         small, large = min(sides), max(sides)
         count = math.ceil(small / self.rank)
-        return RandomBases(
+        return FrozenPair(
             source.constant(
                 self.rank, 1, small, init=lambda A, draws: A.copy_(self.draw_smaller(small, draws))
             ),
@@ -138,23 +139,10 @@ def _unit(tensor: Tensor) -> Tensor:
     return tensor / tensor.std()
 
 
-class RandomBases(nn.Module):
-    """A: (rank, 1, smaller side), B: (larger side, n, rank); frozen."""
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
-
-
-class RandLoRAAdapter(Adapter):
+class RandLoRAAdapter(ProductAdapter):
     """rows: (rank, n), all l_j;  columns: (n, m), all g_j."""
 
-    additive = True
-    common: RandomBases
+    common: FrozenPair
 
     def __init__(
         self, rows: nn.Parameter, columns: nn.Parameter, *, shape: tuple[int, int], scaling: float
@@ -169,10 +157,3 @@ class RandLoRAAdapter(Adapter):
         B = self.common.B[: max(self.shape), :count]
         A, B = A.flatten(0, 1), B.flatten(1)
         return (A, B, self.scaling) if small == self.shape[1] else (B.t(), A.t(), self.scaling)
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base.add_low_rank(x, *self.low_rank_term())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, scaling = self.low_rank_term()
-        return weight + scaling * (B.to(weight.dtype) @ A.to(weight.dtype)), bias

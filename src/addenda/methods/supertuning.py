@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Adapter, Base, Method
+from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import flag, integer, number
 from addenda.core.registry import register
 from addenda.methods.shira import SparseAdapter, sparse_adapter, sparse_problems
@@ -103,13 +102,9 @@ class SuperTuning(Method):
         sparse = sparse_adapter(base, self.count_at(base), "smallest" if self.smallest else "largest")
         if not self.rank:
             return sparse
-        A = base.parameter(self.rank, base.d_in, init=_kaiming_uniform)
+        A = base.parameter(self.rank, base.d_in, init=kaiming_uniform)
         scaling = 2.0 if self.alpha is None else self.alpha / self.rank
         return SupraAdapter(sparse, A, base.parameter(base.d_out, self.rank), scaling, self.dropout)
-
-
-def _kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
 
 
 class SupraAdapter(Adapter):

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.contract import Base, Method, ParameterSource
+from addenda.core.products import ProductAdapter
 from addenda.core.ranges import integer
 from addenda.core.registry import register
 
@@ -115,10 +116,9 @@ class OneVector(nn.Module):
         self.register_buffer("scales", scales)
 
 
-class UniLoRAAdapter(Adapter):
+class UniLoRAAdapter(ProductAdapter):
     """Nothing of its own: where its indices begin, and the sizes of its factors."""
 
-    additive = True
     common: OneVector
 
     def __init__(self, start: int, rank: int, d_in: int, d_out: int) -> None:
@@ -135,10 +135,3 @@ class UniLoRAAdapter(Adapter):
         numbers = self.common.theta * self.common.scales
         A, B = (numbers.index_select(0, part.flatten()).view_as(part) for part in self.indices())
         return A, B, 1.0
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base.add_low_rank(x, *self.low_rank_term())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, _ = self.low_rank_term()
-        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias

@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.contract import Base, Method, ParameterSource
+from addenda.core.products import ProductAdapter
 from addenda.core.ranges import integer
 from addenda.core.registry import register
 
@@ -126,10 +127,9 @@ class VectorBank(nn.Module):
         self.bank = bank
 
 
-class VBLoRAAdapter(Adapter):
+class VBLoRAAdapter(ProductAdapter):
     """logits_A: (rank, d_in / length, vectors), logits_B: (d_out / length, rank, vectors)."""
 
-    additive = True
     common: VectorBank
 
     def __init__(self, logits_A: nn.Parameter, logits_B: nn.Parameter, *, top: int) -> None:
@@ -146,10 +146,3 @@ class VBLoRAAdapter(Adapter):
         """logits: (m, n, vectors) -> (m, n, length)."""
         chosen, places = logits.topk(self.top, dim=-1)
         return (chosen.softmax(-1)[..., None] * self.common.bank[places]).sum(-2)
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base.add_low_rank(x, *self.low_rank_term())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, _ = self.low_rank_term()
-        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias

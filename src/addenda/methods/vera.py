@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Method, ParameterSource
+from addenda.core.contract import Base, Method, ParameterSource
+from addenda.core.products import FrozenPair, ProductAdapter
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
 
@@ -59,7 +60,7 @@ class VeRA(Method):
 
     def build_common(self, bases: Sequence[Base], source: ParameterSource) -> nn.Module:
         d_in, d_out = max(base.d_in for base in bases), max(base.d_out for base in bases)
-        return Projections(
+        return FrozenPair(
             source.constant(self.rank, d_in, init=kaiming_uniform),
             source.constant(d_out, self.rank, init=kaiming_uniform),
         )
@@ -75,23 +76,10 @@ def kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-class Projections(nn.Module):
-    """A: (rows, largest d_in), B: (largest d_out, rank); frozen."""
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
-
-
-class VeRAAdapter(Adapter):
+class VeRAAdapter(ProductAdapter):
     """d: (rank,), b: (d_out,)."""
 
-    additive = True
-    common: Projections
+    common: FrozenPair
 
     def __init__(self, d: nn.Parameter, b: nn.Parameter, *, d_in: int) -> None:
         super().__init__()
@@ -100,10 +88,3 @@ class VeRAAdapter(Adapter):
     def low_rank_term(self) -> tuple[Tensor, Tensor, float]:
         A, B = self.common.A[:, : self.d_in], self.common.B[: len(self.b)]
         return self.d[:, None] * A, self.b[:, None] * B, 1.0
-
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        return base.add_low_rank(x, *self.low_rank_term())
-
-    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B, _ = self.low_rank_term()
-        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias

@@ -205,6 +205,7 @@ def run_steps(session: Session, evaluate: Evaluate | None, interrupts: Interrupt
     parameters = [p for p in handle.parameters() if p.requires_grad]
     warmup = warmup_steps(order.steps, config.warmup_fraction)
     began, began_at_step, seconds_before = time.monotonic(), state.step, state.seconds
+    handle.forget()  # what passes before the run left
 
     while True:
         state.seconds = seconds_before + time.monotonic() - began
@@ -239,9 +240,11 @@ def run_steps(session: Session, evaluate: Evaluate | None, interrupts: Interrupt
         own_loss = yield examples
         if own_loss is None:  # what it has added is undone
             session.optimizer.zero_grad(set_to_none=True)
+            handle.forget()
             continue
 
         parallel.add_gradients(parameters)
+        parallel.add(handle.sums())
         if (
             penalty := handle.penalty()
         ) is not None:  # every process adds it whole, after the sum over processes

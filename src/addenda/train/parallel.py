@@ -139,6 +139,12 @@ class Parallel:
         for parameter, total, count in zip(parameters, sums, counts.tolist(), strict=True):
             parameter.grad = total.view_as(parameter).clone() if count else None
 
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors over all processes, in place; every process gives as many, of the same shapes."""
+        if not self.alone:
+            for tensor in tensors:
+                distributed.all_reduce(tensor)
+
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Check that all processes train the same run.
 

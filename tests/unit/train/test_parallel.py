@@ -42,6 +42,7 @@ def test_alone_every_message_is_what_was_said():
     parameter.grad = torch.randn(3)
     before, numbers = parameter.grad.clone(), [random.random() for _ in range(5)]
     parallel.add_gradients([parameter])
+    parallel.add([parameter.grad])
     parallel.require_same({"data": "1"})
     assert torch.equal(parameter.grad, before)
     assert parallel.total(*numbers) == numbers

@@ -7,28 +7,22 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
-from addenda.core.contract import Adapter, Base
 from addenda.core.handle import Handle
 from addenda.export.peft.form import Form, form
-from addenda.export.peft.forms.lora import HARMLESS, READS, factors, low_rank_settings, read_low_rank
-from addenda.methods.alora import ALoRA, ALoRAAdapter
+from addenda.export.peft.forms.lora import READS, LowRankForm, low_rank_settings, read_low_rank
+from addenda.methods.alora import ALoRA
 
 __all__ = ["ALoRAForm"]
 
 
 @form
-class ALoRAForm(Form):
+class ALoRAForm(LowRankForm):
     """PEFT's ``LoraConfig(alora_invocation_tokens=...)``."""
 
-    peft_type = "LORA"
     method = ALoRA
+    kinds: ClassVar[tuple[str, ...]] = Form.kinds
     reads: ClassVar[tuple[str, ...]] = (*READS, "alora_invocation_tokens")
-    harmless: ClassVar[tuple[str, ...]] = HARMLESS
-    names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight")
-
-    @classmethod
-    def claims(cls, config: Mapping[str, Any]) -> bool:
-        return bool(config.get("alora_invocation_tokens")) and not config.get("use_dora")
+    mark = "alora_invocation_tokens"
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         invocation = list(cast(ALoRA, handle.method).invocation)
@@ -43,7 +37,3 @@ class ALoRAForm(Form):
         self, config: Mapping[str, Any], paths: Sequence[str], tensors: Mapping[str, Tensor]
     ) -> ALoRA:
         return ALoRA(**read_low_rank(config), invocation=tuple(config["alora_invocation_tokens"]))
-
-    def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
-        ours = cast(ALoRAAdapter, adapter)
-        return factors(ours.A, ours.B, layer)

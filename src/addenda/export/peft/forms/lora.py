@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base
+from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
 from addenda.core.views import LayerView
 from addenda.errors import CheckpointError
@@ -21,7 +21,7 @@ from addenda.export.peft import stacked
 from addenda.export.peft.form import Form, form
 from addenda.methods.lora import LoRA, LoRAAdapter, LowRank
 
-__all__ = ["LoRAForm", "factors", "layer_problems", "low_rank_settings", "read_low_rank"]
+__all__ = ["LoRAForm", "LowRankForm", "factors", "layer_problems", "low_rank_settings", "read_low_rank"]
 
 # Initializations that also change the base's weights, so that the tensors alone do not say what was trained.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -40,20 +40,59 @@ NAMES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B
 KINDS = ("linear", "conv1d-transposed", "conv", "embedding")
 
 
-@form
-class LoRAForm(Form):
-    """PEFT's ``LoraConfig``."""
+MICA = "mica"
+"""PEFT's word for a start that goes with a frozen B."""
+_MARKS = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+"""Keys each of which makes another method of a ``LoraConfig``; what else is set beside the first is refused by name."""
+
+
+class LowRankForm(Form):
+    """What the forms of methods that train a pair A, B have in common."""
 
     peft_type = "LORA"
-    method = LoRA
-    kinds: ClassVar[tuple[str, ...]] = (*KINDS, "projection", "expert")
-    reads: ClassVar[tuple[str, ...]] = (*READS, "lora_bias")
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    reads: ClassVar[tuple[str, ...]] = READS
     harmless: ClassVar[tuple[str, ...]] = HARMLESS
-    names: ClassVar[tuple[str, ...]] = (*NAMES, "lora_B.bias")
+    names: ClassVar[tuple[str, ...]] = NAMES
+    mark: ClassVar[str] = ""
+    """The key whose being set makes this method of a ``LoraConfig``; none for plain LoRA."""
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:
-        return not config.get("use_dora") and not config.get("alora_invocation_tokens")
+        plain = MICA if config.get("init_lora_weights") == MICA else ""
+        return next((mark for mark in _MARKS if config.get(mark)), plain) == cls.mark
+
+    def settings(self, handle: Handle) -> dict[str, Any]:
+        return low_rank_settings(handle)
+
+    def read_settings(
+        self, config: Mapping[str, Any], paths: Sequence[str], tensors: Mapping[str, Tensor]
+    ) -> Method:
+        return self.method(**read_low_rank(config))
+
+    def tensors(self, adapter: Adapter, layer: Base) -> dict[str, Tensor]:
+        return factors(cast(Tensor, adapter.A), cast(Tensor, adapter.B), layer)
+
+    def problems(self, handle: Handle) -> list[str]:
+        return layer_problems(handle)
+
+
+@form
+class LoRAForm(LowRankForm):
+    """PEFT's ``LoraConfig``."""
+
+    method = LoRA
+    kinds: ClassVar[tuple[str, ...]] = (*KINDS, "projection", "expert")
+    reads: ClassVar[tuple[str, ...]] = (*READS, "lora_bias")
+    names: ClassVar[tuple[str, ...]] = (*NAMES, "lora_B.bias")
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         return {**low_rank_settings(handle), "lora_bias": cast(LoRA, handle.method).bias}

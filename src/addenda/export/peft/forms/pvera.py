@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.products import FrozenPair
 from addenda.export.peft.form import SHARED_PREFIX, Form, agreed, form
 from addenda.export.peft.forms.vera import drawn_pair
 from addenda.methods.pvera import PVeRA, PVeRAAdapter
-from addenda.methods.vera import Projections
 
 __all__ = ["PVeRAForm"]
 
@@ -66,5 +66,5 @@ class PVeRAForm(Form):
         return {"pvera_lambda_b": ours.b, "pvera_lambda_d": ours.d}
 
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
-        pair = cast(Projections, common)
+        pair = cast(FrozenPair, common)
         return {"pvera_A": pair.A, "pvera_B": pair.B}

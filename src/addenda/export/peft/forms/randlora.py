@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.products import FrozenPair
 from addenda.export.peft.form import PREFIX, SHARED_PREFIX, Form, agreed, form, layers_of, seeded
-from addenda.methods.randlora import RandLoRA, RandLoRAAdapter, RandomBases
+from addenda.methods.randlora import RandLoRA, RandLoRAAdapter
 
 __all__ = ["RandLoRAForm"]
 
@@ -77,5 +78,5 @@ class RandLoRAForm(Form):
         return {"randlora_lambda": ours.rows, "randlora_gamma": ours.columns}
 
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
-        bases = cast(RandomBases, common)
+        bases = cast(FrozenPair, common)
         return {"randlora_A": bases.A, "randlora_B": bases.B}

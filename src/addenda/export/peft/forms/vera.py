@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.handle import Handle
+from addenda.core.products import FrozenPair
 from addenda.export.peft.form import SHARED_PREFIX, Form, agreed, form, layers_of, seeded
-from addenda.methods.vera import Projections, VeRA, VeRAAdapter, kaiming_uniform
+from addenda.methods.vera import VeRA, VeRAAdapter, kaiming_uniform
 
 __all__ = ["VeRAForm", "drawn_pair"]
 
@@ -57,7 +58,7 @@ class VeRAForm(Form):
         return {"vera_lambda_b": ours.b, "vera_lambda_d": ours.d}
 
     def shared(self, common: nn.Module) -> dict[str, Tensor]:
-        pair = cast(Projections, common)
+        pair = cast(FrozenPair, common)
         return {"vera_A": pair.A, "vera_B": pair.B}
 
 
