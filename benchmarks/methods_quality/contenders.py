@@ -1,7 +1,8 @@
 """What is compared: methods with settings near one number of trained parameters, and what is left out, with the reason.
 
 The number is that of LoRA of rank 8 on all linear layers. A method whose settings can reach it within a factor of two
-is set so; one that is made to be small, or whose parts are prompts, keeps its defaults.
+is set so; one that is made to be small, or whose parts are prompts, keeps its defaults. So does a method that is not
+listed here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from addenda.core import Method, registry
 
-__all__ = ["CONTENDERS", "HEAD_ONLY", "LEFT_OUT", "STARTS_LEFT_OUT", "Contender", "find"]
+__all__ = ["HEAD_ONLY", "LEFT_OUT", "LISTED", "STARTS_LEFT_OUT", "Contender", "contenders"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _start(name: str) -> Contender:
 
 
 # The best known first, so that a run which is cut short has those.
-CONTENDERS = (
+LISTED = (
     Contender(HEAD_ONLY, HEAD_ONLY, tasks=("banking77",)),
     _of("full"),
     _of("lora", rank=8),
@@ -105,6 +106,10 @@ CONTENDERS = (
     _of("beft"),
     _of("supertuning", sparsity=0.97),
     _of("multitask-prompt-tuning"),
+    _of("kasa", rank=8),
+    _of("lora-experts", rank=2),
+    _of("monteclora", rank=8),
+    _of("velora", rank=8),
     _of("cartridge", start="vocabulary", tokens=20),
     Contender("llama-adapter", "llama-adapter", tasks=("gsm8k",)),  # it stands on causal attention only
 )
@@ -120,9 +125,8 @@ STARTS_LEFT_OUT = {"loftq": "makes up for what quantizing took, and these bases 
 """Beginnings of LoRA that no contender has, each with the reason; that of plain LoRA is kaiming."""
 
 
-def find(name: str) -> Contender:
-    """Return the contender of that name."""
-    found = {contender.name: contender for contender in CONTENDERS}
-    if name not in found:
-        raise SystemExit(f"no contender is called {name!r}; there are: {', '.join(found)}")
-    return found[name]
+def contenders(task: str) -> list[Contender]:
+    """Return those that a task is measured with: the listed ones, then every other method with its defaults."""
+    known = {each.method for each in LISTED} | set(LEFT_OUT)
+    others = [_of(name) for name in registry.names() if name not in known]
+    return [each for each in (*LISTED, *others) if task in each.tasks]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from contenders import CONTENDERS, Contender, find
+from contenders import Contender, contenders
 from tuning import best_rate, next_rate
 
 HERE = Path(__file__).resolve().parent
@@ -133,6 +133,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the base, where it is not found by itself")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, instead of all")
     options = parser.parse_args()
+    every = {contender.name: contender for contender in contenders(options.task)}
+    if unknown := set(options.only or ()) - set(every):
+        raise SystemExit(f"no contender: {', '.join(sorted(unknown))}; there are: {'; '.join(every)}")
+    chosen = [every[name] for name in options.only or every]
     torch.set_num_threads(1)
     if options.task == "banking77":
         from banking77 import Banking77
@@ -143,9 +147,8 @@ def main() -> None:
 
         task = GSM8K(options.data, options.model)
     results = Results(HERE / "results" / f"{task.name}.jsonl")
-    for contender in map(find, options.only) if options.only else CONTENDERS:
-        if task.name in contender.tasks:
-            measure(task, contender, results)
+    for contender in chosen:
+        measure(task, contender, results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contenders import CONTENDERS
+from contenders import contenders
 from tuning import best_rate
 
 __all__ = ["interval", "render", "summaries"]
@@ -120,7 +120,7 @@ def main() -> None:
     for task in SCORES:
         path = HERE / "results" / f"{task}.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        names = [contender.name for contender in CONTENDERS if task in contender.tasks]
+        names = [contender.name for contender in contenders(task)]
         start, end = f"<!-- {task}: written by table.py -->", f"<!-- end of {task} -->"
         before, rest = text.split(start)
         table = render(task, [json.loads(line) for line in lines], names)

@@ -1,8 +1,8 @@
 """The learning rate of a method, tuned over a grid that is the same for all: half decades, 3e-4, 1e-3, 3e-3 and so on.
 
 The search begins beside the rate that the method itself names and goes on, a rung at a time, until the best rate has a
-worse one on either side. It goes by the loss rather than by accuracy: that falls steadily from too low a rate to the best one, where
-accuracy stands still or jumps by chance.
+worse one on either side. It goes by the loss rather than by accuracy: from too low a rate to the best one that falls
+steadily, where accuracy stands still or jumps by chance.
 """
 
 from __future__ import annotations

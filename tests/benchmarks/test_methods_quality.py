@@ -32,20 +32,24 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
 
 def test_every_method_is_compared_or_left_out_for_a_reason(module: Callable[[str], ModuleType]) -> None:
     contenders = module("contenders")
-    compared = {each.method for each in contenders.CONTENDERS} - {contenders.HEAD_ONLY}
-    own = {name for name in registry.names() if registry.get(name).__module__.startswith("addenda.methods.")}
-    assert compared | set(contenders.LEFT_OUT) == own
+    every = [*contenders.contenders("banking77"), *contenders.contenders("gsm8k")]
+    compared = {each.method for each in every} - {contenders.HEAD_ONLY}
+    assert compared | set(contenders.LEFT_OUT) == set(registry.names())
     assert not compared & set(contenders.LEFT_OUT)
-    begun = {each.settings.get("start", "kaiming") for each in contenders.CONTENDERS if each.method == "lora"}
+    begun = {each.settings.get("start", "kaiming") for each in every if each.method == "lora"}
     assert begun | set(contenders.STARTS_LEFT_OUT) == set(starts.names())
     assert not begun & set(contenders.STARTS_LEFT_OUT)
 
 
-def test_every_contender_can_be_made_and_names_are_unique(module: Callable[[str], ModuleType]) -> None:
+@pytest.mark.parametrize("task", ["banking77", "gsm8k"])
+def test_every_contender_can_be_made_and_names_are_unique(
+    module: Callable[[str], ModuleType], task: str
+) -> None:
     contenders = module("contenders")
-    names = [each.name for each in contenders.CONTENDERS]
+    every = contenders.contenders(task)
+    names = [each.name for each in every]
     assert len(names) == len(set(names))
-    for each in contenders.CONTENDERS:
+    for each in every:
         if each.method != contenders.HEAD_ONLY:
             assert each.made().name == each.method
             assert each.learning_rate() > 0
