@@ -113,6 +113,7 @@ class Arrow(Composition):
             )
         return term
 
+    @torch.compiler.disable
     def _prototypes(
         self,
         owners: Sequence[Adapter],
@@ -120,7 +121,10 @@ class Arrow(Composition):
         names: Sequence[str],
         adapters: Mapping[str, Adapter],
     ) -> Tensor:
-        """Return (adapters, d_in) in float32 at least, from the last time if no value has changed since."""
+        """Return (adapters, d_in) in float32 at least, from the last time if no value has changed since.
+
+        A compiler leaves it out of its graph, in which one could not tell whether a value has changed.
+        """
         held = [adapters[name] for name in names if name in adapters]
         state = tuple((id(t), t._version) for a in held for t in (*a.parameters(), *a.buffers()))
         known = self._known.get(owners[0])
