@@ -121,14 +121,20 @@ def cli_page() -> str:
 
 def methods_page() -> str:
     """Return every registered method: what it does, what it can, its settings, its exceptions."""
+    from addenda.conformance.matrix import matrix
     from addenda.core import registry
 
     sections = [method_section(name, registry.get(name)) for name in registry.names()]
+    standing = (
+        "## Where they stand\n\nThe places on which the conformance suite tries each method, with all its declared "
+        "variants, and those at which the plan refuses it. `python -m addenda.conformance` runs the suite and prints "
+        f"the same table of what it found.\n\n```text\n{matrix(registry.names())}\n```"
+    )
     intro = (
         "Every method that `[method] name = ...` in a recipe, `--method` on the command line, and "
         "`addenda.core.registry.get` know. The learning rate is the peak that a run takes when none is set."
     )
-    return page("Methods", intro, methods_table(""), *sections)
+    return page("Methods", intro, methods_table(""), standing, *sections)
 
 
 def starts_page() -> str:
@@ -192,6 +198,7 @@ def method_section(name: str, method: type) -> str:
         else "Exceptions:\n\n" + "\n".join(wrong)
     )
     about = inspect.getdoc(method) or ""
+    refused = refused_places(name)
     return "\n\n".join(
         [
             f"## {name}",
@@ -199,7 +206,20 @@ def method_section(name: str, method: type) -> str:
             f"```text\n{about}\n```",
             settings_table(method),
             exceptions,
+            *([f"Refused, though of a kind that it adapts:\n\n{refused}"] if refused else []),
         ]
+    )
+
+
+def refused_places(name: str) -> str:
+    """Say on which places of the conformance suite a method is refused for another reason than their kind."""
+    from addenda.conformance.matrix import refusals
+
+    found = {
+        reason: places for reason, places in refusals(name).items() if "adapts no layer of kind" not in reason
+    }
+    return "\n".join(
+        f"- {', '.join(f'`{p}`' for p in places)}: {reason}." for reason, places in found.items()
     )
 
 

@@ -27,7 +27,13 @@ from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, For
 from addenda.export.peft.stacked import is_target
 from addenda.export.peft.values import set_values, values
 
-__all__ = ["import_peft", "read_config", "view_at"]
+__all__ = ["UNREAD", "import_peft", "known_keys", "read_config", "view_at"]
+
+UNREAD: Mapping[str, str] = {
+    "SHADOW": "a second, smaller network runs beside the base and is fed into its blocks; no method here does so",
+    "XLORA": "a network scales several finished adapters, which its folder holds beside its own tensors",
+}
+"""Types of PEFT's that are neither read nor written, with the reason."""
 
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _CONFIG_LIMIT = 2**20
@@ -192,14 +198,21 @@ def _same(saved: Tensor, own: Tensor) -> bool:
     return saved.shape == own.shape and torch.equal(saved.to(own.dtype), own.cpu())
 
 
+def known_keys(form: Form) -> set[str]:
+    """Return the keys of a configuration that are read, or change nothing of what a trained adapter computes."""
+    return {*form.reads, *form.harmless, *_HARMLESS}
+
+
 def _form(config: Mapping[str, Any], source: Path) -> Form:
     """Return the form of the configuration, all of whose settings have a counterpart here."""
     found = form_of(config)
     if found is None:
         known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
-        raise _unfit(f"peft_type {config.get('peft_type')!r} is not read; {known} are", source)
-    known_keys = {*found.reads, *found.harmless, *_HARMLESS}
-    used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_keys]
+        named = str(config.get("peft_type"))
+        why = f": {UNREAD[named]}" if named in UNREAD else ""
+        raise _unfit(f"peft_type {named!r} is not read{why}; {known} are", source)
+    known_to_it = known_keys(found)
+    used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_to_it]
     used = [text[:100] for text in used if text not in _NOTHING]
     if used:
         raise _unfit(f"the adapter uses what this does not read: {', '.join(sorted(used))}", source)
