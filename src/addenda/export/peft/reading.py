@@ -37,7 +37,10 @@ UNREAD: Mapping[str, str] = {
 
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _CONFIG_LIMIT = 2**20
+_LEAVES_OUT = ("exclude_modules", "layers_pattern", "layers_to_transform")
+"""Keys that leave out some of the targets; which ones the tensors' names tell."""
 _HARMLESS = (
+    *_LEAVES_OUT,
     "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
@@ -296,7 +299,7 @@ def _require_same_targets(
         if is_target(path, layer, config) and not _is_saved(path, saved)
     }
     missing, extra = sorted(named - {*paths, *along}), sorted({*paths} - {*named, *along})
-    if missing:
+    if missing and not any(config.get(key) not in (None, []) for key in _LEAVES_OUT):
         raise _unfit(f"{len(missing)} target layers have no tensors, first '{missing[0]}'", source)
     if extra:
         raise _unfit(
