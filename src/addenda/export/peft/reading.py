@@ -30,7 +30,6 @@ from addenda.export.peft.values import set_values, values
 __all__ = ["UNREAD", "import_peft", "known_keys", "read_config", "view_at"]
 
 UNREAD: Mapping[str, str] = {
-    "SHADOW": "a second, smaller network runs beside the base and is fed into its blocks; no method here does so",
     "XLORA": "a network scales several finished adapters, which its folder holds beside its own tensors",
 }
 """Types of PEFT's that are neither read nor written, with the reason."""
@@ -211,8 +210,8 @@ def _form(config: Mapping[str, Any], source: Path) -> Form:
     found = form_of(config)
     if found is None:
         known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
-        named = str(config.get("peft_type"))
-        why = f": {UNREAD[named]}" if named in UNREAD else ""
+        named = config.get("peft_type")
+        why = f": {UNREAD[named]}" if isinstance(named, str) and named in UNREAD else ""
         raise _unfit(f"peft_type {named!r} is not read{why}; {known} are", source)
     known_to_it = known_keys(found)
     used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_to_it]
