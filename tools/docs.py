@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
+import re
 import sys
 import textwrap
 import typing
@@ -19,6 +21,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
 README = ROOT / "README.md"
+DIFFERENCES = ROOT / "tests" / "parity" / "peft_differences.json"
+"""What `make parity-table` measured."""
 NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n"
 
 # The layers of one block of a Llama-like model, to show which of them a method adapts unless told otherwise.
@@ -121,14 +125,20 @@ def cli_page() -> str:
 
 def methods_page() -> str:
     """Return every registered method: what it does, what it can, its settings, its exceptions."""
+    from addenda.conformance.matrix import matrix
     from addenda.core import registry
 
     sections = [method_section(name, registry.get(name)) for name in registry.names()]
+    standing = (
+        "## Where they stand\n\nThe places on which the conformance suite tries each method, with all its declared "
+        "variants, and those at which the plan refuses it. `python -m addenda.conformance` runs the suite and prints "
+        f"the same table of what it found.\n\n```text\n{matrix(registry.names())}\n```"
+    )
     intro = (
         "Every method that `[method] name = ...` in a recipe, `--method` on the command line, and "
         "`addenda.core.registry.get` know. The learning rate is the peak that a run takes when none is set."
     )
-    return page("Methods", intro, methods_table(""), *sections)
+    return page("Methods", intro, methods_table(""), standing, *sections)
 
 
 def starts_page() -> str:
@@ -147,6 +157,48 @@ def starts_page() -> str:
         "needs beside the weight is observed beforehand. Those that are taken off double the rank of the forward pass."
     )
     return page("Starts", intro, table(["start", "what it is", "needs", "taken off again"], rows), *sections)
+
+
+def peft_page() -> str:
+    """Return what goes to PEFT's folders and back: the tensors, the measured differences, what is refused."""
+    from addenda.export.peft.form import forms
+    from addenda.export.peft.reading import UNREAD
+
+    measured = json.loads(DIFFERENCES.read_text(encoding="utf-8"))
+    rows = []
+    for name, form in sorted(forms().items(), key=lambda entry: (entry[1].peft_type, entry[0])):
+        numbered = [re.sub(r"\.\d+\b", ".N", tensor) for tensor in [*form.names, *form.shared_names]]
+        tensors = ", ".join(f"`{tensor}`" for tensor in dict.fromkeys(numbered))
+        ways = measured["differences"].get(name, {})
+        figures = [ways[way]["largest"] if way in ways else None for way in ("written", "read")]
+        shown = ["-" if figure is None else f"{figure:.1e}" if figure else "0" for figure in figures]
+        rows.append([form.peft_type, f"[`{name}`](methods.md#{name})", tensors, *shown])
+    table_of_forms = table(
+        ["PEFT's type", "method", "tensors of a layer, and shared ones", "ours under PEFT", "PEFT's here"],
+        rows,
+    )
+    refused = [
+        [kind, ", ".join(f"`{key}`" for key in keys)] for kind, keys in measured["refused"].items() if keys
+    ]
+    unread = [[kind, why] for kind, why in UNREAD.items()]
+    packages = ", ".join(f"{name} {version}" for name, version in measured["packages"].items())
+    intro = (
+        "`addenda export --to peft` writes an adapter as PEFT's `save_pretrained` does, and PEFT's folders are read as "
+        "`addenda.export.peft.import_peft` finds them. The last two columns are the largest difference between PEFT's "
+        "answers and ours in float32, relative to the largest of them, over all cases of the parity tests: random "
+        "weights on small models and layers; 0 says that they are equal bit for bit. A dash stands where a folder "
+        "does not tell the method from another, as which it is read. Measured with "
+        f"{packages} by `make parity-table`."
+    )
+    return page(
+        "PEFT's folders",
+        intro,
+        table_of_forms,
+        "## Settings that are refused\n\nWhere one of these is set, reading is refused and names it; every other "
+        "setting of the type is read, or changes nothing of what a trained adapter computes.\n\n"
+        + table(["PEFT's type", "settings"], refused),
+        *([f"## Not read\n\n{table(['type', 'why'], unread)}"] if unread else []),
+    )
 
 
 def methods_table(link: str) -> str:
@@ -192,6 +244,7 @@ def method_section(name: str, method: type) -> str:
         else "Exceptions:\n\n" + "\n".join(wrong)
     )
     about = inspect.getdoc(method) or ""
+    refused = refused_places(name)
     return "\n\n".join(
         [
             f"## {name}",
@@ -199,13 +252,27 @@ def method_section(name: str, method: type) -> str:
             f"```text\n{about}\n```",
             settings_table(method),
             exceptions,
+            *([f"Refused, though of a kind that it adapts:\n\n{refused}"] if refused else []),
         ]
+    )
+
+
+def refused_places(name: str) -> str:
+    """Say on which places of the conformance suite a method is refused for another reason than their kind."""
+    from addenda.conformance.matrix import refusals
+
+    found = {
+        reason: places for reason, places in refusals(name).items() if "adapts no layer of kind" not in reason
+    }
+    return "\n".join(
+        f"- {', '.join(f'`{p}`' for p in places)}: {reason}." for reason, places in found.items()
     )
 
 
 def default_targets(method: type) -> str:
     """Say which layers a method with its default settings adapts when no targets are named."""
-    targets = method().default_targets(LLAMA_LAYERS)
+    paths = {"transformer": ["model"], "attention": ["model.layers.0.self_attn"]}
+    targets = method().default_targets(paths.get(method.kinds[0], LLAMA_LAYERS))
     if isinstance(targets, str):
         return f"`{targets}`"
     return ", ".join(f"`{target}`" for target in targets) + " in a Llama-like model"
@@ -283,6 +350,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "findings.md": findings_page,
     "methods.md": methods_page,
+    "peft.md": peft_page,
     "recipe.md": recipe_page,
     "starts.md": starts_page,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,11 @@ from torch import Tensor, nn
 
 import addenda
 from addenda import LoRA
+from addenda.conformance.layers import LAYERS, PATHS
+from addenda.conformance.trying import same, snapshot, stirred
 from addenda.core import starts
 from addenda.core.layers import kind_of, view_of
 
-spec = importlib.util.spec_from_file_location(
-    "layers_under_test", Path(__file__).with_name("test_methods.py")
-)
-methods = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(methods)
-LAYERS, stirred = methods.LAYERS, methods.stirred
 OWN_SETTINGS = {
     "pissa": {"iterations": 3},
     "eva": {"rho": 2.0},
@@ -42,9 +37,7 @@ def refused(start: str, layer: str) -> bool:
 
 
 FACTORED = [
-    layer
-    for layer in LAYERS
-    if layer not in methods.PATHS and kind_of(LAYERS[layer]()[0].layer).among(LoRA.kinds)
+    layer for layer in LAYERS if layer not in PATHS and kind_of(LAYERS[layer]()[0].layer).among(LoRA.kinds)
 ]
 PAIRS = [(start, layer) for start in starts.names() for layer in FACTORED]
 CASES = [pytest.param(*pair, id="-".join(pair)) for pair in PAIRS if not refused(*pair)]
@@ -111,10 +104,10 @@ def test_the_base_stays_as_it_was_and_a_detach_leaves_nothing(
     start: str, layer: str, case: tuple[nn.Module, Tensor]
 ) -> None:
     model, batch = case
-    before, trained = methods.snapshot(model), [p.requires_grad for p in model.parameters()]
+    before, trained = snapshot(model), [p.requires_grad for p in model.parameters()]
     handle = attached(model, method_of(start), batch)
-    base = {name: value for name, value in methods.snapshot(model).items() if ".adapters." not in name}
-    assert methods.same(base, before)
+    base = {name: value for name, value in snapshot(model).items() if ".adapters." not in name}
+    assert same(base, before)
     handle.detach()
     assert [p.requires_grad for p in model.parameters()] == trained
     assert not [key for key in vars(model.layer) if "addenda" in key]
@@ -136,7 +129,7 @@ def test_plan_counts_what_is_made_and_the_seed_decides_it(
     assert sum(t.numel() * t.element_size() for t in tensors.values()) == planned.bytes
     first.detach()
     again = attached(model, method_of(start), batch, name="a", seed=3)
-    assert methods.same({n: t.detach() for n, t in again.tensors().items()}, tensors)
+    assert same({n: t.detach() for n, t in again.tensors().items()}, tensors)
 
 
 @pytest.mark.parametrize(("start", "layer"), CASES)

@@ -46,6 +46,7 @@ pytestmark = [
 TOLERANCE = 1e-5
 SIZES = {"llama": ("q_proj", "v_proj", "down_proj"), "gpt2": ("c_attn", "c_fc")}
 Where = tuple[list[str], float]
+Differing = Callable[[Handle, str, torch.Tensor, torch.Tensor], float]
 
 
 def tiny(kind: str, seed: int) -> nn.Module:
@@ -100,7 +101,7 @@ def cases(table: str) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "make", "where"), cases("OURS"))
 def test_our_adapter_answers_the_same_under_peft(
-    kind: str, make: Callable[[str], Method], where: Where, tmp_path: Path, seeded: int
+    kind: str, make: Callable[[str], Method], where: Where, tmp_path: Path, seeded: int, differing: Differing
 ) -> None:
     targets, slack = where
     ours = tiny(kind, seeded)
@@ -110,7 +111,7 @@ def test_our_adapter_answers_the_same_under_peft(
     wanted = logits(ours)
     folder = written(handle, tmp_path / "out")
     theirs = peft.PeftModel.from_pretrained(tiny(kind, seeded), folder)
-    assert (logits(theirs) - wanted).abs().max() <= TOLERANCE
+    assert differing(handle, "written", logits(theirs), wanted) <= TOLERANCE
     assert (wanted - before).abs().max() > 1e-2
     again = tiny(kind, seeded)
     import_peft(again, folder)
@@ -119,7 +120,7 @@ def test_our_adapter_answers_the_same_under_peft(
 
 @pytest.mark.parametrize(("kind", "make", "where"), cases("THEIRS"))
 def test_their_adapter_answers_the_same_here(
-    kind: str, make: Callable[..., Any], where: Where, tmp_path: Path, seeded: int
+    kind: str, make: Callable[..., Any], where: Where, tmp_path: Path, seeded: int, differing: Differing
 ) -> None:
     model = tiny(kind, seeded)
     before = logits(model)
@@ -130,7 +131,7 @@ def test_their_adapter_answers_the_same_here(
     theirs.save_pretrained(tmp_path / "out")
     ours = tiny(kind, seeded)
     handle = import_peft(ours, tmp_path / "out")
-    assert (logits(ours) - wanted).abs().max() <= TOLERANCE
+    assert differing(handle, "read", logits(ours), wanted) <= TOLERANCE
     assert (wanted - before).abs().max() > 1e-2
     assert not any(p.requires_grad for p in handle.parameters())
 
@@ -143,3 +144,29 @@ def test_targets_are_short_names_only_where_they_name_exactly_the_adapted_layers
         for name, handle in (("whole", whole), ("part", part))
     ]
     assert targets == [["q_proj", "v_proj"], ["model.layers.1.self_attn.q_proj"]]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "adapted"),
+    [
+        ({"layers_to_transform": [1]}, {"1.self_attn.q_proj", "1.mlp.down_proj"}),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, {"0.self_attn.q_proj", "0.mlp.down_proj"}),
+        (
+            {"exclude_modules": ["0.self_attn.q_proj"]},
+            {"1.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj"},
+        ),
+        ({"exclude_modules": r".*\.0\..*_proj"}, {"1.self_attn.q_proj", "1.mlp.down_proj"}),
+    ],
+)
+def test_targets_that_peft_was_told_to_leave_out_are_left_out(
+    left_out: dict[str, Any], adapted: set[str], tmp_path: Path, seeded: int
+) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **left_out)
+    theirs = peft.get_peft_model(tiny("llama", seeded), config).eval()
+    randomize(p for p in theirs.parameters() if p.requires_grad)
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = tiny("llama", seeded)
+    handle = import_peft(ours, tmp_path)
+    assert set(handle.paths) == {f"model.layers.{path}" for path in adapted}
+    assert (logits(ours) - wanted).abs().max() <= TOLERANCE

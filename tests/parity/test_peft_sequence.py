@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 TOLERANCE = 1e-5
+Differing = Callable[[addenda.Handle, str, torch.Tensor, torch.Tensor], float]
 SIZES = {"vocab_size": 67, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -69,6 +70,8 @@ OURS: dict[str, tuple[tuple[str, ...], Method]] = {
     "cartridge": (PROMPTS, of("cartridge", tokens=5, frozen=2, start="vocabulary")),
     "cpt": (PROMPTS, of("cpt", ids=(3, 1, 4), roles=(1, 2, 4), epsilon=9.0, format_epsilon=7.0)),
     "llama-adapter": (("llama", "mistral"), of("llama-adapter", tokens=4, layers=2)),
+    "shadow": ((*PROMPTS, "mistral"), of("shadow", rank=3, alpha=0.5)),
+    "shadow-two": (PROMPTS, of("shadow", rank=3, layers=2, inner=5, alpha=1.5)),
 }
 
 
@@ -82,7 +85,7 @@ def _cases(table: dict[str, tuple[tuple[str, ...], Any]]) -> list[Any]:
 
 @pytest.mark.parametrize(("kind", "method"), _cases(OURS))
 def test_our_adapter_answers_the_same_under_peft(
-    kind: str, method: Method, tmp_path: Path, seeded: int
+    kind: str, method: Method, tmp_path: Path, seeded: int, differing: Differing
 ) -> None:
     ours = tiny(kind, seeded)
     before = logits(ours)
@@ -92,7 +95,7 @@ def test_our_adapter_answers_the_same_under_peft(
     wanted = logits(ours)
     write_peft(handle, tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny(kind, seeded), tmp_path)
-    assert (logits(theirs, task) - wanted).abs().max() <= TOLERANCE
+    assert differing(handle, "written", logits(theirs, task), wanted) <= TOLERANCE
     assert (wanted - before).abs().max() > 1e-3
     again = tiny(kind, seeded)
     import_peft(again, tmp_path)
@@ -146,12 +149,17 @@ THEIRS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
         ("llama", "mistral"),
         lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, **CAUSAL),
     ),
+    "shadow": ((*PROMPTS, "mistral"), lambda: peft.ShadowConfig(r=3, shadow_alpha=0.7, **CAUSAL)),
+    "shadow-two": (
+        PROMPTS,
+        lambda: peft.ShadowConfig(r=3, shadow_num_hidden_layers=2, update_hidden_size=5, **CAUSAL),
+    ),
 }
 
 
 @pytest.mark.parametrize(("kind", "make"), _cases(THEIRS))
 def test_their_adapter_answers_the_same_here(
-    kind: str, make: Callable[[], Any], tmp_path: Path, seeded: int
+    kind: str, make: Callable[[], Any], tmp_path: Path, seeded: int, differing: Differing
 ) -> None:
     model, config = tiny(kind, seeded), make()
     before = logits(model)
@@ -162,13 +170,13 @@ def test_their_adapter_answers_the_same_here(
     theirs.save_pretrained(tmp_path)
     ours = tiny(kind, seeded)
     handle = import_peft(ours, tmp_path)
-    assert (logits(ours, task) - wanted).abs().max() <= TOLERANCE
+    assert differing(handle, "read", logits(ours, task), wanted) <= TOLERANCE
     assert (wanted - before).abs().max() > 1e-3
     assert not any(p.requires_grad for p in handle.parameters())
 
 
 def test_generation_under_peft_writes_the_same(tmp_path: Path, seeded: int) -> None:
-    for name in ("prompt", "prefix"):
+    for name in ("prompt", "prefix", "shadow"):
         ours = tiny("llama", seeded)
         handle = attach(ours, OURS[name][1])
         randomize(handle.parameters())

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from addenda.core.contract import Adapter, Base
-from addenda.core.terms import Part
+from addenda.core.terms import Addend
 from addenda.errors import ConfigError, MethodError, TargetError
 
 __all__ = ["Composition", "Once", "Rows", "Stack", "Stacked", "Sum", "average", "parallel", "require_names"]
@@ -50,7 +50,7 @@ class Composition(ABC):
             MethodError: there is no such weight.
         """
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         """Return the low-rank terms that `run` adds to the layer's output, if that is all it does, else None.
 
         Args:
@@ -61,7 +61,7 @@ class Composition(ABC):
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Return it as plain values; `addenda.core.several.from_settings` reads them."""
+        """Return it as plain values; `addenda.core.activating.from_settings` reads them."""
         return {"kind": type(self).__name__.lower(), **dataclasses.asdict(cast(Any, self))}
 
 
@@ -91,7 +91,7 @@ class Stack(Composition):
     def without(self, name: str) -> Stack:
         return Stack(tuple(other for other in self.of if other != name))
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         return _joined([(adapters[name], 1.0) for name in self.names if name in adapters])
 
     def fold(
@@ -150,7 +150,7 @@ class Sum(Composition):
     def without(self, name: str) -> Sum:
         return Sum({other: weight for other, weight in self.weights.items() if other != name})
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         return _joined(
             [(adapters[name], weight) for name, weight in self.weights.items() if name in adapters]
         )
@@ -238,7 +238,7 @@ class Rows(Composition):
         [owner] = owners
         return (weight, bias) if owner is None else adapters[owner].fold(weight, bias)
 
-    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Part, ...] | None:
+    def parts(self, adapters: Mapping[str, Adapter], x: Tensor, path: str) -> tuple[Addend, ...] | None:
         dim = self._dim(x, path, features=True)
         each = x.shape[:-1].numel() // x.shape[dim]  # rows of the flattened input to one place in ``dim``
         found = []
@@ -248,7 +248,7 @@ class Rows(Composition):
             term = adapters[name].low_rank_term()
             if term is None:
                 return None
-            found.append(Part(*term, (start * each, stop * each)))
+            found.append(Addend(*term, (start * each, stop * each)))
         return tuple(found)
 
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
@@ -333,7 +333,7 @@ class _Over:
     def add_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return Base.add_low_rank(cast(Base, self), x, A, B, scaling)
 
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> None:
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Addend]) -> None:
         return None
 
     def __getattr__(self, name: str) -> Any:
@@ -383,7 +383,7 @@ def _with_change(total: _Folded, own: _Folded, folded: _Folded, share: float = 1
     return weight, (start if bias is None else bias) + share * (folded_bias - start)
 
 
-def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:
+def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Addend, ...] | None:
     """The terms of several adapters as one of the sum of their ranks; None where one of them has none."""
     terms = [(adapter.low_rank_term(), weight) for adapter, weight in every]
     found = [(*term, weight) for term, weight in terms if term is not None]
@@ -391,16 +391,16 @@ def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Part, ...] | None:
         return None
     if len(found) == 1:
         A, B, scaling, weight = found[0]
-        return (Part(A, B, weight * scaling),)
+        return (Addend(A, B, weight * scaling),)
     A = torch.cat([A for A, _, _, _ in found])
-    return (Part(A, torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1), 1.0),)
+    return (Addend(A, torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1), 1.0),)
 
 
 def require_names(names: Sequence[str]) -> None:
-    """Refuse what cannot be the names of adapters, each once.
+    """Refuse what does not name adapters, each once.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: a name is no text, or comes twice.
     """
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong or len(set(names)) < len(names):

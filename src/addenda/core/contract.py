@@ -24,7 +24,7 @@ from addenda.core.tokens import TokenWatch
 from addenda.errors import ConfigError, MethodError, nearest
 
 if TYPE_CHECKING:
-    from addenda.core.terms import Part
+    from addenda.core.terms import Addend
 
 __all__ = ["Adapter", "Base", "Initializer", "Method", "ParameterSource"]
 
@@ -189,7 +189,7 @@ class Base(ABC):
         """Return ``base(x) + scaling * low_rank(x, A, B)`` in the layer's dtype; fused where the kind can."""
         return self(x) + scaling * self.low_rank(x, A.to(self.dtype), B.to(self.dtype))
 
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Addend]) -> Tensor | None:
         """Return ``base(x)`` with the terms of several adapters, each on rows of its own, where the kind can fuse
         that, else None."""
         return None

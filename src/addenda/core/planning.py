@@ -22,7 +22,7 @@ from addenda.core.parts import Part
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve, why_unknown
 from addenda.core.views import LayerView
 from addenda.core.whole import exact_layers, is_whole, whole_layers, whole_problems
-from addenda.errors import MethodError
+from addenda.errors import MethodError, TargetError
 
 __all__ = ["Plan", "PlannedLayer", "plan", "require_possible"]
 
@@ -154,11 +154,26 @@ def _possible_views(
 
 
 def default_targets(model: nn.Module, method: Method) -> Targets:
-    """Return the method's own choice of targets for this model."""
+    """Return the method's own choice of targets for this model.
+
+    Raises:
+        TargetError: it has nothing to choose from.
+    """
     if method.mixes():
         return paths_of_all(handles(model), method)
-    paths = [path for path, (_, kind) in adaptable(model).items() if kind.why_not(method) is None]
-    return method.default_targets(paths)
+    layers = {path: kind for path, (_, kind) in adaptable(model).items()}
+    chosen = method.default_targets([path for path, kind in layers.items() if kind.why_not(method) is None])
+    if not chosen:
+        there = list(dict.fromkeys(kind.name for kind in layers.values()))
+        raise TargetError(
+            f"method '{method.name}' finds nothing in a {type(model).__name__} that it could adapt",
+            where={
+                "it adapts": " ".join(method.layer_kinds()),
+                "the model has": " ".join(there) or "none of all kinds",
+            },
+            hint="choose a method that adapts what the model has; 'addenda methods' lists them",
+        )
+    return chosen
 
 
 def _require_possible(method: Method, views: Sequence[LayerView], problems: Sequence[str]) -> None:

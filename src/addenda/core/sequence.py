@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.prefix_cache import PrefixCache
@@ -22,16 +23,24 @@ from addenda.errors import MethodError
 
 __all__ = [
     "Attention",
+    "Inject",
     "Inputs",
     "PrefixAdapter",
     "PromptAdapter",
     "SequenceMethod",
     "Transformer",
+    "Update",
+    "cut",
     "interleaved",
+    "keeps",
     "with_prefix",
     "with_prompt",
 ]
 
+Inject = Callable[[int, Tensor, Tensor], Tensor]
+"""(block, its input (B, T, width), state (B, T, width)) -> the input to use instead."""
+Update = Callable[[int, Tensor, Tensor], Tensor]
+"""(block, its output, state) -> the state for the next block."""
 ROW_MULTIPLE = 128
 """Packed rows are filled up to it: attention on a GPU works on whole blocks, and matrix kernels like few lengths."""
 
@@ -105,6 +114,28 @@ class Transformer(Base):
     @abstractmethod
     def recall(self, ids: Tensor) -> Tensor:
         """Return the keys and values of a text ``(n,)`` that stands alone: ``(layers, 2, heads, n, head_width)``."""
+
+    @abstractmethod
+    def mirror(self, layers: int) -> nn.Module:
+        """Make a new transformer of the same make with so many blocks, to be trained."""
+
+    @abstractmethod
+    def mirrored(self, mirror: nn.Module, inputs: Inputs) -> tuple[Inputs, Tensor]:
+        """Run a mirror on what the transformer was called with.
+
+        Returns:
+            The inputs with which to run the transformer afterwards, and the mirror's states ``(B, T, width)``.
+        """
+
+    @abstractmethod
+    def along(self, state: Tensor, inject: Inject, update: Update) -> AbstractContextManager[None]:
+        """Let a state ``(B, T, width)`` travel along the blocks of what is run inside the ``with`` block.
+
+        Args:
+            state: what the first block finds.
+            inject: what a block's input becomes.
+            update: what the state becomes behind a block; not asked behind the last.
+        """
 
 
 class Attention(Base):
@@ -220,7 +251,7 @@ def with_prompt(model: Transformer, inputs: Inputs, prompt: Tensor) -> Any:
         longer = longer.but(position_ids=torch.cat([front, positions], dim=-1))
     if (types := inputs.given.get("token_type_ids")) is not None:
         longer = longer.but(token_type_ids=torch.cat([types.new_zeros(len(types), added), types], dim=1))
-    return _cut(model(longer), lambda states: states[:, added:])
+    return cut(model(longer), lambda states: states[:, added:])
 
 
 def _front(inputs: Inputs, added: int, positions: Tensor) -> Tensor:
@@ -246,7 +277,7 @@ def _packed_with_prompt(model: Transformer, inputs: Inputs, embedded: Tensor, pr
         position_ids=positions[order][None],
         segments=dataclasses.replace(segments, lengths=tuple(n + added for n in segments.lengths)),
     )
-    return _cut(model(longer), lambda states: states[:, places])
+    return cut(model(longer), lambda states: states[:, places])
 
 
 def interleaved(
@@ -307,7 +338,7 @@ def with_prefix(model: Transformer, inputs: Inputs, prefix: Tensor) -> Any:
         for layer, (keys, values) in enumerate(prefix):
             cache.update(*(x.expand(tokens.shape[0], -1, -1, -1) for x in (keys, values)), layer)
         return model(longer)
-    lent = PrefixCache(prefix, keeps=_keeps(model, inputs))
+    lent = PrefixCache(prefix, keeps=keeps(model, inputs))
     if cache is not None:  # lent by an adapter on top of this one
         lent = cache.with_more(prefix)
     try:
@@ -332,7 +363,7 @@ def _unread(model: Transformer, lent: PrefixCache) -> MethodError:
     )
 
 
-def _keeps(model: Transformer, inputs: Inputs) -> bool:
+def keeps(model: Transformer, inputs: Inputs) -> bool:
     """Whether the caller will go on from this call's cache: then it must hold the tokens too."""
     asked = inputs.given.get("use_cache")
     return bool(model.caches if asked is None else asked) and not torch.is_grad_enabled()
@@ -360,11 +391,11 @@ def _moved(inputs: Inputs, added: int) -> Inputs:
     return inputs.but(attention_mask=mask, position_ids=None if positions is None else positions + added)
 
 
-def _cut(output: Any, cut: Callable[[Tensor], Tensor]) -> Any:
+def cut(output: Any, chosen: Callable[[Tensor], Tensor]) -> Any:
     """Leave the given positions of an output alone; attention weights, if asked for, keep all."""
     if isinstance(output, tuple):
-        return (cut(output[0]), *output[1:])
-    output["last_hidden_state"] = cut(output["last_hidden_state"])
+        return (chosen(output[0]), *output[1:])
+    output["last_hidden_state"] = chosen(output["last_hidden_state"])
     if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(cut(states) for states in output["hidden_states"])
+        output["hidden_states"] = tuple(chosen(states) for states in output["hidden_states"])
     return output

@@ -6,20 +6,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from addenda.core.activating import activate, active_composition
-from addenda.core.arrow import Arrow
-from addenda.core.composition import Composition, Rows, Stack, Sum
+from addenda.core.activating import activate, active_composition, from_settings
 from addenda.core.handle import Handle, handles
 from addenda.core.state import load, publish, save
-from addenda.errors import AddendaError, CheckpointError, ConfigError, MethodError, NotFoundError
+from addenda.errors import AddendaError, CheckpointError, MethodError, NotFoundError
 
-__all__ = ["from_settings", "load_all", "save_all"]
+__all__ = ["load_all", "save_all"]
 
 _INDEX = "adapters.json"
 _LIMIT = 2**20
@@ -121,30 +119,6 @@ def load_all(
             handle.detach()
         raise
     return loaded
-
-
-_KINDS: dict[str, Callable[..., Composition]] = {"stack": Stack, "sum": Sum, "rows": Rows, "arrow": Arrow}
-
-
-def from_settings(settings: Mapping[str, Any]) -> Composition:
-    """Make a composition from the plain values of `Composition.settings`.
-
-    Raises:
-        ConfigError: they describe none.
-
-    Example:
-        >>> from_settings({"kind": "stack", "of": ["a"]})
-        Stack(of=('a',))
-    """
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "kind"}
-    try:
-        return _KINDS[settings["kind"]](**values)
-    except (KeyError, TypeError) as problem:
-        raise ConfigError(
-            f"these settings describe no composition: {dict(settings)}",
-            where={"kinds": " ".join(_KINDS)},
-            hint="write them with Composition.settings()",
-        ) from problem
 
 
 def _index(source: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ so that rows of one batch have adapters of their own and still share the frozen 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from addenda.core.remaking import Remade, kept
 from addenda.memory.arena import empty, product
 
 __all__ = [
-    "Part",
+    "Addend",
     "Term",
+    "Terms",
     "factors_of",
     "linear_with_terms",
     "terms_factor_grads",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 
-class Part(NamedTuple):
+class Addend(NamedTuple):
     """scaling B A x, added to some rows."""
 
     A: Tensor
@@ -49,7 +51,7 @@ class Term:
     """One frozen layer and the low-rank terms on it: y = W x + b + scaling B A x."""
 
     base: FrozenLinear
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Addend, ...] = ()
     host: Any = None
     """The layer as a host, if it is one."""
 
@@ -58,7 +60,7 @@ class _Span(NamedTuple):
     """The parts of several terms that hold for the same rows, their ranks side by side."""
 
     rows: slice
-    parts: tuple[tuple[int, Part, slice], ...]
+    parts: tuple[tuple[int, Addend, slice], ...]
     """Place of the term, its part, and where its ranks lie."""
 
     @property
@@ -71,20 +73,27 @@ class _Span(NamedTuple):
         return (every[0] if len(every) == 1 else torch.cat(every)).to(dtype)
 
 
-def _spans(terms: Sequence[Term]) -> list[_Span]:
-    by_rows: dict[tuple[int, int] | None, list[tuple[int, Part]]] = {}
-    for place, term in enumerate(terms):
-        for part in term.parts:
-            by_rows.setdefault(part.rows, []).append((place, part))
-    found = []
-    for rows, parts in by_rows.items():
-        ends = itertools.accumulate(len(part.A) for _, part in parts)
-        placed = tuple(
-            (place, part, slice(end - len(part.A), end))
-            for end, (place, part) in zip(ends, parts, strict=True)
-        )
-        found.append(_Span(slice(*rows) if rows else slice(None), placed))
-    return found
+class Terms(tuple[Term, ...]):
+    """Terms of one node; what its passes look up of them is worked out once."""
+
+    @functools.cached_property
+    def spans(self) -> list[_Span]:
+        """The parts of all terms by the rows for which they hold."""
+        by_rows: dict[tuple[int, int] | None, list[tuple[int, Addend]]] = {}
+        for place, term in enumerate(self):
+            for part in term.parts:
+                by_rows.setdefault(part.rows, []).append((place, part))
+        return [
+            _Span(slice(*rows) if rows else slice(None), _side_by_side(parts))
+            for rows, parts in by_rows.items()
+        ]
+
+
+def _side_by_side(parts: Sequence[tuple[int, Addend]]) -> tuple[tuple[int, Addend, slice], ...]:
+    ends = itertools.accumulate(len(part.A) for _, part in parts)
+    return tuple(
+        (place, part, slice(end - len(part.A), end)) for end, (place, part) in zip(ends, parts, strict=True)
+    )
 
 
 def factors_of(terms: Sequence[Term]) -> list[Tensor]:
@@ -92,9 +101,9 @@ def factors_of(terms: Sequence[Term]) -> list[Tensor]:
     return [factor for term in terms for part in term.parts for factor in part[:2]]
 
 
-def terms_forward(rows: Tensor, terms: Sequence[Term]) -> tuple[list[Tensor], Tensor]:
+def terms_forward(rows: Tensor, terms: Terms) -> tuple[list[Tensor], Tensor]:
     """rows: (n, d_in) -> each term's output (n, d_out), and A x of the parts: (n, largest sum of ranks on a row)."""
-    spans = _spans(terms)
+    spans = terms.spans
     outputs = [term.base.linear(rows) for term in terms]
     if not spans:
         return outputs, rows.new_empty(len(rows), 0)
@@ -113,7 +122,7 @@ def terms_forward(rows: Tensor, terms: Sequence[Term]) -> tuple[list[Tensor], Te
 
 
 def terms_input_grad(
-    grads: Sequence[Tensor | None], terms: Sequence[Term], *, wanted: bool = True
+    grads: Sequence[Tensor | None], terms: Terms, *, wanted: bool = True
 ) -> tuple[Tensor | None, Tensor]:
     """Return the gradient of the rows, (n, d_in) or None, and g B of the parts, as wide as `terms_forward`'s A x.
 
@@ -122,7 +131,7 @@ def terms_input_grad(
         terms: the terms.
         wanted: whether the gradient of the rows is asked for.
     """
-    spans = _spans(terms)
+    spans = terms.spans
     some = next(g for g in grads if g is not None)
     inner = empty((len(some), max((span.rank for span in spans), default=0)), some)
     for span in spans:
@@ -143,7 +152,7 @@ def terms_input_grad(
 
 
 def terms_factor_grads(
-    grads: Sequence[Tensor | None], inner: Tensor, rows: Tensor | None, h: Tensor, terms: Sequence[Term]
+    grads: Sequence[Tensor | None], inner: Tensor, rows: Tensor | None, h: Tensor, terms: Terms
 ) -> list[Tensor | None]:
     """Return the gradients of what `factors_of` gives, in its order; None where a term's output was not used.
 
@@ -155,7 +164,7 @@ def terms_factor_grads(
         terms: the terms.
     """
     found: dict[int, list[Tensor | None]] = {place: [] for place in range(len(terms))}
-    for span in _spans(terms):
+    for span in terms.spans:
         grad_A = None if rows is None else inner[span.rows, : span.rank].t() @ rows[span.rows]
         for place, part, ranks in span.parts:
             g = grads[place]
@@ -178,13 +187,13 @@ def linear_with_terms(x: Tensor, terms: Sequence[Term]) -> tuple[Tensor, ...]:
     Returns:
         ``(..., d_out)`` of each.
     """
-    made: tuple[Tensor, ...] = _LinearWithTerms.apply(x, tuple(terms), kept(x), *factors_of(terms))  # type: ignore[no-untyped-call]
+    made: tuple[Tensor, ...] = _LinearWithTerms.apply(x, Terms(terms), kept(x), *factors_of(terms))  # type: ignore[no-untyped-call]
     return made
 
 
 class _LinearWithTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, terms: tuple[Term, ...], keep: Remade, *factors: Any) -> Any:
+    def forward(ctx: Any, x: Tensor, terms: Terms, keep: Remade, *factors: Any) -> Any:
         outputs, h = terms_forward(x.reshape(-1, x.shape[-1]), terms)
         # Without an A to train nothing of the input is needed again.
         ctx.save_for_backward(h, *(keep.tensors if any(ctx.needs_input_grad[3::2]) else ()))

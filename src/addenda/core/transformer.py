@@ -9,14 +9,16 @@ import contextlib
 import inspect
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from addenda.core.blocks import WeightlessView
+from addenda.core.mirror import along, blocks_of, make_mirror, mirrored, with_room
 from addenda.core.prefix_cache import PrefixCache, cached_blocks
-from addenda.core.sequence import Attention, Inputs, Transformer
+from addenda.core.sequence import Attention, Inject, Inputs, Transformer, Update, keeps
 from addenda.core.views import LayerView
 
 __all__ = ["AttentionView", "TransformerView", "is_attention", "is_transformer"]
@@ -155,6 +157,18 @@ class TransformerView(_CalledView, Transformer):
         cache = PrefixCache(empty, keeps=True)
         self.original.forward(self.module, input_ids=ids[None], past_key_values=cache)
         return cache.kept(self.layers)
+
+    def mirror(self, layers: int) -> nn.Module:
+        return make_mirror(self.module, layers, self)
+
+    def mirrored(self, mirror: nn.Module, inputs: Inputs) -> tuple[Inputs, Tensor]:
+        ids, embedded = inputs.given.get("input_ids"), inputs.given.get("inputs_embeds")
+        inputs = with_room(mirror, self.module, inputs, keeps=keeps(self, inputs))
+        embedded = self.embed(cast(Tensor, ids)) if embedded is None else embedded
+        return inputs, mirrored(mirror, self.module, inputs, embedded)
+
+    def along(self, state: Tensor, inject: Inject, update: Update) -> AbstractContextManager[None]:
+        return along(blocks_of(self.module), state, inject, update)
 
 
 class AttentionView(_CalledView, Attention):

@@ -15,7 +15,7 @@ from addenda.core import parts
 from addenda.core.changed import changed_linear
 from addenda.core.contract import Adapter, Base
 from addenda.core.lowrank import low_rank_linear
-from addenda.core.terms import Part, Term, linear_with_terms
+from addenda.core.terms import Addend, Term, linear_with_terms
 from addenda.memory.arena import product
 
 __all__ = ["CompressedView", "LayerView", "LinearView", "PartView", "autocast_on"]
@@ -241,7 +241,7 @@ class LinearView(LayerView):
             return low_rank_linear(x, A, B, scaling=scaling, base=self)
         return super().add_low_rank(x, A, B, scaling)
 
-    def add_low_ranks(self, x: Tensor, parts: Sequence[Part]) -> Tensor | None:
+    def add_low_ranks(self, x: Tensor, parts: Sequence[Addend]) -> Tensor | None:
         return linear_with_terms(x, [Term(self, tuple(parts))])[0] if self.fusible(x) else None
 
     def changed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

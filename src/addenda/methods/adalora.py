@@ -203,10 +203,7 @@ class AdaLoRAAdapter(Adapter):
         dropout: float,
     ) -> None:
         super().__init__()
-        for name, parameter in trained.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+        self.hold(**trained, **buffers)
         self.scaling, self.dropout = scaling, dropout
 
     def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from addenda.core.contract import Adapter, Base, Initializer, Method
+from addenda.core.contract import Adapter, Base, Method
 from addenda.core.ranges import integer
 from addenda.core.registry import register
+from addenda.core.starts import jointly
 
-__all__ = ["AdaMSS", "AdaMSSAdapter", "Start", "clustered", "main_directions", "started"]
+__all__ = ["AdaMSS", "AdaMSSAdapter", "clustered", "main_directions", "started"]
 
 _GROUPING_SEED, _GROUPING_ROUNDS = 123456789, 10
 
@@ -80,31 +80,25 @@ class AdaMSS(Method):
     def build(self, base: Base) -> AdaMSSAdapter:
         columns, groups = base.d_in + base.has_bias, min(self.subspaces, base.d_out)
         directions = min(self.basis_rank, base.d_out, columns)
-        start = functools.cache(lambda: started(base, directions, groups, self.rank, seed=self.seed))
-
-        def fill(name: str) -> Initializer:
-            return lambda tensor, _: tensor.copy_(getattr(start(), name))
-
+        first_a, v, group_of = jointly(
+            lambda _: started(base, directions, groups, self.rank, seed=self.seed), 3
+        )
         return AdaMSSAdapter(
-            base.parameter(groups, self.rank, directions, init=fill("A")),
+            base.parameter(groups, self.rank, directions, init=first_a),
             base.parameter(base.d_out, self.rank),
-            V=base.constant(directions, columns, init=fill("V")),
-            groups=base.constant(base.d_out, init=fill("groups")),
+            V=base.constant(directions, columns, init=v),
+            groups=base.constant(base.d_out, init=group_of),
             d_in=base.d_in,
         )
 
 
-@dataclass(frozen=True)
-class Start:
-    """What an adapter starts from: V (directions, columns), A (groups, rank, directions), and each row's group."""
+def started(
+    base: Base, directions: int, groups: int, rank: int, *, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A (groups, rank, directions), V (directions, columns) and each row's group, with which a layer starts.
 
-    V: Tensor
-    A: Tensor
-    groups: Tensor
-
-
-def started(base: Base, directions: int, groups: int, rank: int, *, seed: int) -> Start:
-    """Return where the adapter of a layer starts; the same for the same weight, bias and settings."""
+    They are the same for the same weight, bias and settings.
+    """
     weight, bias = base.weight().float().cpu(), base.bias()
     if bias is not None:
         weight = torch.cat([weight, bias.float().cpu()[:, None]], dim=1)
@@ -114,7 +108,7 @@ def started(base: Base, directions: int, groups: int, rank: int, *, seed: int) -
     for group in range(groups):
         main = torch.linalg.svd(U[group_of == group], full_matrices=False)[2][:rank]
         A[group, : len(main)] = main
-    return Start(V=V, A=A, groups=group_of)
+    return A, V, group_of
 
 
 def main_directions(weight: Tensor, count: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -170,14 +164,15 @@ class AdaMSSAdapter(Adapter):
     """A: (groups, rank, directions), B: (d_out, rank); frozen V: (directions, d_in or d_in + 1), groups: (d_out,)."""
 
     additive = True
+    A: nn.Parameter
+    B: nn.Parameter
     V: Tensor
     groups: Tensor
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, *, V: Tensor, groups: Tensor, d_in: int) -> None:
         super().__init__()
-        self.A, self.B, self.d_in = A, B, d_in
-        self.register_buffer("V", V)
-        self.register_buffer("groups", groups)
+        self.hold(A=A, B=B, V=V, groups=groups)
+        self.d_in = d_in
 
     def low_rank_term(self) -> tuple[Tensor, Tensor, float] | None:
         return None if self.V.shape[1] > self.d_in else (*self._factors(), 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from addenda.core.contract import Adapter, Base, Method, ParameterSource
 from addenda.core.ranges import number
 from addenda.core.registry import register
+from addenda.core.starts import jointly
 
 __all__ = ["FRoD"]
 
@@ -41,7 +41,8 @@ class FRoD(Method):
 
     **Use it when** a full-rank update is wanted with little optimiser memory, and time does not matter.
 
-    **Learning rate**: 1e-3. Not tuned.
+    **Learning rate**: 1e-4. On SmolLM2-135M ten steps of Adam on two sentences bring the loss from 6.6 to 0.004 at this
+    rate, and at 1e-3 beyond 7 (``make test-models``); not tuned beyond that.
 
     **Differs from**: PEFT puts U (diag(l) + S) V^T in the place of W; this adds the difference, so that the start is
     the base exactly, and a quantized one may stand under it. PEFT makes U from a V that it decomposes anew when it
@@ -57,7 +58,7 @@ class FRoD(Method):
     """
 
     mergeable: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-4
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed")
     variants: ClassVar[tuple[Mapping[str, object], ...]] = ({"share": 0.1},)
 
@@ -103,14 +104,16 @@ class FRoD(Method):
     def build(self, base: Base) -> FRoDAdapter:
         assert isinstance(base.common, Roles)
         basis = base.common.basis_at(base.path)
-        made = functools.cache(lambda: directions(base.weight(), basis.V))
-        return FRoDAdapter(
-            base.parameter(base.d_in, init=lambda lengths, _: lengths.copy_(made()[1])),
-            base.parameter(basis.places.shape[1]),
-            base.constant(base.d_out, base.d_in, init=lambda U, _: U.copy_(made()[0])),
-            base.constant(base.d_in, init=lambda lengths, _: lengths.copy_(made()[1])),
-            base.path,
+        columns, lengths = jointly(lambda _: directions(base.weight(), basis.V), 2)
+        adapter = FRoDAdapter()
+        adapter.hold(
+            lengths=base.parameter(base.d_in, init=lengths),
+            mixing=base.parameter(basis.places.shape[1]),
+            U=base.constant(base.d_out, base.d_in, init=columns),
+            start=base.constant(base.d_in, init=lengths),
         )
+        adapter.path = base.path
+        return adapter
 
 
 def role_of(path: str) -> str:
@@ -194,16 +197,11 @@ class FRoDAdapter(Adapter):
 
     additive = True
     common: Roles
+    lengths: nn.Parameter
+    mixing: nn.Parameter
     U: Tensor
     start: Tensor
-
-    def __init__(
-        self, lengths: nn.Parameter, mixing: nn.Parameter, U: Tensor, start: Tensor, path: str
-    ) -> None:
-        super().__init__()
-        self.lengths, self.mixing, self.path = lengths, mixing, path
-        self.register_buffer("U", U)
-        self.register_buffer("start", start)
+    path: str
 
     @property
     def basis(self) -> Basis:

@@ -120,8 +120,7 @@ class GLoRAAdapter(Adapter):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
-        for name, parameter in parameters.items():
-            self.register_parameter(name, parameter)
+        self.hold(**parameters)
         self.additive = not self.has("A")  # as a factor of rows it scales what others add, too
 
     def has(self, name: str) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from addenda.core.balance import counted, imbalance, shapes
 from addenda.core.contract import Adapter, Base
 from addenda.core.products import kaiming_uniform
 from addenda.core.ranges import flag, integer, number
@@ -126,16 +127,15 @@ class LoRAExperts(LowRank):
             scaling=self.scaling_at(base.path),
         )
         if self.chosen < self.experts and self.balance:
-            pairs = self.experts * (self.experts - 1) // 2
             adapter.sums = ("load", "overlap")
-            adapter.register_buffer("load", base.constant(2, self.experts), persistent=False)
-            adapter.register_buffer("overlap", base.constant(pairs, base.d_in), persistent=False)
+            for name, shape in zip(adapter.sums, shapes(self.experts, base.d_in), strict=True):
+                adapter.register_buffer(name, base.constant(*shape), persistent=False)
         return adapter
 
     def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
-        each = [cast(LoRAExpertsAdapter, adapter).imbalance() for adapter in adapters.values()]
-        found = [value for value in each if value is not None]
-        return self.balance * torch.stack(found).sum() if found else None
+        ours = [cast(LoRAExpertsAdapter, adapter) for adapter in adapters.values()]
+        uneven = [imbalance(a.router, a.load, a.overlap) for a in ours if a.sums and a.load.any()]
+        return self.balance * torch.stack(uneven).sum() if uneven else None
 
 
 def _each_kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
@@ -145,8 +145,7 @@ def _each_kaiming_uniform(tensor: Tensor, generator: torch.Generator) -> None:
 class LoRAExpertsAdapter(Adapter):
     """A: (experts or 1, rank, d_in), B: (experts, d_out, rank), router: (experts, d_in).
 
-    load: (2, experts), sums over the tokens of a step of how often each expert was chosen, and of p. overlap: (pairs,
-    d_in), for each pair of experts the sum over tokens of p_i p_j x, from which follows how m moves with R.
+    load, overlap: what a step's passes sum up about the use of the experts, as `addenda.core.balance` says.
     """
 
     additive = True
@@ -178,49 +177,4 @@ class LoRAExpertsAdapter(Adapter):
         y = base(x) + F.linear(inner.flatten(-2), B.transpose(0, 1).flatten(1))
         if chosen is None or not (self.sums and self.training and torch.is_grad_enabled()):
             return y
-        counted: Tensor = _Counted.apply(y, x.detach(), p.detach(), chosen, self.load, self.overlap)  # type: ignore[no-untyped-call]
-        return counted
-
-    def imbalance(self) -> Tensor | None:
-        """Return experts * sum of f_e m_e over the tokens that were counted; its gradient is the router's."""
-        if not self.sums or not self.load.any():
-            return None
-        tokens = self.load[1].sum()  # p of a token adds up to 1
-        shares, means = self.load[0] / self.load[0].sum(), self.load[1] / tokens
-        first, second = _pairs(len(shares), self.load.device)
-        # The mean of p_j moves with the row R_i as that of p_j ([i = j] - p_i) x, so what is left are differences.
-        pull = (shares[first] - shares[second])[:, None] * self.overlap / tokens
-        gradient = torch.zeros_like(self.router).index_add(0, first, pull).index_add(0, second, -pull)
-        moves = ((self.router - self.router.detach()) * gradient).sum()
-        return len(shares) * ((shares * means).sum() + moves)
-
-
-def _pairs(experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    first, second = torch.triu_indices(experts, experts, 1, device=device)
-    return first, second
-
-
-class _Counted(torch.autograd.Function):
-    """y as it is; its backward adds to the sums what the tokens chose for which there is a gradient.
-
-    In the backward, because a forward may be done twice, or for no gradient at all.
-    """
-
-    @staticmethod
-    def forward(  # noqa: PLR0917  (autograd passes arguments by position only)
-        ctx: Any, y: Tensor, x: Tensor, p: Tensor, chosen: Tensor, load: Tensor, overlap: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, p, chosen)
-        ctx.sums = load, overlap
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        load, overlap = ctx.sums
-        counts = (g != 0).any(-1, keepdim=True)
-        x, p, chosen = (saved.flatten(0, -2) for saved in ctx.saved_tensors)
-        p, chosen = p * counts.reshape(-1, 1), chosen * counts.reshape(-1, 1)
-        load += torch.stack([chosen.sum(0), p.sum(0)])
-        first, second = _pairs(p.shape[1], p.device)
-        overlap += (p[:, first] * p[:, second]).to(x.dtype).t() @ x
-        return g, None, None, None, None, None
+        return counted(y, x, p, chosen, (self.load, self.overlap))

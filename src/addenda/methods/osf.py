@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -13,9 +12,13 @@ from torch import Tensor, nn
 from addenda.core.contract import Adapter, Base, Method
 from addenda.core.ranges import integer, number, table
 from addenda.core.registry import register
+from addenda.core.starts import jointly
 from addenda.core.targets import at, strays
 
 __all__ = ["OSF", "OSFAdapter", "decomposed"]
+
+_PARTS = ("U_high", "V_high", "U_low", "S_low", "V_low")
+"""What a weight is decomposed into."""
 
 
 @register("osf")
@@ -90,24 +93,13 @@ class OSF(Method):
         # On the shorter side the complement of what is kept is what is trained, so it need not be held as well.
         longer = {"U": (base.d_out, kept)} if base.d_out > base.d_in else {"V": (kept, base.d_in)}
         high = longer if base.d_out != base.d_in else {}
-        parts = functools.cache(lambda: decomposed(base.weight(), kept))
-
-        def fill(place: str, tensor: Tensor, _: torch.Generator) -> None:
-            tensor.copy_(parts()[place])
-
+        inits = jointly(lambda _: list(decomposed(base.weight(), kept).values()), len(_PARTS))
+        init = dict(zip(_PARTS, inits, strict=True))
+        trained = {name: base.parameter(*shape, init=init[f"{name}_low"]) for name, shape in shapes.items()}
+        frozen = {f"{name}_low": shape for name, shape in shapes.items()}
+        frozen |= {f"{name}_high": shape for name, shape in high.items()}
         return OSFAdapter(
-            {
-                name: base.parameter(*shape, init=functools.partial(fill, f"{name}_low"))
-                for name, shape in shapes.items()
-            },
-            {
-                f"{name}_low": base.constant(*shape, init=functools.partial(fill, f"{name}_low"))
-                for name, shape in shapes.items()
-            }
-            | {
-                f"{name}_high": base.constant(*shape, init=functools.partial(fill, f"{name}_high"))
-                for name, shape in high.items()
-            },
+            trained, {name: base.constant(*shape, init=init[name]) for name, shape in frozen.items()}
         )
 
 
@@ -118,16 +110,10 @@ def _amount(name: str, value: object) -> list[str]:
 def decomposed(weight: Tensor, kept: int) -> dict[str, Tensor]:
     """Return the singular directions of a weight, the ``kept`` largest as ``U_high`` and ``V_high``, the others as
     ``U_low``, ``S_low`` and ``V_low``."""
-    U, S, V = torch.linalg.svd(
-        weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
-    )
-    return {
-        "U_high": U[:, :kept],
-        "V_high": V[:kept],
-        "U_low": U[:, kept:],
-        "S_low": S[kept:],
-        "V_low": V[kept:],
-    }
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    U, S, V = torch.linalg.svd(wide, full_matrices=False)
+    parts = U[:, :kept], V[:kept], U[:, kept:], S[kept:], V[kept:]
+    return dict(zip(_PARTS, parts, strict=True))
 
 
 class OSFAdapter(Adapter):
@@ -135,15 +121,16 @@ class OSFAdapter(Adapter):
     (d_out, k) and V_high (k, d_in) the one on the longer side of the weight."""
 
     additive = True
+    U: nn.Parameter
+    S: nn.Parameter
+    V: nn.Parameter
     U_low: Tensor
     S_low: Tensor
     V_low: Tensor
 
     def __init__(self, trained: Mapping[str, nn.Parameter], frozen: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.U, self.S, self.V = (trained[name] for name in ("U", "S", "V"))
-        for name, tensor in frozen.items():
-            self.register_buffer(name, tensor)
+        self.hold(**trained, **frozen)
 
     def start_from(self, weight: Tensor) -> None:
         """Set the frozen tensors to what they are for a base with this (d_out, d_in) weight."""

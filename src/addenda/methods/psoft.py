@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Base, Method
+from addenda.core.decomposition import leading_svd
 from addenda.core.products import ProductAdapter
 from addenda.core.ranges import flag, integer, number
 from addenda.core.registry import register
 from addenda.core.rotation import cayley, cayley_neumann, skew
+from addenda.core.starts import jointly
 
 __all__ = ["PSOFT"]
 
@@ -107,7 +108,7 @@ class PSOFT(Method):
         return [f"rank {self.rank} exceeds min(d_in, d_out) = {limit}"] if self.rank > limit else []
 
     def build(self, base: Base) -> PSOFTAdapter:
-        factors = functools.cache(lambda: self.subspace(base.weight()))
+        first, second = jointly(lambda _: self.subspace(base.weight()), 2)
         core = base.parameter(self.rank * (self.rank - 1) // 2) if self.orthogonal else None
         if core is None:
             core = base.parameter(self.rank, self.rank, init=lambda R, _: nn.init.eye_(R))
@@ -115,8 +116,8 @@ class PSOFT(Method):
             core,
             a=base.parameter(self.rank, init=1.0) if self.scale_input else None,
             b=base.parameter(self.rank, init=1.0) if self.scale_output else None,
-            A=base.constant(self.rank, base.d_in, init=lambda A, _: A.copy_(factors()[0])),
-            B=base.constant(base.d_out, self.rank, init=lambda B, _: B.copy_(factors()[1])),
+            A=base.constant(self.rank, base.d_in, init=first),
+            B=base.constant(base.d_out, self.rank, init=second),
             settings=self,
         )
 
@@ -124,13 +125,12 @@ class PSOFT(Method):
         """Return A: (rank, d_in) and B: (d_out, rank) of a weight: (d_out, d_in)."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.iterations is None:
-            U, S, Vt = torch.linalg.svd(wide, full_matrices=False)
+            U, S, Vt = leading_svd(wide, self.rank)
         else:
             with torch.random.fork_rng(devices=[wide.device] if wide.is_cuda else []):
                 torch.manual_seed(self.seed)
                 U, S, V = torch.svd_lowrank(wide, q=self.rank, niter=self.iterations)
             Vt = V.t()
-        U, S, Vt = U[:, : self.rank], S[: self.rank], Vt[: self.rank]
         if self.symmetric:
             return S.sqrt()[:, None] * Vt, U * S.sqrt()
         return Vt, U * S
@@ -139,6 +139,9 @@ class PSOFT(Method):
 class PSOFTAdapter(ProductAdapter):
     """core: above the diagonal of Q, (rank * (rank - 1) / 2,), or R: (rank, rank); a, b: (rank,); A, B frozen."""
 
+    core: nn.Parameter
+    a: nn.Parameter | None
+    b: nn.Parameter | None
     A: Tensor
     B: Tensor
 
@@ -153,9 +156,7 @@ class PSOFTAdapter(ProductAdapter):
         settings: PSOFT,
     ) -> None:
         super().__init__()
-        self.core, self.a, self.b = core, a, b
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
+        self.hold(core=core, a=a, b=b, A=A, B=B)
         self.settings = settings
 
     def rotation(self) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.contract import Base, Method, ParameterSource
+from addenda.core.decomposition import leading_svd
 from addenda.core.products import ProductAdapter
 from addenda.core.ranges import integer, number
 from addenda.core.registry import register
+from addenda.core.starts import jointly
 
 __all__ = ["TinyLoRA"]
 
@@ -89,11 +90,10 @@ class TinyLoRA(Method):
 
     def build(self, base: Base) -> TinyLoRAAdapter:
         assert isinstance(base.common, Vectors)
-        # One decomposition for both factors, and none where saved values will follow.
-        main = functools.cache(lambda: _main_directions(base.weight(), self.rank))
+        first, second = jointly(lambda _: _main_directions(base.weight(), self.rank), 2)
         return TinyLoRAAdapter(
-            base.constant(self.rank, base.d_in, init=lambda A, _: A.copy_(main()[0])),
-            base.constant(base.d_out, self.rank, init=lambda B, _: B.copy_(main()[1])),
+            base.constant(self.rank, base.d_in, init=first),
+            base.constant(base.d_out, self.rank, init=second),
             base.constant(
                 self.size,
                 self.rank,
@@ -105,9 +105,9 @@ class TinyLoRA(Method):
 
 
 def _main_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    U, s, Vt = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * Vt[:rank], U[:, :rank] * root
+    U, s, Vt = leading_svd(weight.float(), rank)
+    root = s.sqrt()
+    return root[:, None] * Vt, U * root
 
 
 class Vectors(nn.Module):
@@ -128,9 +128,7 @@ class TinyLoRAAdapter(ProductAdapter):
 
     def __init__(self, A: Tensor, B: Tensor, P: Tensor, *, group: int) -> None:
         super().__init__()
-        self.register_buffer("A", A)
-        self.register_buffer("B", B)
-        self.register_buffer("P", P)
+        self.hold(A=A, B=B, P=P)
         self.group = group
 
     def low_rank_term(self) -> tuple[Tensor, Tensor, float]:

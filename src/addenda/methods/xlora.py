@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.contract import Base, ParameterSource
+from addenda.core.gated import add_gated
 from addenda.core.mixing import Mixture, MixtureAdapter
 from addenda.core.ranges import flag, integer, number
 from addenda.core.registry import register
@@ -198,10 +199,12 @@ class XLoRAAdapter(MixtureAdapter):
         method, tokens = self.method, x.shape if base.channels_in is None else x.shape[:-1]
         if base.preview is not None and base.preview.first and not method.first_value:
             return base(x)
-        gates = self._left(self._gates(tokens, base)).to(base.dtype)
+        gates = method.weight * self._left(self._gates(tokens, base))[..., self.present]
+        terms = [term for name in self.of if (term := base.others[name].low_rank_term()) is not None]
+        if base.pointwise and len(terms) == len(self.of):
+            return add_gated(x, base, terms, gates)
         h, changes = self.changes(x, base)
-        mixed = [gates[..., place, None] * each for place, each in zip(self.present, changes, strict=True)]
-        return h + method.weight * torch.stack(mixed).sum(0)
+        return h + (gates.to(base.dtype)[..., None, :] @ torch.stack(changes, dim=-2)).squeeze(-2)
 
     def _gates(self, tokens: torch.Size, base: Base) -> Tensor:
         """The gates (tokens, n) before some are left out."""

@@ -152,7 +152,7 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
         dataset,
         fraction=recipe.data.heldout_fraction,
         minimum=recipe.data.heldout_minimum,
-        seed=recipe.train.seed,
+        seed=recipe.train.seed if recipe.data.heldout_seed is None else recipe.data.heldout_seed,
     )
     on_event(Note(f"split: {parts.note}"))
     if not len(parts.heldout):

@@ -14,7 +14,7 @@ from addenda.core import save
 from addenda.errors import BusyError, ConfigError, NotFoundError
 from addenda.evals.record import RunRecord
 from addenda.evals.report import write_report
-from addenda.evals.results import SamplePair
+from addenda.evals.results import HeldoutMetrics, SamplePair
 from addenda.evals.samples import sample_pairs
 from addenda.evals.suite import Evaluation, evaluate
 from addenda.recipe.prepare import START, Note, OnRunEvent, Prepared, prepare
@@ -33,7 +33,19 @@ from addenda.train import (
 )
 from addenda.train.parallel import Parallel, processes
 
-__all__ = ["ADAPTER", "RECIPE", "RunSummary", "run", "with_folder"]
+__all__ = [
+    "ADAPTER",
+    "RECIPE",
+    "SUMMARY",
+    "RunSummary",
+    "clear",
+    "free_folder",
+    "require_place",
+    "run",
+    "with_folder",
+    "write_json",
+    "write_text",
+]
 
 RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
 METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
@@ -48,6 +60,8 @@ class RunSummary:
     figures: dict[str, Any]
     """The content of ``summary.json``."""
     record: RunRecord
+    heldout: HeldoutMetrics
+    """Of the held-out rows with the adapter, row by row."""
     profile: StepTimes | None = None
     """Where the time of a step went, if that was asked for and the run had steps enough."""
 
@@ -106,16 +120,16 @@ def _run(
 ) -> RunSummary:
     started = time.monotonic()
     folder = Path(recipe.out or "")
-    _require_place(folder, resume=resume, force=force)
+    require_place(folder, resume=resume, force=force)
     with lock_run(folder):
-        _require_place(folder, resume=resume, force=force)
+        require_place(folder, resume=resume, force=force)
         ready = prepare(recipe, on_event, parallel, resume=folder if resume else None)
         if force and not resume:
             # Only now: a run that cannot start leaves the one before as it was.
-            _clear(folder)
+            clear(folder)
         if not resume:
-            _write(folder / RECIPE, ready.recipe.to_toml())
-            _write_json(folder / ENVIRONMENT, environment())
+            write_text(folder / RECIPE, ready.recipe.to_toml())
+            write_json(folder / ENVIRONMENT, environment())
             if ready.recipe.method.needs():
                 save(ready.base.model, folder / START, name=ready.handle.name)
         logged = _logged(folder, on_event)
@@ -139,12 +153,12 @@ def _run(
             command=command,
             processes=parallel.size,
         )
-        _write(folder / RECORD, record.to_json() + "\n")
+        write_text(folder / RECORD, record.to_json() + "\n")
         write_report(folder / REPORT, record)
-        _write_json(folder / SUMMARY, figures)
+        write_json(folder / SUMMARY, figures)
         if profiled.times is not None:
-            _write_json(folder / PROFILE, profiled.times.document())
-    return RunSummary(folder, figures, record, profiled.times)
+            write_json(folder / PROFILE, profiled.times.document())
+    return RunSummary(folder, figures, record, measured.adapted, profiled.times)
 
 
 def with_folder(recipe: Recipe) -> Recipe:
@@ -154,12 +168,17 @@ def with_folder(recipe: Recipe) -> Recipe:
     """
     if recipe.out is not None:
         return recipe
-    stem = Path(recipe.data.path).stem if recipe.data.path != "-" else "stdin"
-    name = f"{stem or 'run'}-{recipe.method.name}"
-    taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    free = next(path for path in taken if not path.exists() or _never_began(path))
+    free = free_folder(recipe.data.path, recipe.method.name)
     with processes() as parallel:
         return recipe.derive("out", parallel.agree(str(free)), "data and method, the first free name")
+
+
+def free_folder(data: str, what: str) -> Path:
+    """Return runs/<data>-<what>, with a number if that is taken."""
+    stem = Path(data).stem if data != "-" else "stdin"
+    name = f"{stem or 'run'}-{what}"
+    taken = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in taken if not path.exists() or _never_began(path))
 
 
 def _require_readable_by_all(recipe: Recipe, parallel: Parallel) -> None:
@@ -173,9 +192,17 @@ def _silent(_: object) -> None:
     """What the processes beside the first tell: nothing."""
 
 
-def _require_place(folder: Path, *, resume: bool, force: bool) -> None:
+def require_place(folder: Path, *, resume: bool, force: bool, holds: str = RECIPE) -> None:
+    """Refuse a folder that holds something else, or a run that is neither gone on with nor replaced.
+
+    Args:
+        folder: the run folder.
+        resume: go on with what is there.
+        force: replace what is there.
+        holds: the file by which a folder of ours is known.
+    """
     there = [path.name for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
-    ours = RECIPE in there
+    ours = holds in there
     if resume and not ours:
         raise NotFoundError(
             f"there is no run to resume in '{folder}'", hint="leave out --resume to start one"
@@ -196,7 +223,8 @@ def _never_began(folder: Path) -> bool:
     return folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Empty a folder of ours but for its lock."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -302,11 +330,13 @@ def _provenance(ready: Prepared, figures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     beside = path.with_name(f".{path.name}.partial")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")

@@ -1,149 +1,155 @@
-"""Arrow against its definition; its prototypes follow the adapters, and nothing else is changed."""
+"""Arrow: low-rank adapters mixed for each token by prototypes that are computed from their factors."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import addenda
-import addenda.errors
-from addenda.core.arrow import prototype
+from addenda.core.arrow import leading_right_vector
+from addenda.errors import ConfigError, MethodError, TargetError
 
-NAMES = ("a", "b", "c")
+NAMES = ("law", "style", "code")
 
 
-def adapted(layer: nn.Module, rank: int = 3) -> nn.Sequential:
-    model = nn.Sequential(layer)
-    for place, name in enumerate(NAMES):
-        handle = addenda.attach(model, addenda.LoRA(rank=rank + place, alpha=4.0), ["0"], name=name)
+def make_model(method: addenda.Method | None = None) -> nn.Sequential:
+    """A model in float64 with three adapters of a trained size, on the first layer all, on the last one two of them."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    for rank, name in enumerate(NAMES, start=1):
+        targets = ["0", "2"] if name != "style" else ["0"]
+        handle = addenda.attach(model, method or addenda.LoRA(rank=rank), targets, name=name)
         with torch.no_grad():
             for parameter in handle.parameters():
-                parameter.normal_()
-    return model
+                parameter.copy_(torch.randn_like(parameter))
+    return model.eval()
 
 
-def update(model: nn.Module, name: str) -> Tensor:
-    """scaling B A of an adapter, (d_out, d_in)."""
-    A, B, scaling = addenda.handles(model)[name].adapters["0"].low_rank_term()
-    return (scaling * B @ A).detach()
+@torch.no_grad()
+def by_the_formula(layer: Any, x: Tensor, top_k: int, temperature: float) -> Tensor:
+    """One layer, token by token, with whole updates and a whole singular value decomposition."""
+    adapters = [layer.adapters[name] for name in NAMES if name in layer.adapters]
+    updates = [adapter.scaling * adapter.B @ adapter.A for adapter in adapters]
+    rows = []
+    for token in x.reshape(-1, x.shape[-1]):
+        near = [abs(float(torch.linalg.svd(update)[2][0] @ token)) for update in updates]
+        chosen = sorted(range(len(near)), key=lambda i: -near[i])[:top_k]
+        total = sum(math.exp(near[i] / temperature) for i in chosen)
+        change = sum(math.exp(near[i] / temperature) / total * updates[i] @ token for i in chosen)
+        rows.append(layer.weight @ token + layer.bias + change)
+    return torch.stack(rows).view(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("rank", [1, 5, 30])
-def test_a_prototype_is_what_the_update_lengthens_most(rank: int) -> None:
-    A, B = torch.randn(rank, 12), torch.randn(9, rank)
-    v, found = torch.linalg.svd((B @ A).double()).Vh[0], prototype(A, B).double()
-    torch.testing.assert_close((v @ found).abs(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.norm(), torch.ones((), dtype=torch.float64), rtol=0, atol=1e-6)
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.5), (3, 2.0), (9, 1.0)])
+def test_it_is_the_papers_formula(top_k: int, temperature: float) -> None:
+    model, x = make_model(), torch.randn(2, 7, 6).double()
+    addenda.activate(model, addenda.Arrow(NAMES, top_k=top_k, temperature=temperature))
+    inner = by_the_formula(model[0], x, top_k, temperature)
+    torch.testing.assert_close(model(x), by_the_formula(model[2], inner.tanh(), top_k, temperature))
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 7])
-def test_a_token_gets_the_updates_that_react_to_it_most(top_k: int) -> None:
-    model, x = adapted(nn.Linear(12, 9)).double(), torch.randn(2, 5, 12).double()
-    addenda.activate(model, None)
-    base = model(x)
-    addenda.activate(model, addenda.Arrow(NAMES, top_k=top_k, temperature=0.7))
-    found = model(x)
-    updates = [update(model, name) for name in NAMES]
-    prototypes = [torch.linalg.svd(each).Vh[0] for each in updates]
-    for row in range(2):
-        for token in range(5):
-            t = x[row, token]
-            reactions = torch.stack([(v @ t).abs() for v in prototypes])
-            chosen = reactions.argsort(descending=True)[: min(top_k, 3)]
-            shares = torch.exp(reactions[chosen] / 0.7)
-            shares = shares / shares.sum()
-            wanted = base[row, token] + sum(s * (updates[n] @ t) for s, n in zip(shares, chosen, strict=True))
-            torch.testing.assert_close(found[row, token], wanted, rtol=1e-5, atol=1e-5)
+def test_a_prototype_is_the_direction_of_the_largest_response() -> None:
+    for rank in (1, 3, 6):
+        A, B = torch.randn(rank, 6).double(), torch.randn(9, rank).double()
+        found, wanted = leading_right_vector(A, B), torch.linalg.svd(B @ A)[2][0]
+        torch.testing.assert_close(found * (found @ wanted).sign(), wanted)
 
 
-def test_one_adapter_alone_is_itself_on_every_kind_of_layer() -> None:
-    cases = [
-        (nn.Linear(12, 9), torch.randn(4, 12)),
-        (nn.Embedding(12, 9), torch.randint(12, (4, 3))),
-        (nn.Conv2d(3, 9, 2), torch.randn(2, 3, 5, 5)),
-    ]
-    for layer, x in cases:
-        model = adapted(layer)
-        addenda.activate(model, "b")
-        alone = model(x)
-        addenda.activate(model, addenda.Arrow(("b",)))
-        torch.testing.assert_close(model(x), alone, rtol=1e-4, atol=1e-4)
-
-
-def test_prototypes_follow_the_adapters() -> None:
-    model, x = adapted(nn.Linear(12, 9)), torch.randn(6, 12)
-    addenda.activate(model, addenda.Arrow(NAMES, top_k=1))
+def test_prototypes_are_made_once_and_anew_when_a_value_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(
+        "addenda.core.arrow.leading_right_vector", lambda A, B: made.append(A) or leading_right_vector(A, B)
+    )
+    model, x = make_model(), torch.randn(4, 6).double()
+    addenda.activate(model, addenda.Arrow(NAMES))
     before = model(x)
     assert torch.equal(model(x), before)
-    adapter = addenda.handles(model)["a"].adapters["0"]
+    assert len(made) == 5
     with torch.no_grad():
-        adapter.A.normal_()
-        adapter.B.normal_()
-    moved = model(x)
-    assert not torch.allclose(moved, before)
-    fresh = adapted(nn.Linear(12, 9))
-    fresh.load_state_dict(model.state_dict())
-    addenda.activate(fresh, addenda.Arrow(NAMES, top_k=1))
-    torch.testing.assert_close(fresh(x), moved)
+        model[0].adapters["law"].A.neg_().add_(1.0)
+    assert not torch.allclose(model(x), before)
+    assert len(made) == 8
+    fresh = addenda.Arrow(NAMES)
+    now = model(x)
+    with addenda.activated(model, fresh):
+        assert torch.equal(model(x), now)
 
 
-def test_gradients_reach_the_adapters_and_the_input() -> None:
-    model, x = adapted(nn.Linear(12, 9)).double(), torch.randn(6, 12).double().requires_grad_()
-    addenda.activate(model, addenda.Arrow(NAMES, top_k=2))
-    assert torch.autograd.gradcheck(model, (x,), atol=1e-5)
+def test_general_knowledge_is_taken_off_the_factors_and_changes_no_adapter() -> None:
+    model, x = make_model(addenda.LoRA(rank=2)), torch.randn(4, 6).double()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    with addenda.activated(model, addenda.Arrow(("law", "code"), top_k=1, general=("style",))):
+        purer = model(x)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        adapters: Any = model[0].adapters
+        for name in ("law", "code"):
+            for half in "AB":
+                getattr(adapters[name], half).sub_(getattr(adapters["style"], half))
+    with addenda.activated(model, addenda.Arrow(("law", "code"), top_k=1)):
+        torch.testing.assert_close(model(x), purer)
+
+
+def test_gradients_reach_the_chosen_adapters() -> None:
+    model, x = make_model(), torch.randn(4, 6).double()
+    addenda.activate(model, addenda.Arrow(NAMES, top_k=3))
     model(x).square().sum().backward()
     assert all(p.grad is not None for handle in addenda.handles(model).values() for p in handle.parameters())
 
 
-def test_a_half_precision_base_is_routed_in_float32() -> None:
-    model, x = adapted(nn.Linear(12, 9)), torch.randn(6, 12)
-    x = x.bfloat16().float()
-    model[0].weight.data = model[0].weight.bfloat16().float()
-    model[0].bias.data = model[0].bias.bfloat16().float()
-    addenda.activate(model, addenda.Arrow(NAMES, top_k=1))
-    wanted = model(x)
-    model[0].weight.data, model[0].bias.data = model[0].weight.bfloat16(), model[0].bias.bfloat16()
-    found = model(x.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=5e-2)
+def test_it_runs_in_the_layers_dtype_and_compiled() -> None:
+    model, x = make_model().bfloat16(), torch.randn(4, 6).bfloat16()
+    addenda.activate(model, addenda.Arrow(NAMES, top_k=2))
+    assert model(x).dtype == torch.bfloat16
+    model, x = model.float(), x.float()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+        model[0].adapters["law"].A.neg_().add_(1.0)
+        torch.testing.assert_close(compiled(x), model(x))
+    torch._dynamo.reset()
 
 
-def test_it_is_saved_with_the_adapters_and_comes_back(tmp_path: Path) -> None:
-    model, x = adapted(nn.Linear(12, 9)), torch.randn(6, 12)
-    addenda.activate(model, addenda.Arrow(NAMES, top_k=2, temperature=0.5))
+def test_it_is_saved_with_all_adapters_and_comes_back(tmp_path: Path) -> None:
+    model, x = make_model(), torch.randn(4, 6).double()
+    addenda.activate(model, addenda.Arrow(NAMES, top_k=2, temperature=0.7))
     expected = model(x)
-    addenda.save_all(model, tmp_path / "all")
-    for name in NAMES:
-        addenda.detach(model, name)
-    addenda.load_all(model, tmp_path / "all")
-    assert addenda.core.active_composition(model) == addenda.Arrow(NAMES, top_k=2, temperature=0.5)
+    folder = addenda.save_all(model, tmp_path / "adapters")
+    for handle in list(addenda.handles(model).values()):
+        handle.detach()
+    addenda.load_all(model, folder)
     assert torch.equal(model(x), expected)
 
 
-def test_what_cannot_be_routed_to_is_refused() -> None:
-    for settings in ({"top_k": 0}, {"temperature": 0.0}):
-        with pytest.raises(addenda.errors.ConfigError, match="must be"):
-            addenda.Arrow(NAMES, **settings)
-    with pytest.raises(addenda.errors.ConfigError, match="each once"):
-        addenda.Arrow(("a", "b"), general=("a",))
-    model, x = adapted(nn.Linear(12, 9)), torch.randn(6, 12)
-    with (
-        pytest.raises(addenda.errors.MethodError, match="differ in rank"),
-        addenda.activated(model, addenda.Arrow(("a",), general=("b",))),
-    ):
+def test_detaching_one_leaves_the_others_mixed() -> None:
+    model, x = make_model(), torch.randn(4, 6).double()
+    addenda.activate(model, addenda.Arrow(NAMES))
+    addenda.detach(model, "style")
+    found = model(x)
+    with addenda.activated(model, addenda.Arrow(("law", "code"))):
+        assert torch.equal(model(x), found)
+    addenda.detach(model, "law")
+    addenda.detach(model, "code")
+    assert type(model[0]) is nn.Linear
+
+
+def test_what_cannot_be_mixed_is_refused_by_name() -> None:
+    for wrong in ({"top_k": 0}, {"temperature": 0.0}, {"of": ()}, {"of": ("a", "a")}, {"general": ("law",)}):
+        with pytest.raises(ConfigError) as caught:
+            addenda.Arrow(**{"of": ("law",), **wrong})
+        assert caught.value.hint
+    model, x = make_model(), torch.randn(4, 6).double()
+    odd = pytest.raises(MethodError, match="'law' has rank 1 at '0', and general adapters have rank 3")
+    with addenda.activated(model, addenda.Arrow(("law",), general=("code",))), odd:
         model(x)
-    addenda.attach(model, addenda.Bottleneck(size=2), ["0"], name="d")
-    with (
-        pytest.raises(addenda.errors.MethodError, match="'d', which is no low-rank term"),
-        addenda.activated(model, addenda.Arrow(("a", "d"))),
-    ):
+    addenda.attach(model, addenda.BitFit(), name="shift")
+    with addenda.activated(model, addenda.Arrow(("shift",))), pytest.raises(MethodError, match="'shift'"):
         model(x)
-    grouped = adapted(nn.Conv2d(4, 8, 2, groups=2))
-    with (
-        pytest.raises(addenda.errors.MethodError, match="in groups"),
-        addenda.activated(grouped, addenda.Arrow(NAMES)),
-    ):
-        grouped(torch.randn(1, 4, 5, 5))
+    conv = nn.Sequential(nn.Conv1d(4, 4, 3))
+    addenda.attach(conv, addenda.LoRA(rank=2), ["0"], name="law")
+    with addenda.activated(conv, addenda.Arrow(("law",))), pytest.raises(TargetError, match="cannot route"):
+        conv(torch.randn(2, 4, 9))

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import addenda
-from addenda.core.activating import active_composition
-from addenda.core.arrow import Arrow
+from addenda.core.activating import active_composition, from_settings
 from addenda.core.composition import Rows, Stack, Sum, average, parallel
-from addenda.core.several import from_settings
 from addenda.errors import AddendaError, CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
 METHODS = {
@@ -176,7 +174,7 @@ def test_a_merged_adapter_is_not_activated(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "composition",
-    [Stack(("a",)), Sum({"a": 0.5, "b": 1.0}), Rows(("a", None), (3, 4)), Arrow(("a",), general=("g",))],
+    [Stack(("a",)), Sum({"a": 0.5, "b": 1.0}), Rows(("a", None), (3, 4)), addenda.Arrow(("a",), top_k=2)],
 )
 def test_a_composition_survives_being_written_down(composition: addenda.core.Composition) -> None:
     assert from_settings(composition.settings()) == composition

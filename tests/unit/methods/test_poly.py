@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import addenda
 from addenda.errors import MethodError
-from addenda.export.peft import import_peft, write_peft
 from addenda.methods.poly import Poly, on_tasks
 
 TASKS = [2, 0, 1, 2]
@@ -51,35 +48,6 @@ def test_a_batch_of_several_tasks_gives_each_row_what_its_task_gives_alone() -> 
         torch.testing.assert_close(together[mine], alone(x)[mine], rtol=1e-12, atol=1e-12)
         own.merge()
         torch.testing.assert_close(together[mine], alone(x)[mine], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("splits", [1, 2])
-def test_our_adapter_answers_the_same_under_peft(splits: int, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model, x = Net().eval(), torch.randn(4, 5, 12)
-    handle = stirred(model, Poly(rank=3, tasks=3, skills=5, splits=splits))
-    write_peft(handle, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path).eval()
-    with on_tasks(handle, TASKS):
-        wanted = model(x)
-    assert (theirs.base_model(x, task_ids=torch.tensor(TASKS)) - wanted).abs().max() <= 1e-5
-    assert (wanted - Net()(x)).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("splits", [1, 4])
-def test_their_adapter_answers_the_same_here(splits: int, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.PolyConfig(r=2, n_tasks=3, n_skills=3, n_splits=splits, target_modules=["first", "second"])
-    theirs, x = peft.get_peft_model(Net(), config).eval(), torch.randn(4, 5, 12)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.7 * torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path)
-    model = Net().eval()
-    handle = import_peft(model, tmp_path)
-    with on_tasks(handle, TASKS):
-        assert (model(x) - theirs.base_model(x, task_ids=torch.tensor(TASKS))).abs().max() <= 1e-5
 
 
 def test_training_draws_a_relaxed_bernoulli_gate_for_each_row() -> None:

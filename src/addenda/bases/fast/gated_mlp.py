@@ -19,7 +19,7 @@ from addenda.bases.fast.fusion import Fusion, Unproven, near, probe, quietly
 from addenda.core.host import count_call
 from addenda.core.remaking import Remade, kept
 from addenda.core.sharing import term_of
-from addenda.core.terms import Term, factors_of, terms_factor_grads, terms_forward, terms_input_grad
+from addenda.core.terms import Terms, factors_of, terms_factor_grads, terms_forward, terms_input_grad
 from addenda.kernels import calls
 
 __all__ = ["ACTIVATIONS", "activation_of", "gated_mlp"]
@@ -74,13 +74,14 @@ def _lean(module: nn.Module, activation: str) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         found = [term_of(part, x) for part in (gate_proj, up_proj, down_proj)]
-        terms = tuple(term for term in found if term is not None)
+        terms = [term for term in found if term is not None]
         if len(terms) < len(found):
             out: Tensor = down_proj(_Gated.apply(gate_proj(x), up_proj(x), activation))
             return out
         for term in terms:
             count_call(term.host)
-        whole: Tensor = _GatedMLP.apply(x, terms, kept(x), activation, *factors_of(terms))
+        inputs, down = Terms(terms[:2]), Terms(terms[2:])
+        whole: Tensor = _GatedMLP.apply(x, inputs, down, kept(x), activation, *factors_of(terms))
         return whole
 
     return forward
@@ -90,34 +91,33 @@ class _GatedMLP(torch.autograd.Function):
     """The whole MLP, its three layers frozen or low-rank adapted."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, terms: tuple[Term, ...], keep: Remade, activation: str, *factors: Any
+    def forward(  # noqa: PLR0917  (autograd passes arguments by position only)
+        ctx: Any, x: Tensor, inputs: Terms, down: Terms, keep: Remade, activation: str, *factors: Any
     ) -> Tensor:
-        *inputs, down = terms
         (gate, up), h = terms_forward(x.reshape(-1, x.shape[-1]), inputs)
-        (out,), h_down = terms_forward(_gated(gate, up, activation), [down])
+        (out,), h_down = terms_forward(_gated(gate, up, activation), down)
         ctx.save_for_backward(gate, up, h, h_down, *(keep.tensors if h.shape[1] else ()))
-        ctx.terms, ctx.make, ctx.shape, ctx.activation = terms, keep.make, x.shape, activation
+        ctx.inputs, ctx.down, ctx.activation = inputs, down, activation
+        ctx.make, ctx.shape = keep.make, x.shape
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         gate, up, h, h_down, *ingredients = ctx.saved_tensors
-        *inputs, down = ctx.terms
         g = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_gated, inner_down = terms_input_grad([g], [down])
+        grad_gated, inner_down = terms_input_grad([g], ctx.down)
         assert grad_gated is not None
         grad_gate, grad_up, gated = _gated_backward(gate, up, grad_gated, ctx.activation)
-        factors_down = terms_factor_grads([g], inner_down, gated, h_down, [down])
+        factors_down = terms_factor_grads([g], inner_down, gated, h_down, ctx.down)
         del grad_gated, gated
         both = [grad_gate, grad_up]
-        dx, inner = terms_input_grad(both, inputs, wanted=ctx.needs_input_grad[0])
-        factors: list[Tensor | None] = [None] * len(factors_of(inputs))
+        dx, inner = terms_input_grad(both, ctx.inputs, wanted=ctx.needs_input_grad[0])
+        factors: list[Tensor | None] = [None] * len(factors_of(ctx.inputs))
         if ingredients:
             rows = ctx.make(*ingredients).reshape(-1, ctx.shape[-1])
-            factors = terms_factor_grads(both, inner, rows, h, inputs)
-        return (None if dx is None else dx.view(ctx.shape)), None, None, None, *factors, *factors_down
+            factors = terms_factor_grads(both, inner, rows, h, ctx.inputs)
+        return (None if dx is None else dx.view(ctx.shape)), None, None, None, None, *factors, *factors_down
 
 
 class _Gated(torch.autograd.Function):

@@ -27,11 +27,19 @@ from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, For
 from addenda.export.peft.stacked import is_target
 from addenda.export.peft.values import set_values, values
 
-__all__ = ["import_peft", "read_config", "view_at"]
+__all__ = ["UNREAD", "import_peft", "known_keys", "read_config", "view_at"]
+
+UNREAD: Mapping[str, str] = {
+    "XLORA": "a network scales several finished adapters, which its folder holds beside its own tensors",
+}
+"""Types of PEFT's that are neither read nor written, with the reason."""
 
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _CONFIG_LIMIT = 2**20
+_LEAVES_OUT = ("exclude_modules", "layers_pattern", "layers_to_transform")
+"""Keys that leave out some of the targets; which ones the tensors' names tell."""
 _HARMLESS = (
+    *_LEAVES_OUT,
     "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
@@ -192,14 +200,21 @@ def _same(saved: Tensor, own: Tensor) -> bool:
     return saved.shape == own.shape and torch.equal(saved.to(own.dtype), own.cpu())
 
 
+def known_keys(form: Form) -> set[str]:
+    """Return the keys of a configuration that are read, or change nothing of what a trained adapter computes."""
+    return {*form.reads, *form.harmless, *_HARMLESS}
+
+
 def _form(config: Mapping[str, Any], source: Path) -> Form:
     """Return the form of the configuration, all of whose settings have a counterpart here."""
     found = form_of(config)
     if found is None:
         known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
-        raise _unfit(f"peft_type {config.get('peft_type')!r} is not read; {known} are", source)
-    known_keys = {*found.reads, *found.harmless, *_HARMLESS}
-    used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_keys]
+        named = config.get("peft_type")
+        why = f": {UNREAD[named]}" if isinstance(named, str) and named in UNREAD else ""
+        raise _unfit(f"peft_type {named!r} is not read{why}; {known} are", source)
+    known_to_it = known_keys(found)
+    used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_to_it]
     used = [text[:100] for text in used if text not in _NOTHING]
     if used:
         raise _unfit(f"the adapter uses what this does not read: {', '.join(sorted(used))}", source)
@@ -283,7 +298,7 @@ def _require_same_targets(
         if is_target(path, layer, config) and not _is_saved(path, saved)
     }
     missing, extra = sorted(named - {*paths, *along}), sorted({*paths} - {*named, *along})
-    if missing:
+    if missing and not any(config.get(key) not in (None, []) for key in _LEAVES_OUT):
         raise _unfit(f"{len(missing)} target layers have no tensors, first '{missing[0]}'", source)
     if extra:
         raise _unfit(

@@ -103,7 +103,7 @@ class AdaMSSForm(Form):
 def _groups(adapter: AdaMSSAdapter, layer: Base, seed: int) -> Tensor:
     """Return the group of each row of a layer as PEFT forms them."""
     groups, rank, directions = adapter.A.shape
-    return started(layer, directions, groups, rank, seed=seed).groups
+    return started(layer, directions, groups, rank, seed=seed)[2]
 
 
 _EVEN = "PEFT groups rows that are all as far from each other, so that rounding decides"
