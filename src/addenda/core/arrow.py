@@ -113,7 +113,7 @@ class Arrow(Composition):
             )
         return term
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prototypes(
         self,
         owners: Sequence[Adapter],
