@@ -271,7 +271,8 @@ def refused_places(name: str) -> str:
 
 def default_targets(method: type) -> str:
     """Say which layers a method with its default settings adapts when no targets are named."""
-    targets = method().default_targets(LLAMA_LAYERS)
+    paths = {"transformer": ["model"], "attention": ["model.layers.0.self_attn"]}
+    targets = method().default_targets(paths.get(method.kinds[0], LLAMA_LAYERS))
     if isinstance(targets, str):
         return f"`{targets}`"
     return ", ".join(f"`{target}`" for target in targets) + " in a Llama-like model"
