@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -38,10 +39,15 @@ __all__ = [
     "RECIPE",
     "SUMMARY",
     "RunSummary",
+    "begin_folder",
     "clear",
+    "finish_folder",
     "free_folder",
+    "identity_of",
+    "logged_events",
     "require_place",
     "run",
+    "run_prepared",
     "with_folder",
     "write_json",
     "write_text",
@@ -127,38 +133,89 @@ def _run(
         if force and not resume:
             # Only now: a run that cannot start leaves the one before as it was.
             clear(folder)
-        if not resume:
-            write_text(folder / RECIPE, ready.recipe.to_toml())
-            write_json(folder / ENVIRONMENT, environment())
-            if ready.recipe.method.needs():
-                save(ready.base.model, folder / START, name=ready.handle.name)
-        logged = _logged(folder, on_event)
-        with StepProfile(ready.handle, logged) as profiled:
-            result = _train(ready, folder, profiled if profile else logged, resume=resume)
-        measured = _evaluate(ready, on_event)
-        samples = _samples(ready, on_event)
-        wall = time.monotonic() - started + result.seconds_before
-        figures = {**_figures(ready, result, measured, wall), "processes": parallel.size}
-        figures["forecast"] = ready.forecast
-        save(
-            ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
-        )
-        record = make_record(
+        return run_prepared(
             ready,
-            result,
-            measured,
-            samples,
-            run_folder=folder,
-            wall_seconds=wall,
+            on_event,
+            started=started,
+            resume=resume,
             command=command,
+            profile=profile,
             processes=parallel.size,
         )
-        write_text(folder / RECORD, record.to_json() + "\n")
-        write_report(folder / REPORT, record)
-        write_json(folder / SUMMARY, figures)
-        if profiled.times is not None:
-            write_json(folder / PROFILE, profiled.times.document())
-    return RunSummary(folder, figures, record, measured.adapted, profiled.times)
+
+
+def run_prepared(
+    ready: Prepared,
+    on_event: OnRunEvent,
+    *,
+    started: float,
+    resume: bool,
+    command: str = "",
+    profile: bool = False,
+    processes: int = 1,
+) -> RunSummary:
+    """Train, measure and record in the recipe's folder, which is the caller's; arguments as for `run`.
+
+    Args:
+        ready: what is trained, its adapter acting alone.
+        on_event: told of everything.
+        started: when this part of the run began, by `time.monotonic`.
+        resume: go on with what the folder holds.
+        command: the command line, for the report.
+        profile: measure where the time of a few steps goes.
+        processes: how many train together.
+    """
+    folder = Path(ready.recipe.out or "")
+    if not resume:
+        begin_folder(ready, folder)
+    logged = logged_events(folder, on_event)
+    with StepProfile(ready.handle, logged) as profiled:
+        result = _train(ready, folder, profiled if profile else logged, resume=resume)
+    summary = finish_folder(ready, result, on_event, started=started, command=command, processes=processes)
+    if profiled.times is not None:
+        write_json(folder / PROFILE, profiled.times.document())
+    return dataclasses.replace(summary, profile=profiled.times)
+
+
+def begin_folder(ready: Prepared, folder: Path) -> None:
+    """Write what a run goes by before its first step."""
+    write_text(folder / RECIPE, ready.recipe.to_toml())
+    write_json(folder / ENVIRONMENT, environment())
+    if ready.recipe.method.needs():
+        save(ready.base.model, folder / START, name=ready.handle.name)
+
+
+def finish_folder(
+    ready: Prepared,
+    result: TrainResult,
+    on_event: OnRunEvent,
+    *,
+    started: float,
+    command: str = "",
+    processes: int = 1,
+) -> RunSummary:
+    """Measure what was trained, and write adapter, record, report and summary; arguments as for `run_prepared`."""
+    folder = Path(ready.recipe.out or "")
+    measured = _evaluate(ready, on_event)
+    samples = _samples(ready, on_event)
+    wall = time.monotonic() - started + result.seconds_before
+    figures = {**_figures(ready, result, measured, wall), "processes": processes}
+    figures["forecast"] = ready.forecast
+    save(ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures))
+    record = make_record(
+        ready,
+        result,
+        measured,
+        samples,
+        run_folder=folder,
+        wall_seconds=wall,
+        command=command,
+        processes=processes,
+    )
+    write_text(folder / RECORD, record.to_json() + "\n")
+    write_report(folder / REPORT, record)
+    write_json(folder / SUMMARY, figures)
+    return RunSummary(folder, figures, record, measured.adapted)
 
 
 def with_folder(recipe: Recipe) -> Recipe:
@@ -232,7 +289,8 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def _logged(folder: Path, on_event: OnRunEvent) -> OnEvent:
+def logged_events(folder: Path, on_event: OnEvent) -> OnEvent:
+    """Tell of events and write them into the folder's metrics."""
     log = MetricsLog(folder / METRICS)
 
     def both(event: Event) -> None:
@@ -242,12 +300,16 @@ def _logged(folder: Path, on_event: OnRunEvent) -> OnEvent:
     return both
 
 
-def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) -> TrainResult:
-    identity = {
+def identity_of(ready: Prepared) -> dict[str, str]:
+    """Return what a run that goes on must share with the one that began, beside its settings."""
+    return {
         "data": ready.dataset.sha256,
         "chat template": str(ready.base.template_sha256),
         "tokenizer": ready.base.tokenizer_sha256,
     }
+
+
+def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) -> TrainResult:
     ready.dataset.verify()
     return train(
         ready.base,
@@ -258,7 +320,7 @@ def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) ->
         run_dir=folder,
         on_event=on_event,
         resume=resume,
-        identity=identity,
+        identity=identity_of(ready),
     )
 
 
