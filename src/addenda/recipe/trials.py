@@ -88,7 +88,7 @@ class Standing:
     nll: Interval | None
     """Held-out nll in nats per trained token; None for a trial that ended early."""
     behind: Interval | None
-    """How much higher its nll is than the best one's, paired by row; None for the best one, or without an nll."""
+    """How much higher its nll is than the best one's, paired by row; None for the best and where there is none."""
 
     @property
     def worse_than_best(self) -> bool:
