@@ -15,6 +15,16 @@ from addenda.bases import LoadedBase
 from addenda.core import Progress, activate, activated, handles, plan
 from addenda.core.sequence import SequenceMethod
 from addenda.errors import AddendaError, TrainingError
+from addenda.recipe.folder import (
+    RECIPE,
+    RunSummary,
+    begin_folder,
+    clear,
+    finish_folder,
+    identity_of,
+    logged_events,
+    run_prepared,
+)
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
 from addenda.recipe.prepare import (
     Note,
@@ -26,16 +36,6 @@ from addenda.recipe.prepare import (
     read_rows,
     settle,
     with_tokens,
-)
-from addenda.recipe.runner import (
-    RECIPE,
-    RunSummary,
-    begin_folder,
-    clear,
-    finish_folder,
-    identity_of,
-    logged_events,
-    run_prepared,
 )
 from addenda.settings import Recipe, resolve
 from addenda.train import Event, OnEvent, Precision, StartEvent, StepEvent, lock_run
@@ -276,7 +276,10 @@ def _together(
                 continue
             with activated(shared.base.model, ready.handle.name):
                 try:
-                    found.append(finish_folder(ready, result, on_event, started=started, command=command))
+                    summary = finish_folder(
+                        ready, result, on_event, started=started, command=command, together=len(jobs)
+                    )
+                    found.append(summary)
                 except AddendaError as error:
                     found.append(error)
         return found

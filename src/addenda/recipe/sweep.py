@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from addenda.core import Progress
 from addenda.errors import AddendaError, ConfigError, DataError, TrainingError
+from addenda.recipe.folder import RECIPE, clear, require_place, write_json, write_text
 from addenda.recipe.prepare import Note, OnRunEvent
-from addenda.recipe.runner import RECIPE, clear, free_folder, require_place, write_json, write_text
+from addenda.recipe.runner import free_folder
 from addenda.recipe.search import Grid, OptunaSearch, Search
 from addenda.recipe.shared import MOST_TOGETHER, Shared, open_shared, run_shared
 from addenda.recipe.space import Axis, Point, Range, Source, recipes_of, shown
@@ -103,6 +104,11 @@ class Sweep:
 def _require_one_process(recipe: Recipe) -> None:
     if recipe.data.path == "-":
         raise ConfigError("a sweep that is resumed reads its data again", hint="write the rows to a file")
+    if recipe.train.seeds > 1:
+        raise ConfigError(
+            f"a trial has one seed, and train.seeds is {recipe.train.seeds}",
+            hint="train the best recipe with several seeds afterwards",
+        )
     with processes() as parallel:
         if not parallel.alone:
             raise ConfigError(

@@ -11,7 +11,7 @@ from typing import Any
 from addenda.evals.interval import Interval, interval_of_ratio
 from addenda.evals.overfitting import compare
 from addenda.evals.results import HeldoutMetrics, RowScore
-from addenda.recipe.runner import SUMMARY, write_json
+from addenda.recipe.folder import SUMMARY, write_json
 from addenda.recipe.space import Point
 
 __all__ = ["Outcome", "Standing", "Trial", "read_outcome", "standings"]
@@ -112,6 +112,7 @@ class Standing:
             "trainable_parameters": self.outcome.figures.get("trainable_parameters"),
             "best_step": self.outcome.figures.get("best_step"),
             "train_seconds": self.outcome.figures.get("train_seconds"),
+            "together": self.outcome.figures.get("together"),
         }
 
 
