@@ -30,7 +30,7 @@ BUDGETS = {
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 5600,  # a file for each method that PEFT has too
     "cli": 2200,  # a verb a file
-    "recipe": 2600,  # a run, and many: sweeps, their search, their standing
+    "recipe": 3000,  # a run, and many: sweeps, their search, their standing
     "": 1000,  # the files beside the rooms: errors, folders, settings, TOML
     "conformance": 1500,  # properties of methods and the places on which they are tried; tests, in effect
 }
