@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import addenda
 import addenda.errors
-from addenda.conformance.cases import chosen, on_layers, only_on
+from addenda.conformance.cases import on_layers, only_on, parametrize
 from addenda.conformance.layers import LAYERS, PATHS
 from addenda.conformance.trying import fitting, same, seeded, snapshot, stirred, with_mixed  # noqa: F401 - a fixture of every test
 from addenda.core.contract import Adapter, Method
@@ -21,19 +21,7 @@ from addenda.core.layers import LayerView, layer_at
 
 def pytest_generate_tests(metafunc: Any) -> None:
     """Try a test on every layer where a method stands; one that asks for a reason, on those that refuse it."""
-    wanted, cases = set(metafunc.fixturenames), chosen(metafunc, on_layers)
-    if "reason" in wanted:
-        refused = [(case.method, case.place, case.refusal) for case in cases if case.refusal]
-        names = [case.id for case in cases if case.refusal]
-        metafunc.parametrize(("method", "layer", "reason"), refused, ids=names)
-        return
-    standing = [case for case in cases if not case.refusal]
-    if "layer" in wanted:
-        pairs = [(case.method, case.place) for case in standing]
-        metafunc.parametrize(("method", "layer"), pairs, ids=[case.id for case in standing])
-    elif "method" in wanted:
-        linear = [case for case in standing if case.place == "linear"]
-        metafunc.parametrize("method", [case.method for case in linear], ids=[case.id for case in linear])
+    parametrize(metafunc, on_layers, "layer")
 
 
 @pytest.fixture
