@@ -19,7 +19,7 @@ from addenda.core.registry import register
 __all__ = ["AdapterFusion"]
 
 
-@register("adapter_fusion")
+@register("adapter-fusion")
 @dataclass(frozen=True)
 class AdapterFusion(Mixture):
     """Mix frozen adapters by attention: each token asks, at each layer, which of them it needs.
