@@ -5,7 +5,7 @@ SETUP := $(PYTHON) tools/setup.py
 CODE := $(wildcard src tests tools examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test test-all test-models conformance demo docs bench size clean
+.PHONY: help setup fmt check test test-all test-models conformance parity-table demo docs bench size clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,11 @@ test-models: setup ## adapt real models, which packages of the index bring (190 
 
 conformance: setup ## try every method on every layer in every dtype, and print which stands where (an hour)
 	@$(PY) -m addenda.conformance
+
+parity-table: setup ## measure how far PEFT's answers are from ours, for docs/reference/peft.md (two minutes)
+	@$(PY) -m pip install --quiet --constraint constraints.txt scikit-learn==1.9.1
+	@$(PY) -m pytest tests/parity -k "peft and not table" --parity-table tests/parity/peft_differences.json
+	@$(PY) tools/docs.py
 
 demo: setup ## train a support bot on the embedded model and show it before and after (a few minutes)
 	@.venv/bin/addenda train examples/data/support.jsonl --base smollm2-135m-instruct \

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
+import re
 import sys
 import textwrap
 import typing
@@ -19,6 +21,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "reference"
 README = ROOT / "README.md"
+DIFFERENCES = ROOT / "tests" / "parity" / "peft_differences.json"
+"""What `make parity-table` measured."""
 NOTE = "<!-- Written by `make docs` from the code. Do not edit. -->\n"
 
 # The layers of one block of a Llama-like model, to show which of them a method adapts unless told otherwise.
@@ -155,6 +159,48 @@ def starts_page() -> str:
     return page("Starts", intro, table(["start", "what it is", "needs", "taken off again"], rows), *sections)
 
 
+def peft_page() -> str:
+    """Return what goes to PEFT's folders and back: the tensors, the measured differences, what is refused."""
+    from addenda.export.peft.form import forms
+    from addenda.export.peft.reading import UNREAD
+
+    measured = json.loads(DIFFERENCES.read_text(encoding="utf-8"))
+    rows = []
+    for name, form in sorted(forms().items(), key=lambda entry: (entry[1].peft_type, entry[0])):
+        numbered = [re.sub(r"\.\d+\b", ".N", tensor) for tensor in [*form.names, *form.shared_names]]
+        tensors = ", ".join(f"`{tensor}`" for tensor in dict.fromkeys(numbered))
+        ways = measured["differences"].get(name, {})
+        figures = [ways[way]["largest"] if way in ways else None for way in ("written", "read")]
+        shown = ["-" if figure is None else f"{figure:.1e}" if figure else "0" for figure in figures]
+        rows.append([form.peft_type, f"[`{name}`](methods.md#{name})", tensors, *shown])
+    table_of_forms = table(
+        ["PEFT's type", "method", "tensors of a layer, and shared ones", "ours under PEFT", "PEFT's here"],
+        rows,
+    )
+    refused = [
+        [kind, ", ".join(f"`{key}`" for key in keys)] for kind, keys in measured["refused"].items() if keys
+    ]
+    unread = [[kind, why] for kind, why in UNREAD.items()]
+    packages = ", ".join(f"{name} {version}" for name, version in measured["packages"].items())
+    intro = (
+        "`addenda export --to peft` writes an adapter as PEFT's `save_pretrained` does, and PEFT's folders are read as "
+        "`addenda.export.peft.import_peft` finds them. The last two columns are the largest difference between PEFT's "
+        "answers and ours in float32, relative to the largest of them, over all cases of the parity tests: random "
+        "weights on small models and layers; 0 says that they are equal bit for bit. A dash stands where a folder "
+        "does not tell the method from another, as which it is read. Measured with "
+        f"{packages} by `make parity-table`."
+    )
+    return page(
+        "PEFT's folders",
+        intro,
+        table_of_forms,
+        "## Settings that are refused\n\nWhere one of these is set, reading is refused and names it; every other "
+        "setting of the type is read, or changes nothing of what a trained adapter computes.\n\n"
+        + table(["PEFT's type", "settings"], refused),
+        *([f"## Not read\n\n{table(['type', 'why'], unread)}"] if unread else []),
+    )
+
+
 def methods_table(link: str) -> str:
     """Return one row for each method; ``link`` is the page that describes them."""
     from addenda.core import registry
@@ -225,7 +271,8 @@ def refused_places(name: str) -> str:
 
 def default_targets(method: type) -> str:
     """Say which layers a method with its default settings adapts when no targets are named."""
-    targets = method().default_targets(LLAMA_LAYERS)
+    paths = {"transformer": ["model"], "attention": ["model.layers.0.self_attn"]}
+    targets = method().default_targets(paths.get(method.kinds[0], LLAMA_LAYERS))
     if isinstance(targets, str):
         return f"`{targets}`"
     return ", ".join(f"`{target}`" for target in targets) + " in a Llama-like model"
@@ -303,6 +350,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "findings.md": findings_page,
     "methods.md": methods_page,
+    "peft.md": peft_page,
     "recipe.md": recipe_page,
     "starts.md": starts_page,
 }

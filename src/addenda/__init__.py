@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from addenda.bases import LoadedBase, load_base
     from addenda.bases.lean import lean
     from addenda.core import (
+        Arrow,
         Handle,
         Method,
         Plan,
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IA3",
     "AddendaError",
+    "Arrow",
     "BaseModelError",
     "BitFit",
     "Bottleneck",
@@ -116,6 +118,7 @@ _ROOMS = {
     "addenda.bases": ("LoadedBase", "load_base"),
     "addenda.bases.lean": ("lean",),
     "addenda.core": (
+        "Arrow",
         "Handle",
         "Method",
         "Plan",

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from addenda.core import registry
-from addenda.errors import ConfigError, NotFoundError, nearest
+from addenda.errors import ConfigError, nearest
+from addenda.toml import parse_value, read_recipe_file, toml_value
 from addenda.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from addenda.core.contract import Method
 
-__all__ = ["BaseSettings", "DataSettings", "EvalSettings", "Origin", "Recipe", "resolve", "resolve_input"]
+__all__ = [
+    "BaseSettings",
+    "DataSettings",
+    "EvalSettings",
+    "Origin",
+    "Recipe",
+    "given_values",
+    "resolve",
+    "resolve_input",
+]
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class DataSettings:
     """Share of the rows held out, in (0, 0.5]."""
     heldout_minimum: int = 20
     """Fewest rows held out."""
+    heldout_seed: int | None = None
+    """Seed of the choice of held-out rows, >= 0; unset: train.seed."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -88,6 +97,8 @@ class DataSettings:
             problems.append(f"heldout_fraction must be in (0, 0.5], got {self.heldout_fraction}")
         if self.heldout_minimum < 1:
             problems.append(f"heldout_minimum must be at least 1, got {self.heldout_minimum}")
+        if self.heldout_seed is not None and self.heldout_seed < 0:
+            problems.append(f"heldout_seed must be at least 0, got {self.heldout_seed}")
         if (self.prompt is None) != (self.completion is None):
             problems.append("prompt and completion name two columns: give both or neither")
         if problems:
@@ -121,7 +132,7 @@ _SECTIONS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from: ``default``, ``file``, ``--set``, ``flag`` or ``derived``."""
+    """Where a value came from: ``default``, ``file``, ``--set``, ``flag``, ``sweep`` or ``derived``."""
 
     kind: str
     note: str = ""
@@ -195,7 +206,7 @@ class Recipe:
             if value is None:
                 lines.append(f"# {name} is unset  ({origin})")
             else:
-                lines.append(f"{name} = {_toml(value)}  # {origin}")
+                lines.append(f"{name} = {toml_value(value)}  # {origin}")
         return "\n".join(lines) + "\n"
 
     def document(self) -> dict[str, dict[str, object]]:
@@ -206,14 +217,19 @@ class Recipe:
 
 
 def resolve(
-    *, file: Path | None = None, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
+    *,
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, object] | None = None,
+    swept: Mapping[str, object] | None = None,
 ) -> Recipe:
-    """Build a recipe from a TOML file, ``--set`` assignments and flags; later ones win.
+    """Build a recipe from a TOML file, ``--set`` assignments, flags and what a sweep tries; later ones win.
 
     Args:
         file: a recipe, such as ``recipe.resolved.toml`` of another run.
         sets: ``section.key=value`` with the value spelled as in TOML (bare words are text).
         flags: dotted keys and values; None values are left out.
+        swept: dotted keys and values of one trial of a sweep; the file may then hold a table ``[sweep]``.
 
     Raises:
         ConfigError: unknown keys, values of a wrong type or out of range; all of them at once.
@@ -224,10 +240,32 @@ def resolve(
         'ia3'
     """
     given, problems = _given(file, sets, flags)
+    if swept is not None:
+        given = {key: found for key, found in given.items() if not key.startswith("sweep.")}
+        given.update({key: (value, Origin("sweep")) for key, value in swept.items()})
     method_type = registry.get(str(given.get("method.name", ("lora", None))[0]))
     values = _conformed(given, {**_schema(), **_method_schema(method_type)}, problems)
     origins = {key: origin for key, (_, origin) in given.items()}
     return _build(values, origins, method_type, problems)
+
+
+def given_values(
+    *, file: Path | None = None, sets: Sequence[str] = (), flags: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """Return the values that were given, by dotted key, unchecked; arguments as for `resolve`.
+
+    Raises:
+        ConfigError: what is no assignment.
+        NotFoundError: the file does not exist.
+
+    Example:
+        >>> given_values(sets=["train.epochs=1"], flags={"method.name": None})
+        {'train.epochs': 1}
+    """
+    given, problems = _given(file, sets, flags)
+    if problems:
+        _refuse(problems)
+    return {key: value for key, (value, _) in given.items() if not key.startswith("sweep.")}
 
 
 def resolve_input(
@@ -259,7 +297,9 @@ def _given(
     given: dict[str, tuple[Any, Origin]] = {}
     problems: dict[str, str] = {}
     if file is not None:
-        given.update({key: (value, Origin("file", str(file))) for key, value in _read(file).items()})
+        given.update(
+            {key: (value, Origin("file", str(file))) for key, value in _flat(read_recipe_file(file))}
+        )
     given.update({key: (value, Origin("--set")) for key, value in _assignments(sets, problems).items()})
     given.update({k: (v, Origin("flag")) for k, v in (flags or {}).items() if v is not None})
     return given, problems
@@ -276,7 +316,7 @@ def _conformed(
         try:
             values[key] = _conform(value, schema[key])
         except _Unfit as wrong:
-            problems[key] = f"{wrong}, got {_toml(value)} ({origin})"
+            problems[key] = f"{wrong}, got {toml_value(value)} ({origin})"
     return values
 
 
@@ -335,28 +375,6 @@ def _refuse(problems: Mapping[str, str]) -> typing.NoReturn:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise NotFoundError(
-            f"no recipe at '{path}'", hint="'addenda train --dry-run' prints one to start from"
-        ) from None
-    except OSError as problem:
-        raise ConfigError(
-            f"recipe '{path}' cannot be read: {(problem.strerror or str(problem)).lower()}",
-            hint="name a TOML file, such as RUN/recipe.resolved.toml",
-        ) from None
-    except UnicodeDecodeError as wrong:
-        raise ConfigError(
-            f"recipe '{path}' is not UTF-8 at byte {wrong.start}", hint="save it as UTF-8"
-        ) from None
-    try:
-        return dict(_flat(tomllib.loads(text)))
-    except tomllib.TOMLDecodeError as wrong:
-        raise ConfigError(f"recipe '{path}' is not TOML: {wrong}", hint="text needs double quotes") from None
-
-
 def _flat(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -372,10 +390,7 @@ def _assignments(sets: Sequence[str], problems: dict[str, str]) -> dict[str, Any
         if not equals or not key.strip():
             problems[text] = "--set takes section.key=value"
             continue
-        try:
-            found[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[key.strip()] = value.strip()
+        found[key.strip()] = parse_value(value)
     return found
 
 
@@ -405,6 +420,8 @@ def _unknown(key: str, schema: Mapping[str, Any], origin: Origin) -> str:
     if not near:
         near = [name for name in schema if name.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     section = key.partition(".")[0]
+    if section == "sweep":
+        return f"only 'addenda sweep' reads the table [sweep] ({origin})"
     known = [name for name in schema if name.startswith(f"{section}.")]
     if near:
         return f"unknown key ({origin}); did you mean '{near[0]}'?"
@@ -452,21 +469,6 @@ def _conform_any(value: Any, hints: Sequence[Any]) -> Any:
 def _kind(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list"}
     return names.get(typing.get_origin(hint) or hint, "a table")
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(k))} = {_toml(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    # JSON's text is TOML's basic string, but for DEL, which TOML wants escaped.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _prefixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from addenda.cli.app import VERBS
 from addenda.core import registry
 from addenda.data.checks import CHECKS
+from addenda.export.peft.form import forms
 from addenda.settings import resolve
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference"
@@ -85,6 +86,8 @@ def test_every_verb_method_check_and_key_is_documented() -> None:
     missing = [verb for verb in VERBS if f"## addenda {verb}\n" not in pages["cli.md"]]
     missing += [name for name in registry.names() if f"## {name}\n" not in pages["methods.md"]]
     missing += [code for code in CHECKS if f"## {code}\n" not in pages["findings.md"]]
+    missing += [name for name in registry.names() if f"\n{name} " not in pages["methods.md"]]
+    missing += [name for name in forms() if f"[`{name}`](methods.md#{name})" not in pages["peft.md"]]
     keys = [key.rpartition(".")[2] for key in resolve().values() if not key.startswith("method.")]
     missing += [key for key in keys if f"`{key}`" not in pages["recipe.md"]]
     assert not missing

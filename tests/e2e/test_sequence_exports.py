@@ -21,6 +21,7 @@ READERS = {
     "prompt-tuning": "peft",
     "prefix-tuning": "peft",
     "llama-adapter": "peft",
+    "shadow": "addenda's own reader (peft makes its mirror of a model's own class)",
     "multitask-prompt-tuning": "addenda's own reader (peft's model asks for more than the tokens)",
 }
 

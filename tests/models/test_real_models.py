@@ -131,7 +131,7 @@ def test_ten_steps_lower_the_loss_and_what_was_learnt_can_be_saved_loaded_and_me
     rate: float,
     tmp_path: Path,
 ) -> None:
-    live(*make(), method, targets, rate, tmp_path)
+    assert_lives(*make(), method, targets, rate, tmp_path)
 
 
 TARGETS = {
@@ -165,13 +165,13 @@ def test_every_method_lives_on_every_model_or_is_refused_by_the_plan(
         assert refusal.hint  # noqa: PT017  (either outcome is right)
         return
     try:
-        live(model, loss_of, method, targets, method.usual_rate(), tmp_path)
+        assert_lives(model, loss_of, method, targets, method.usual_rate(), tmp_path)
     finally:
         for handle in handles(model).values():
             handle.detach()
 
 
-def live(
+def assert_lives(
     model: nn.Module,
     loss_of: Callable[[nn.Module], Tensor],
     method: addenda.Method,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import addenda
 from addenda import kernels
+from addenda.export.peft.form import forms
+from addenda.export.peft.reading import known_keys
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,16 +39,38 @@ def differing(
 
     yield note
     if path := request.config.getoption("parity_table", None):
-        packages = {name: version(name) for name in ("peft", "torch", "transformers")}
-        largest = {
-            name: {
-                way: {"cases": len(all_of), "largest": max(all_of, default=None)}
-                for way, all_of in ways.items()
-            }
-            for name, ways in sorted(found.items())
-        }
-        text = json.dumps({"packages": packages, "differences": largest}, indent=1)
+        text = json.dumps({**of_peft(), "differences": largest(found)}, indent=1)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def largest(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, object]]]:
+    """Return how many cases each method was tried in, each way, and the largest difference in three digits."""
+    return {
+        name: {
+            way: {"cases": len(each), "largest": float(f"{max(each):.2e}") if each else None}
+            for way, each in ways.items()
+        }
+        for name, ways in sorted(found.items())
+    }
+
+
+@pytest.fixture(name="of_peft")
+def _of_peft() -> Callable[[], dict[str, object]]:
+    return of_peft
+
+
+def of_peft() -> dict[str, object]:
+    """Return PEFT's types, and the settings of each that no form of ours reads, so that they are refused where set."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as CONFIGS
+
+    unread = {}
+    for kind in sorted(peft.PeftType, key=str):
+        known = [known_keys(form) for form in forms().values() if form.peft_type == kind.value]
+        keys = {field.name for field in dataclasses.fields(CONFIGS[kind])}
+        unread[kind.value] = sorted(keys - set().union(*known)) if known else None
+    packages = {name: version(name) for name in ("peft", "torch", "transformers")}
+    return {"packages": packages, "refused": unread}
 
 
 @pytest.fixture(params=["kernels", "plain"])

@@ -144,3 +144,29 @@ def test_targets_are_short_names_only_where_they_name_exactly_the_adapted_layers
         for name, handle in (("whole", whole), ("part", part))
     ]
     assert targets == [["q_proj", "v_proj"], ["model.layers.1.self_attn.q_proj"]]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "adapted"),
+    [
+        ({"layers_to_transform": [1]}, {"1.self_attn.q_proj", "1.mlp.down_proj"}),
+        ({"layers_to_transform": 0, "layers_pattern": "layers"}, {"0.self_attn.q_proj", "0.mlp.down_proj"}),
+        (
+            {"exclude_modules": ["0.self_attn.q_proj"]},
+            {"1.self_attn.q_proj", "0.mlp.down_proj", "1.mlp.down_proj"},
+        ),
+        ({"exclude_modules": r".*\.0\..*_proj"}, {"1.self_attn.q_proj", "1.mlp.down_proj"}),
+    ],
+)
+def test_targets_that_peft_was_told_to_leave_out_are_left_out(
+    left_out: dict[str, Any], adapted: set[str], tmp_path: Path, seeded: int
+) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **left_out)
+    theirs = peft.get_peft_model(tiny("llama", seeded), config).eval()
+    randomize(p for p in theirs.parameters() if p.requires_grad)
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = tiny("llama", seeded)
+    handle = import_peft(ours, tmp_path)
+    assert set(handle.paths) == {f"model.layers.{path}" for path in adapted}
+    assert (logits(ours) - wanted).abs().max() <= TOLERANCE

@@ -70,6 +70,8 @@ OURS: dict[str, tuple[tuple[str, ...], Method]] = {
     "cartridge": (PROMPTS, of("cartridge", tokens=5, frozen=2, start="vocabulary")),
     "cpt": (PROMPTS, of("cpt", ids=(3, 1, 4), roles=(1, 2, 4), epsilon=9.0, format_epsilon=7.0)),
     "llama-adapter": (("llama", "mistral"), of("llama-adapter", tokens=4, layers=2)),
+    "shadow": ((*PROMPTS, "mistral"), of("shadow", rank=3, alpha=0.5)),
+    "shadow-two": (PROMPTS, of("shadow", rank=3, layers=2, inner=5, alpha=1.5)),
 }
 
 
@@ -147,6 +149,11 @@ THEIRS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
         ("llama", "mistral"),
         lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, **CAUSAL),
     ),
+    "shadow": ((*PROMPTS, "mistral"), lambda: peft.ShadowConfig(r=3, shadow_alpha=0.7, **CAUSAL)),
+    "shadow-two": (
+        PROMPTS,
+        lambda: peft.ShadowConfig(r=3, shadow_num_hidden_layers=2, update_hidden_size=5, **CAUSAL),
+    ),
 }
 
 
@@ -169,7 +176,7 @@ def test_their_adapter_answers_the_same_here(
 
 
 def test_generation_under_peft_writes_the_same(tmp_path: Path, seeded: int) -> None:
-    for name in ("prompt", "prefix"):
+    for name in ("prompt", "prefix", "shadow"):
         ours = tiny("llama", seeded)
         handle = attach(ours, OURS[name][1])
         randomize(handle.parameters())

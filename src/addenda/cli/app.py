@@ -25,6 +25,7 @@ VERBS = {
     "plan": "Show what would be adapted, and what it costs.",
     "check": "Check training data and show what would be trained on.",
     "train": "Adapt a model to data.",
+    "sweep": "Try settings and say which are best.",
     "eval": "Measure a model, with or without an adapter, on data.",
     "chat": "Talk to a model, with or without an adapter.",
     "export": "Write an adapter in a form other tools load.",

@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from addenda.settings import BaseSettings, DataSettings, Recipe
 
-__all__ = ["read_input", "read_recipe", "recipe_flags"]
+__all__ = ["read_input", "read_recipe", "recipe_arguments", "recipe_flags"]
 
 _FLAGS = (
     click.option(
@@ -47,17 +47,17 @@ def read_recipe(**flags: Any) -> Recipe:
     """Resolve the recipe from the flags; further keywords are dotted keys, with ``__`` for the dot."""
     from addenda.settings import resolve
 
-    return resolve(**_arguments(**flags))
+    return resolve(**recipe_arguments(**flags))
 
 
 def read_input(**flags: Any) -> tuple[BaseSettings, DataSettings]:
     """Resolve base and data alone, as `read_recipe` would; no method is loaded unless one is named."""
     from addenda.settings import resolve_input
 
-    return resolve_input(**_arguments(**flags))
+    return resolve_input(**recipe_arguments(**flags))
 
 
-def _arguments(
+def recipe_arguments(
     *,
     file: Path | None,
     sets: tuple[str, ...],
@@ -66,6 +66,7 @@ def _arguments(
     targets: str | None,
     **more: object,
 ) -> dict[str, Any]:
+    """Return the flags as `addenda.settings.resolve` takes them."""
     flags: dict[str, object] = {"base.source": base, "method.name": method, "method.targets": _split(targets)}
     flags.update({key.replace("__", "."): value for key, value in more.items()})
     return {"file": file, "sets": sets, "flags": flags}

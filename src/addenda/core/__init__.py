@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from addenda.core.activating import activate as activate
     from addenda.core.activating import activated as activated
     from addenda.core.activating import active_composition as active_composition
+    from addenda.core.arrow import Arrow as Arrow
     from addenda.core.attaching import attach as attach
     from addenda.core.attaching import detach as detach
     from addenda.core.combining import combine as combine
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 # A file must not have the name of something it offers: loading the file would hide the thing behind it.
 _PLACES = {
     "Adapter": "contract",
+    "Arrow": "arrow",
     "Base": "contract",
     "Composition": "composition",
     "Handle": "handle",

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from addenda.core.composition import Composition, Stack
+from addenda.core.arrow import Arrow
+from addenda.core.composition import Composition, Rows, Stack, Sum
 from addenda.core.handle import _registry, handles
-from addenda.errors import MethodError, NotFoundError, nearest
+from addenda.core.mixing import require_apart
+from addenda.errors import ConfigError, MethodError, NotFoundError, nearest
 
-__all__ = ["activate", "activated", "active_composition"]
+__all__ = ["activate", "activated", "active_composition", "from_settings"]
 
 Wanted = Composition | str | Sequence[str] | None
 """A composition, one adapter, several stacked in this order, or None for the bare base."""
@@ -27,7 +30,7 @@ def activate(model: nn.Module, wanted: Wanted) -> None:
 
     Raises:
         NotFoundError: the model carries no adapter of that name; all of them are named.
-        MethodError: one of them is merged, or another one is while the composition is no stack.
+        MethodError: one of them is merged, or would run twice: by itself and as part of a mixture.
 
     Example:
         >>> import addenda
@@ -54,6 +57,7 @@ def activate(model: nn.Module, wanted: Wanted) -> None:
         raise MethodError(
             f"adapter '{merged[0]}' is merged: it acts already", hint="call its unmerge() first"
         )
+    require_apart(on_model, composition)
     _registry(model).selection.composition = composition
 
 
@@ -82,6 +86,30 @@ def activated(model: nn.Module, wanted: Wanted) -> Iterator[None]:
 def active_composition(model: nn.Module) -> Composition:
     """Return what runs on the model now; an empty stack where it carries no adapter."""
     return _registry(model).selection.composition if handles(model) else Stack()
+
+
+_KINDS: dict[str, Callable[..., Composition]] = {"stack": Stack, "sum": Sum, "rows": Rows, "arrow": Arrow}
+
+
+def from_settings(settings: Mapping[str, Any]) -> Composition:
+    """Make a composition from the plain values of `Composition.settings`.
+
+    Raises:
+        ConfigError: they describe none.
+
+    Example:
+        >>> from_settings({"kind": "stack", "of": ["a"]})
+        Stack(of=('a',))
+    """
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "kind"}
+    try:
+        return _KINDS[settings["kind"]](**values)
+    except (KeyError, TypeError) as problem:
+        raise ConfigError(
+            f"these settings describe no composition: {dict(settings)}",
+            where={"kinds": " ".join(_KINDS)},
+            hint="write them with Composition.settings()",
+        ) from problem
 
 
 def _composition(wanted: Wanted) -> Composition:

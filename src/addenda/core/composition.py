@@ -21,7 +21,7 @@ from addenda.core.contract import Adapter, Base
 from addenda.core.terms import Addend
 from addenda.errors import ConfigError, MethodError, TargetError
 
-__all__ = ["Composition", "Rows", "Stack", "Stacked", "Sum", "average", "from_settings", "parallel"]
+__all__ = ["Composition", "Once", "Rows", "Stack", "Stacked", "Sum", "average", "parallel", "require_names"]
 
 
 class Composition(ABC):
@@ -61,7 +61,7 @@ class Composition(ABC):
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Return it as plain values; `from_settings` reads them."""
+        """Return it as plain values; `addenda.core.activating.from_settings` reads them."""
         return {"kind": type(self).__name__.lower(), **dataclasses.asdict(cast(Any, self))}
 
 
@@ -82,7 +82,7 @@ class Stack(Composition):
     of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_names(self.of)
+        require_names(self.of)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ class Sum(Composition):
     weights: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        _require_names(tuple(self.weights))
+        require_names(tuple(self.weights))
         odd = [f"{name} = {w!r}" for name, w in self.weights.items() if not _is_finite(w)]
         if odd:
             raise ConfigError(
@@ -167,7 +167,7 @@ class Sum(Composition):
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         if (parts := self.parts(adapters, x, base.path)) is not None:
             return base.add_low_rank(x, *parts[0][:3])
-        once = cast(Base, _Once(base, x))
+        once = cast(Base, Once(base, x))
         total = plain = once(x)
         for name, weight in self.weights.items():
             if name in adapters:
@@ -213,7 +213,7 @@ class Rows(Composition):
     lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _require_names(tuple(dict.fromkeys(name for name in self.of if name is not None)))
+        require_names(tuple(dict.fromkeys(name for name in self.of if name is not None)))
         if self.lengths is not None and len(self.lengths) != len(self.of):
             raise ConfigError(
                 f"{len(self.of)} rows have {len(self.lengths)} lengths", hint="give one length for each row"
@@ -267,8 +267,10 @@ class Rows(Composition):
             adapters[name] if name is not None and name in adapters else _BARE for name, _, _ in stretches
         ]
         view = cast(Any, base)
-        if view.args or view.kwargs:  # what else the layer was given belongs to all rows at once
-            once = cast(Base, _Once(base, x))
+        if (
+            view.args or view.kwargs or any(owner.by_place for owner in owners)
+        ):  # it belongs to all rows at once
+            once = cast(Base, Once(base, x))
             whole = {owner: owner(x, once) for owner in dict.fromkeys(owners)}
             made = [
                 whole[owner].narrow(dim, start, stop - start)
@@ -310,30 +312,6 @@ class Rows(Composition):
             end += size
             found.append((name, start, end))
         return found
-
-
-_KINDS: dict[str, Callable[..., Composition]] = {"stack": Stack, "sum": Sum, "rows": Rows}
-
-
-def from_settings(settings: Mapping[str, Any]) -> Composition:
-    """Make a composition from the plain values of `Composition.settings`.
-
-    Raises:
-        ConfigError: they describe none.
-
-    Example:
-        >>> from_settings({"kind": "stack", "of": ["a"]})
-        Stack(of=('a',))
-    """
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "kind"}
-    try:
-        return _KINDS[settings["kind"]](**values)
-    except (KeyError, TypeError) as problem:
-        raise ConfigError(
-            f"these settings describe no composition: {dict(settings)}",
-            where={"kinds": " ".join(_KINDS)},
-            hint="write them with Composition.settings()",
-        ) from problem
 
 
 class _Bare(Adapter):
@@ -380,15 +358,16 @@ class Stacked(_Over):
         return self(x) + change
 
 
-class _Once(_Over):
+class Once(_Over):
     """A base that has run on one input already and does not run on it again."""
 
     def __init__(self, base: Base, x: Tensor) -> None:
         super().__init__(base)
-        self._x, self._y = x, base(x)
+        self._x = x
+        self.output: Tensor = base(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._y if x is self._x else self._base(x)
+        return self.output if x is self._x else self._base(x)
 
 
 _Folded = tuple[Tensor, Tensor | None]
@@ -417,7 +396,12 @@ def _joined(every: Sequence[tuple[Adapter, float]]) -> tuple[Addend, ...] | None
     return (Addend(A, torch.cat([B * (weight * scaling) for _, B, scaling, weight in found], 1), 1.0),)
 
 
-def _require_names(names: Sequence[str]) -> None:
+def require_names(names: Sequence[str]) -> None:
+    """Refuse what does not name adapters, each once.
+
+    Raises:
+        ConfigError: a name is no text, or comes twice.
+    """
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong or len(set(names)) < len(names):
         raise ConfigError(

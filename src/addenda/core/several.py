@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from addenda.core.activating import activate, active_composition
-from addenda.core.composition import from_settings
+from addenda.core.activating import activate, active_composition, from_settings
 from addenda.core.handle import Handle, handles
 from addenda.core.state import load, publish, save
 from addenda.errors import AddendaError, CheckpointError, MethodError, NotFoundError

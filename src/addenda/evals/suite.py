@@ -31,6 +31,8 @@ class Evaluation:
     learning: Learning | None
     """The verdict, or None where no training rows were given to compare with."""
     general: KLEstimate
+    adapted: HeldoutMetrics
+    """Of the held-out rows, row by row, with the adapter: what two runs are compared by."""
 
     def figures(self) -> dict[str, Any]:
         """Return the figures as plain values under the names of ``summary.json``.
@@ -112,6 +114,7 @@ def evaluate(
         heldout=_change(*held, seed=seed),
         learning=judge(held, before_and_after(seen, "training"), seed=seed) if seen else None,
         general=general_kl(base, handle, packed=packed, seed=seed, on_progress=on_progress),
+        adapted=held[1],
     )
 
 

@@ -41,7 +41,8 @@ class FRoD(Method):
 
     **Use it when** a full-rank update is wanted with little optimiser memory, and time does not matter.
 
-    **Learning rate**: 1e-3. Not tuned.
+    **Learning rate**: 1e-4. On SmolLM2-135M ten steps of Adam on two sentences bring the loss from 6.6 to 0.004 at this
+    rate, and at 1e-3 beyond 7 (``make test-models``); not tuned beyond that.
 
     **Differs from**: PEFT puts U (diag(l) + S) V^T in the place of W; this adds the difference, so that the start is
     the base exactly, and a quantized one may stand under it. PEFT makes U from a V that it decomposes anew when it
@@ -57,7 +58,7 @@ class FRoD(Method):
     """
 
     mergeable: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-4
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed")
     variants: ClassVar[tuple[Mapping[str, object], ...]] = ({"share": 0.1},)
 

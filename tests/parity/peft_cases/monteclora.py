@@ -6,10 +6,12 @@ import peft
 
 from addenda.methods.monteclora import MonteCLoRA
 
-KINDS = ("llama",)
+NARROW = {"llama": "1.mlp.down_proj", "gpt2": "1.mlp.c_fc"}
 OURS = {
     "plain": lambda _: MonteCLoRA(rank=4, alpha=6.0),
-    "settings": lambda _: MonteCLoRA(rank=3, samples=5, noise=0.1, prior=0.5, kl=0.0, ranks={"down_proj": 2}),
+    "settings": lambda kind: MonteCLoRA(
+        rank=3, samples=5, noise=0.1, prior=0.5, kl=0.0, ranks={NARROW[kind]: 2}
+    ),
 }
 THEIRS = {
     "plain": lambda _, **targets: peft.LoraConfig(

@@ -6,10 +6,10 @@ import peft
 
 from addenda.methods.velora import VeLoRA
 
-KINDS = ("llama",)
+NARROW = {"llama": "1.mlp.down_proj", "gpt2": "1.mlp.c_fc"}
 OURS = {
     "random": lambda _: VeLoRA(rank=4, alpha=6.0, groups=8, direction="random"),
-    "not-yet": lambda _: VeLoRA(rank=3, groups=5, scale=0.5, ranks={"down_proj": 2}),
+    "not-yet": lambda kind: VeLoRA(rank=3, groups=5, scale=0.5, ranks={NARROW[kind]: 2}),
 }
 THEIRS = {
     "random": lambda _, **targets: peft.LoraConfig(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import addenda
-from addenda.core.activating import active_composition
-from addenda.core.composition import Rows, Stack, Sum, average, from_settings, parallel
+from addenda.core.activating import active_composition, from_settings
+from addenda.core.composition import Rows, Stack, Sum, average, parallel
 from addenda.errors import AddendaError, CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
 METHODS = {
@@ -172,7 +172,10 @@ def test_a_merged_adapter_is_not_activated(model: nn.Module) -> None:
         addenda.activate(model, "lora")
 
 
-@pytest.mark.parametrize("composition", [Stack(("a",)), Sum({"a": 0.5, "b": 1.0}), Rows(("a", None), (3, 4))])
+@pytest.mark.parametrize(
+    "composition",
+    [Stack(("a",)), Sum({"a": 0.5, "b": 1.0}), Rows(("a", None), (3, 4)), addenda.Arrow(("a",), top_k=2)],
+)
 def test_a_composition_survives_being_written_down(composition: addenda.core.Composition) -> None:
     assert from_settings(composition.settings()) == composition
 

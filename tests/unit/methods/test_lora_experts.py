@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import addenda
+from addenda.bases.packed import PackedModel
 from addenda.methods.lora_experts import LoRAExperts
 
 D_IN, D_OUT = 12, 10
@@ -200,6 +201,34 @@ def test_each_adapter_of_a_batch_counts_its_own_rows(model: nn.Module) -> None:
         together = a.penalty()
         model(x[[0, 4]]).square().sum().backward()
         torch.testing.assert_close(a.penalty(), together)
+
+
+def test_packed_rows_and_padded_ones_count_the_same_however_much_is_run_again() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=31, **sizes)).train()
+    # Of a first query nothing depends, as it sees one key only: whether it counts is up to rounding.
+    handle = addenda.attach(llama, METHOD, ["v_proj", "down_proj"])
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    lengths, packed = [5, 2, 7], PackedModel(llama)
+    assert packed.path == "packed", packed.reason
+    row, found = torch.randint(31, (14,)), []
+    for recompute in (0, 1, 2):
+        packed.hidden(row, lengths, recompute=recompute).square().sum().backward()
+        found.append([total.clone() for total in handle.sums()])
+        handle.forget()
+    ids, mask = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+    for place, sample in enumerate(row.split(lengths)):
+        ids[place, : len(sample)], mask[place, : len(sample)] = sample, 1
+    states = llama.model(ids, attention_mask=mask).last_hidden_state
+    states[mask.bool()].square().sum().backward()
+    found.append([total.clone() for total in handle.sums()])
+    assert {float(load[1].sum().round()) for load in found[0][::2]} == {14.0}
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 def test_where_all_experts_are_chosen_there_is_no_penalty(model: nn.Module) -> None:

@@ -107,8 +107,8 @@ def _read_again(
 ) -> tuple[str, list[Tensor]]:
     """Load the folder onto the bare model, run it, and take it off again."""
     why_not = "peft is not installed" if importlib.util.find_spec("peft") is None else ""
-    if form is not None and not form.answers_alone:
-        why_not = "peft's model asks for more than the tokens"
+    if form is not None and form.why_unasked:
+        why_not = form.why_unasked
     if why_not:
         again = import_peft(model, folder, name="export-gate")
         try:

@@ -71,8 +71,8 @@ class Form(ABC):
     """Those of `names` that a file may lack; `fill` then makes up for them."""
     shared_names: ClassVar[tuple[str, ...]] = ()
     """What the tensors are called that layers share, after ``base_model.`` and before another dot, if any."""
-    answers_alone: ClassVar[bool] = True
-    """Whether PEFT's model can be called as the base is, without arguments of the method's own."""
+    why_unasked: ClassVar[str] = ""
+    """Why PEFT cannot be asked what a written folder answers; empty where it can."""
 
     @classmethod
     def claims(cls, config: Mapping[str, Any]) -> bool:

@@ -30,14 +30,16 @@ from addenda.export.peft.values import set_values, values
 __all__ = ["UNREAD", "import_peft", "known_keys", "read_config", "view_at"]
 
 UNREAD: Mapping[str, str] = {
-    "SHADOW": "a second, smaller network runs beside the base and is fed into its blocks; no method here does so",
     "XLORA": "a network scales several finished adapters, which its folder holds beside its own tensors",
 }
 """Types of PEFT's that are neither read nor written, with the reason."""
 
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _CONFIG_LIMIT = 2**20
+_LEAVES_OUT = ("exclude_modules", "layers_pattern", "layers_to_transform")
+"""Keys that leave out some of the targets; which ones the tensors' names tell."""
 _HARMLESS = (
+    *_LEAVES_OUT,
     "auto_mapping",
     "base_model_name_or_path",
     "fan_in_fan_out",
@@ -208,8 +210,8 @@ def _form(config: Mapping[str, Any], source: Path) -> Form:
     found = form_of(config)
     if found is None:
         known = ", ".join(dict.fromkeys(form.peft_type for form in forms().values()))
-        named = str(config.get("peft_type"))
-        why = f": {UNREAD[named]}" if named in UNREAD else ""
+        named = config.get("peft_type")
+        why = f": {UNREAD[named]}" if isinstance(named, str) and named in UNREAD else ""
         raise _unfit(f"peft_type {named!r} is not read{why}; {known} are", source)
     known_to_it = known_keys(found)
     used = [f"{key} = {value!r}" for key, value in config.items() if value and key not in known_to_it]
@@ -296,7 +298,7 @@ def _require_same_targets(
         if is_target(path, layer, config) and not _is_saved(path, saved)
     }
     missing, extra = sorted(named - {*paths, *along}), sorted({*paths} - {*named, *along})
-    if missing:
+    if missing and not any(config.get(key) not in (None, []) for key in _LEAVES_OUT):
         raise _unfit(f"{len(missing)} target layers have no tensors, first '{missing[0]}'", source)
     if extra:
         raise _unfit(

@@ -30,7 +30,7 @@ class MonteCLoRAForm(LowRankForm):
     """PEFT's ``LoraConfig(monteclora_config=...)``."""
 
     method = MonteCLoRA
-    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed")
     reads: ClassVar[tuple[str, ...]] = (*READS, "monteclora_config")
     names: ClassVar[tuple[str, ...]] = (
         "lora_A.weight",

@@ -22,7 +22,7 @@ class MultitaskPromptTuningForm(PromptForm):
 
     peft_type = "MULTITASK_PROMPT_TUNING"
     method = MultitaskPromptTuning
-    answers_alone = False
+    why_unasked = "peft's model asks for more than the tokens"
     reads: ClassVar[tuple[str, ...]] = (*PromptForm.measures, "num_ranks", "num_tasks")
     harmless: ClassVar[tuple[str, ...]] = (
         "prompt_tuning_init",

@@ -27,7 +27,7 @@ class PolyForm(Form):
     harmless: ClassVar[tuple[str, ...]] = ("init_weights",)
     unknown: ClassVar[tuple[str, ...]] = ("fan_in_fan_out",)
     names: ClassVar[tuple[str, ...]] = ("poly_lora_A", "poly_lora_B", "poly_router.module_logits")
-    answers_alone: ClassVar[bool] = False
+    why_unasked = "peft's model asks for more than the tokens"
 
     def settings(self, handle: Handle) -> dict[str, Any]:
         method = cast(Poly, handle.method)

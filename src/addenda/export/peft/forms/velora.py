@@ -23,7 +23,7 @@ class VeLoRAForm(LowRankForm):
     """PEFT's ``LoraConfig(velora_config=...)``."""
 
     method = VeLoRA
-    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d-transposed")
     reads: ClassVar[tuple[str, ...]] = (*READS, "velora_config")
     names: ClassVar[tuple[str, ...]] = ("lora_A.weight", "lora_B.weight", "lora_velora_embed")
     mark = "velora_config"
