@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import addenda
 import addenda.errors
+from addenda.bases.packed import PackedModel
 from addenda.methods.xlora import XLoRA
 
 NAMES = ("law", "style")
@@ -189,3 +190,29 @@ def test_what_it_cannot_do_is_refused() -> None:
     for settings in ({"depth": 0}, {"dropout": 1.0}, {"temperature": 0.0}, {"softmax": 1}):
         with pytest.raises(addenda.errors.ConfigError, match=next(iter(settings))):
             XLoRA(of=NAMES, **settings)
+
+
+def test_packed_rows_give_the_gradients_of_single_samples_with_blocks_that_run_again() -> None:
+    model = make().float()
+    handle = mixed(model, depth=2, size=6, layerwise=True)
+    packed, row, lengths = PackedModel(model), IDS.flatten(), [9, 4, 14]
+    assert packed.path == "packed"
+    assert packed.blocks == 2
+
+    def gradients(states: torch.Tensor, share: float) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (share * packed.logits(states).square().mean()).backward()
+        return {name: p.grad.clone() for name, p in handle.named_parameters()}
+
+    wanted: dict[str, torch.Tensor] = {}
+    singles = []
+    for ids in row.split(lengths):  # one pass and its backward after another, as first passes ask
+        states = packed.hidden_alone(ids)
+        singles.append(states.detach())
+        for name, gradient in gradients(states, len(ids) / len(row)).items():
+            wanted[name] = wanted.get(name, 0.0) + gradient
+    for recompute in (0, 2):
+        states = packed.hidden(row, lengths, recompute=recompute)
+        torch.testing.assert_close(states.detach(), torch.cat(singles), rtol=1e-4, atol=1e-4)
+        for name, gradient in gradients(states, 1.0).items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
