@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from addenda.conformance import test_methods as suite
+from addenda.conformance.__main__ import main
 from addenda.conformance.layers import LAYERS
 from addenda.core import Adapter, Base, Method
+from addenda.errors import MissingDependencyError, NotFoundError
 
 
 class Scale(Adapter):
@@ -125,3 +128,16 @@ def test_one_that_answers_in_another_precision_fails() -> None:
     holds(method_with(Scale), "layer", LAYERS["linear"](), torch.bfloat16)
     with pytest.raises((AssertionError, RuntimeError)):
         holds(method_with(Widens), "layer", LAYERS["linear"](), torch.bfloat16)
+
+
+def test_a_name_that_no_method_has_is_refused_before_anything_runs() -> None:
+    with pytest.raises(NotFoundError, match="no method is called 'lorra'") as refused:
+        main(["lora", "lorra"])
+    assert "lora" in refused.value.hint
+
+
+def test_without_pytest_the_extra_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytest", None)
+    with pytest.raises(MissingDependencyError) as refused:
+        main([])
+    assert "addenda[conformance]" in refused.value.hint

@@ -98,21 +98,12 @@ def _wanted(
     **flags: Any,
 ) -> Sweep:
     from addenda.recipe.space import Source, parse_axes
-    from addenda.recipe.sweep import SWEEP_RECIPE, Sweep
-    from addenda.toml import read_table
+    from addenda.recipe.sweep import Sweep, read_sweep_table
 
     if resume:
-        if force or flags["out"] is None or over:
-            raise ConfigError(
-                "--resume takes --out, and neither --force nor --over",
-                hint="it goes on with the sweep in --out as it was begun",
-            )
-        flags["file"] = Path(flags["out"]) / SWEEP_RECIPE
-        if not flags["file"].is_file():
-            raise NotFoundError(
-                f"there is no sweep to resume in '{flags['out']}'", hint="leave out --resume to start one"
-            )
-    held = {} if flags["file"] is None else read_table(flags["file"], "sweep")
+        _require_as_begun({"--over": over, "--search": search, "--force": force, **flags})
+        flags["file"] = _begun(flags["out"])
+    held = {} if flags["file"] is None else read_sweep_table(flags["file"])
     return Sweep(
         Source(recipe_arguments(**flags)),
         parse_axes(over, held.get("over")),
@@ -120,6 +111,43 @@ def _wanted(
         trials=trials or held.get("trials"),
         together=_count(together) or held.get("together"),
     )
+
+
+_OF_THE_SWEEP = {
+    "data__path": "DATA",
+    "data__valid": "--valid",
+    "file": "--recipe",
+    "sets": "--set",
+    "base": "--base",
+    "method": "--method",
+    "targets": "--targets",
+}
+"""Flags that decide what the trials are, by the keywords they arrive as."""
+
+
+def _require_as_begun(given: dict[str, Any]) -> None:
+    """Refuse what would make later trials of a sweep others than the first ones were."""
+    refused = [name for name in ("--over", "--search", "--force") if given[name]]
+    refused += [name for keyword, name in _OF_THE_SWEEP.items() if given[keyword]]
+    if refused:
+        raise ConfigError(
+            f"--resume goes on with a sweep as it was begun, and takes no {', '.join(refused)}",
+            hint="name its folder by --out alone, or leave out --resume and start another sweep",
+        )
+
+
+def _begun(out: str | None) -> Path:
+    """The recipe that the sweep in a folder was begun with."""
+    from addenda.recipe.sweep import SWEEP_RECIPE
+
+    if out is None:
+        raise ConfigError(
+            "--resume needs --out", hint="name the folder of the sweep to go on with: --out runs/NAME"
+        )
+    file = Path(out) / SWEEP_RECIPE
+    if not file.is_file():
+        raise NotFoundError(f"there is no sweep to resume in '{out}'", hint="leave out --resume to start one")
+    return file
 
 
 def _count(together: str) -> int | None:

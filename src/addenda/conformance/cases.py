@@ -11,13 +11,14 @@ from torch import nn
 
 from addenda.conformance.layers import LAYERS, PATHS
 from addenda.conformance.models import MODELS, model_of
+from addenda.conformance.trying import with_mixed
 from addenda.core import registry
 from addenda.core.contract import Method
 from addenda.core.layers import kind_of, layer_at, view_of
 from addenda.core.planning import plan
 from addenda.errors import MethodError, TargetError
 
-__all__ = ["Case", "changes_sequence", "chosen", "on_layers", "on_models", "only_on"]
+__all__ = ["Case", "changes_sequence", "on_layers", "on_models", "only_on", "parametrize"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,14 @@ def _sample(place: str) -> nn.Module:
 
 
 def _refusal(method: Method, layer: str) -> str | None:
-    path = PATHS.get(layer, "layer")
-    view = view_of(layer_at(_sample(layer), path), path)
+    path, model = PATHS.get(layer, "layer"), _sample(layer)
+    if method.mixes():
+        model = LAYERS[layer]()[0]
+        try:
+            with_mixed(model, method, path)
+        except (MethodError, TargetError) as refusal:
+            return str(refusal).splitlines()[0]  # there is nothing to mix
+    view = view_of(layer_at(model, path), path)
     kind = kind_of(view.module)
     assert kind is not None
     why_not = kind.why_not(method)
@@ -106,14 +113,29 @@ def only_on(*places: str) -> Callable[[Test], Test]:
     return narrow
 
 
-def chosen(metafunc: Any, cases: Callable[[str], Sequence[Case]]) -> list[Case]:
-    """Return the cases that pytest is to try in a test: of the methods asked for, on the places it is narrowed to.
+def parametrize(metafunc: Any, cases: Callable[[str], Sequence[Case]], place: str) -> None:
+    """Give a test that asks for a ``method`` the cases that it is about.
+
+    These are where the method stands; of a test that asks for the ``reason`` as well, where it is refused. One that
+    asks for no place has linear layers of its own.
 
     Args:
-        metafunc: what pytest hands to ``pytest_generate_tests``.
+        metafunc: what pytest hands to ``pytest_generate_tests``; its module may name the ``METHODS`` to try.
         cases: all cases of a method, by its name.
+        place: what tests call the place.
     """
+    wanted = [name for name in ("method", place, "reason") if name in metafunc.fixturenames]
+    if "method" not in wanted:
+        return
     asked = getattr(metafunc.module, "METHODS", None) or metafunc.config.getoption("method", None)
-    places = getattr(metafunc.function, "places", None)
-    of_all = [case for name in asked or registry.names() for case in cases(name)]
-    return [case for case in of_all if places is None or case.place in places]
+    only = getattr(metafunc.function, "places", None) or (() if place in wanted else ("linear",))
+    found = [
+        case
+        for name in asked or registry.names()
+        for case in cases(name)
+        if (case.refusal is None) != ("reason" in wanted) and (not only or case.place in only)
+    ]
+    values = [{"method": case.method, place: case.place, "reason": case.refusal} for case in found]
+    metafunc.parametrize(
+        wanted, [[each[name] for name in wanted] for each in values], ids=[case.id for case in found]
+    )

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import addenda
 import addenda.errors
 from addenda.bases.packed import PackedModel
-from addenda.conformance.cases import chosen, on_models, only_on
+from addenda.conformance.cases import on_models, only_on, parametrize
 from addenda.conformance.models import MODELS, VOCABULARY, model_of
 from addenda.conformance.trying import seeded, stirred  # noqa: F401 - a fixture of every test
 from addenda.core import Method
@@ -24,17 +24,7 @@ CAUSAL = tuple(kind for kind in MODELS if kind != "bert")
 
 def pytest_generate_tests(metafunc: Any) -> None:
     """Try a test on every model where a method stands; one that asks for a reason, on those that refuse it."""
-    if "method" not in metafunc.fixturenames:
-        return
-    cases = chosen(metafunc, on_models)
-    if "reason" in metafunc.fixturenames:
-        refused = [(case.method, case.place, case.refusal) for case in cases if case.refusal]
-        names = [case.id for case in cases if case.refusal]
-        metafunc.parametrize(("method", "kind", "reason"), refused, ids=names)
-        return
-    standing = [case for case in cases if not case.refusal]
-    pairs = [(case.method, case.place) for case in standing]
-    metafunc.parametrize(("method", "kind"), pairs, ids=[case.id for case in standing])
+    parametrize(metafunc, on_models, "kind")
 
 
 @pytest.fixture

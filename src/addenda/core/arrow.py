@@ -79,7 +79,7 @@ class Arrow(Composition):
         self, weight: Tensor, bias: Tensor | None, adapters: Mapping[str, Adapter]
     ) -> tuple[Tensor, Tensor | None]:
         raise MethodError(
-            "Arrow gives each token a mixture of its own, which no weight does",
+            "each token has a mixture of its own under Arrow, which no weight gives",
             hint="use it on layers that are called, and leave out those whose weight is only read",
         )
 
@@ -89,7 +89,7 @@ class Arrow(Composition):
             return base(x)
         if not base.pointwise:
             raise TargetError(
-                f"Arrow cannot route at '{base.path}', {base.kind}: its input holds no features of single tokens",
+                f"tokens cannot be routed at '{base.path}' ({base.kind}): its input does not hold their features",
                 hint="attach the adapters to linear layers alone",
             )
         general = [self._term(name, adapters, base) for name in self.general if name in adapters]
@@ -113,7 +113,7 @@ class Arrow(Composition):
             )
         return term
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prototypes(
         self,
         owners: Sequence[Adapter],

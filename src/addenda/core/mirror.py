@@ -53,16 +53,18 @@ def make_mirror(transformer: Any, layers: int, base: Base) -> nn.Module:
         config.layer_types = config.layer_types[:layers]
     original = getattr(type(transformer), "original_class", type(transformer))
 
+    device = base.source().device
+
     def build(seed: int) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        # A plan makes nothing; on other devices than the CPU the class would draw otherwise.
+        with torch.random.fork_rng(devices=[]), torch.device("meta" if device.type == "meta" else "cpu"):
             torch.manual_seed(seed)
             return _without_embedding(original(config))
 
     def drawn(generator: torch.Generator) -> list[Tensor]:
         return list(build(int(torch.randint(2**62, (), generator=generator))).parameters())
 
-    mirror = build(0)
-    mirror.to(base.source().device)
+    mirror = build(0).to(device)
     named = dict(mirror.named_parameters())
     for (name, parameter), init in zip(named.items(), jointly(drawn, len(named)), strict=True):
         owner, _, leaf = name.rpartition(".")

@@ -134,9 +134,15 @@ def _can_share(recipe: Recipe) -> bool:
 
 
 def _engine_key(recipe: Recipe) -> str:
-    """The settings of the process; what was derived is the same in all."""
-    given = [name for name in PROCESS_SETTINGS if recipe.origin(f"train.{name}").kind != "derived"]
-    return repr([(name, getattr(recipe.train, name)) for name in given])
+    """The settings of the process that a recipe sets; what it leaves open is derived, and the same in all."""
+    values = {name: getattr(recipe.train, name) for name in PROCESS_SETTINGS}
+    return repr(
+        [
+            (name, value)
+            for name, value in values.items()
+            if value is not None and recipe.origin(f"train.{name}").kind != "derived"
+        ]
+    )
 
 
 def _cost_key(recipe: Recipe) -> str:

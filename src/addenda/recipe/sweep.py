@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from addenda.core import Progress
-from addenda.errors import AddendaError, ConfigError, DataError, TrainingError
+from addenda.errors import AddendaError, ConfigError, DataError, TrainingError, nearest
 from addenda.recipe.folder import RECIPE, clear, require_place, write_json, write_text
 from addenda.recipe.prepare import Note, OnRunEvent
 from addenda.recipe.runner import free_folder
@@ -19,11 +19,20 @@ from addenda.recipe.shared import MOST_TOGETHER, Shared, open_shared, run_shared
 from addenda.recipe.space import Axis, Point, Range, Source, recipes_of, shown
 from addenda.recipe.trials import Outcome, Standing, Trial, read_outcome, standings
 from addenda.settings import BaseSettings, Recipe, given_values, resolve
-from addenda.toml import toml_value
+from addenda.toml import read_table, toml_value
 from addenda.train import lock_run
 from addenda.train.parallel import processes
 
-__all__ = ["SWEEP_RECIPE", "Sweep", "SweepPlan", "SweepSummary", "TrialPlan", "plan_sweep", "sweep"]
+__all__ = [
+    "SWEEP_RECIPE",
+    "Sweep",
+    "SweepPlan",
+    "SweepSummary",
+    "TrialPlan",
+    "plan_sweep",
+    "read_sweep_table",
+    "sweep",
+]
 
 SWEEP_RECIPE, TABLE, BEST, TRIALS = "sweep.toml", "sweep.json", "best.toml", "trials"
 
@@ -99,6 +108,36 @@ class Sweep:
             spelled = str(axis).partition("=")[2] if isinstance(axis, Range) else axis.values
             lines.append(f"{axis.key} = {toml_value(spelled)}")
         return "\n".join(lines) + "\n"
+
+
+_TABLE_KEYS = ("over", "search", "together", "trials")
+
+
+def read_sweep_table(path: Path) -> dict[str, Any]:
+    """Return the table ``[sweep]`` of a recipe; empty where it has none.
+
+    Raises:
+        ConfigError: it holds keys that a sweep does not have, all of them named, or ``over`` is no table.
+        NotFoundError: there is no such file.
+    """
+    held = read_table(path, "sweep")
+    wrong = {f"sweep.{key}": _unknown(key) for key in held if key not in _TABLE_KEYS}
+    if not isinstance(held.get("over", {}), Mapping):
+        wrong["sweep.over"] = "must be a table of settings with their values"
+    if wrong:
+        raise ConfigError(
+            f"the table [sweep] of '{path}' cannot be used",
+            where=wrong,
+            hint='what to try stands in [sweep.over], such as "method.rank" = [4, 16]',
+        )
+    return held
+
+
+def _unknown(key: str) -> str:
+    near = nearest(key, _TABLE_KEYS, count=1)
+    return (
+        f"unknown key; did you mean '{near[0]}'?" if near else f"unknown key; known: {' '.join(_TABLE_KEYS)}"
+    )
 
 
 def _require_one_process(recipe: Recipe) -> None:

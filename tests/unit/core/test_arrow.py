@@ -151,5 +151,8 @@ def test_what_cannot_be_mixed_is_refused_by_name() -> None:
         model(x)
     conv = nn.Sequential(nn.Conv1d(4, 4, 3))
     addenda.attach(conv, addenda.LoRA(rank=2), ["0"], name="law")
-    with addenda.activated(conv, addenda.Arrow(("law",))), pytest.raises(TargetError, match="cannot route"):
+    with (
+        addenda.activated(conv, addenda.Arrow(("law",))),
+        pytest.raises(TargetError, match="cannot be routed"),
+    ):
         conv(torch.randn(2, 4, 9))
