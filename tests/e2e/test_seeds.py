@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 import pytest
 
 from addenda.cli.app import run
+from addenda.errors import TrainingError
 from addenda.evals.record import RunRecord
 from addenda.evals.report import render_report
+from addenda.evals.results import HeldoutMetrics, RowScore
+from addenda.recipe import RunSummary
+from addenda.recipe.seeds import summed_up
 
 QUICK = (
     "train.epochs=2",
@@ -87,8 +92,6 @@ def test_the_adapter_of_the_folder_is_used_as_any_other(
 
 
 def test_a_run_with_seeds_that_was_cut_off_goes_on(seeds: Path, tmp_path: Path) -> None:
-    import shutil
-
     out = tmp_path / "run"
     shutil.copytree(seeds, out)
     for name in ("summary.json", "record.json", "report.html"):
@@ -101,12 +104,22 @@ def test_a_run_with_seeds_that_was_cut_off_goes_on(seeds: Path, tmp_path: Path) 
     )
 
 
-def test_a_seed_that_fails_is_named_and_one_that_is_first_ends_the_run(
+def test_a_seed_that_fails_is_named(seeds: Path, tmp_path: Path) -> None:
+    one = seeds / "seeds" / "seed-5"
+    record = RunRecord.from_json((one / "record.json").read_text())
+    done = RunSummary(one, summary(one), record, HeldoutMetrics.of([RowScore(1.0, 1, 1)]))
+    found = summed_up(tmp_path, {5: done, 6: TrainingError("the loss is nan")})
+    assert found.figures["seeds"]["failed"] == {"6": "the loss is nan"}
+    assert found.figures["seeds"]["heldout_nll_after"]["interval"] is None
+    assert "Seed 6 ended early: the loss is nan." in (tmp_path / "report.html").read_text()
+
+
+def test_a_first_seed_that_fails_ends_the_run(
     tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
     code = train(chat_rows, tiny_model, out, "train.seeds=2", "train.learning_rate=1e30")
-    assert code == 4
+    assert code == 1
     assert "loss is" in capsys.readouterr().err
     assert not (out / "summary.json").exists()
     assert train(chat_rows, tiny_model, tmp_path / "x", "train.seeds=2", flags=("--profile",)) == 2

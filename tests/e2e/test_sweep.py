@@ -155,3 +155,40 @@ def test_seeds_are_compared_on_the_same_held_out_rows(
     assert len({record["heldout"]["nll_before"] for record in records}) == 2  # one for each form of the base
     assert len({trial["heldout_nll"] for trial in found["trials"]}) == 4
     assert all(trial["behind_best_interval"] for trial in found["trials"][1:])
+
+
+def test_what_cannot_run_in_one_pass_after_all_is_trained_one_by_one(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that asks the tokens of the pass sees those of other adapters' rows, and says so."""
+    colon = json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"][":"]
+    over = ["--over", "train.learning_rate=1e-3,1e-2", "--method", "alora"]
+    sets = (f"method.invocation=[{colon}]", "train.epochs=1")
+    given = arguments(chat_rows, tiny_model, tmp_path / "sweep", *over, sets=sets)
+    given.remove("-q")
+    assert run(given) == 0
+    assert "not trained together" in capsys.readouterr().err
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [(trial["status"], trial["together"]) for trial in found["trials"]] == [("finished", 1)] * 2
+
+
+def test_trials_that_differ_in_a_setting_of_the_process_are_apart(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = ["--over", "train.tokens_per_micro_batch=128,256", "--over", "method.rank=2,4,8"]
+    given = [*arguments(chat_rows, tiny_model, tmp_path / "sweep", *over), "--dry-run"]
+    planned = document(capsys, given)
+    assert [trial["together"] for trial in planned["shown"]] == [3] * 6
+    capped = document(capsys, [*given, "--together", "2"])
+    assert sorted(trial["together"] for trial in capped["shown"]) == [1, 1, 2, 2, 2, 2]
+    assert run([*given, "--together", "none"]) == 2
+    assert "--together takes a number or auto" in capsys.readouterr().err
+
+
+def test_a_trial_that_fits_nothing_is_named_by_the_plan_and_by_the_sweep(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = ["--over", "method.targets=q_proj,no_such_layer", "--set", "train.epochs=1"]
+    found = document(capsys, arguments(chat_rows, tiny_model, tmp_path / "sweep", *over))
+    assert [trial["status"] for trial in found["trials"]] == ["finished", "failed"]
+    assert "no_such_layer" in found["trials"][1]["reason"]

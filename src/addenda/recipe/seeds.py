@@ -31,7 +31,7 @@ from addenda.recipe.shared import open_shared, run_shared
 from addenda.settings import Recipe, resolve
 from addenda.train import lock_run
 
-__all__ = ["SEEDS", "run_seeds"]
+__all__ = ["SEEDS", "run_seeds", "summed_up"]
 
 SEEDS = "seeds"
 """Folder in that of a run: a run folder for each seed."""
@@ -79,7 +79,7 @@ def run_seeds(
             on_event(Note(f"training with seed {', '.join(map(str, group))}"))
             results = run_shared(shared, list(group.values()), on_event, command=command)
             found.update(zip(group, results, strict=True))
-        return _summed_up(folder, found)
+        return summed_up(folder, found)
 
 
 def _seeds(recipe: Recipe) -> range:
@@ -102,7 +102,7 @@ def _recipe_of(recipe: Recipe, seed: int) -> Recipe:
     return recipe
 
 
-def _summed_up(folder: Path, found: Mapping[int, RunSummary | AddendaError]) -> RunSummary:
+def summed_up(folder: Path, found: Mapping[int, RunSummary | AddendaError]) -> RunSummary:
     """Put what the first seed left, and the figures over all, into the folder of the run."""
     done = {seed: one for seed, one in found.items() if isinstance(one, RunSummary)}
     failed = {seed: one for seed, one in found.items() if isinstance(one, AddendaError)}

@@ -404,10 +404,13 @@ def _run(
     trials: Sequence[Trial], wanted: Sweep, families: _Families, on_event: OnRunEvent, command: str
 ) -> Iterator[Outcome]:
     """Run the trials that are still to be run, those first that are known already."""
+    wanted_recipes = {trial.name: _recipe_of(wanted, trial) for trial in trials}
+    for trial in trials:
+        _clear_of_others(trial, wanted_recipes[trial.name], on_event)
     known = {trial.name: read_outcome(trial) for trial in trials}
     yield from (outcome for outcome in known.values() if outcome is not None)
     missing = {trial.name: trial for trial in trials if known[trial.name] is None}
-    recipes = {name: _recipe_of(wanted, trial) for name, trial in missing.items()}
+    recipes = {name: wanted_recipes[name] for name in missing}
     groups, failed = families.groups(recipes, wanted.together)
     for name, error in failed.items():
         yield _ended(missing[name], error)
@@ -431,6 +434,20 @@ def _recipe_of(wanted: Sweep, trial: Trial) -> Recipe | AddendaError:
         return recipe
     own = recipe.derive("out", str(trial.folder), "of the sweep")
     return own.derive("name", trial.name, "of the sweep")
+
+
+def _clear_of_others(trial: Trial, recipe: Recipe | AddendaError, on_event: OnRunEvent) -> None:
+    """Empty the folder of a trial that was begun with other settings.
+
+    A search that goes on may choose others than before, once a trial that had failed by then has a loss.
+    """
+    begun = trial.folder / RECIPE
+    if isinstance(recipe, AddendaError) or not begun.is_file():
+        return
+    before, now = resolve(file=begun).values(), recipe.values()
+    if any(now[key] not in (None, "auto", before.get(key)) for key in trial.point):
+        on_event(Note(f"{trial.name} was begun with other settings, and is run anew: {shown(trial.point)}"))
+        clear(trial.folder)
 
 
 def _ended(trial: Trial, error: AddendaError) -> Outcome:
