@@ -70,7 +70,8 @@ def test_identity_changes_with_every_setting_that_changes_the_result():
         "min_lr_fraction": 0.5, "weight_decay": 0.5, "betas": (0.5, 0.5), "eps": 0.5, "clip_norm": None,
         "batch_size": 5, "tokens_per_micro_batch": 5, "evals_per_epoch": 5, "eval_every_steps": 5, "patience": None,
         "save_every_steps": 5, "save_every_minutes": None, "keep_checkpoints": 5, "seed": 5, "threads": 5,
-        "sharding": "full", "kernels": "off", "memory_gib": 5.0, "optimizer": "adamw8bit", "offload": "none",
+        "seeds": 5, "sharding": "full", "kernels": "off", "memory_gib": 5.0, "optimizer": "adamw8bit",
+        "offload": "none",
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(TrainConfig)}
     same = TrainConfig().identity()
