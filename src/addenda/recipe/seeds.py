@@ -26,8 +26,8 @@ from addenda.recipe.folder import (
     write_json,
     write_text,
 )
+from addenda.recipe.joint import open_shared, run_shared
 from addenda.recipe.prepare import Note, OnRunEvent
-from addenda.recipe.shared import open_shared, run_shared
 from addenda.settings import Recipe, resolve
 from addenda.train import lock_run
 

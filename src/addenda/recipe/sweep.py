@@ -12,10 +12,10 @@ from typing import Any, Literal
 from addenda.core import Progress
 from addenda.errors import AddendaError, ConfigError, DataError, TrainingError, nearest
 from addenda.recipe.folder import RECIPE, clear, require_place, write_json, write_text
+from addenda.recipe.joint import MOST_TOGETHER, Shared, open_shared, run_shared
 from addenda.recipe.prepare import Note, OnRunEvent
 from addenda.recipe.runner import free_folder
 from addenda.recipe.search import Grid, OptunaSearch, Search
-from addenda.recipe.shared import MOST_TOGETHER, Shared, open_shared, run_shared
 from addenda.recipe.space import Axis, Point, Range, Source, recipes_of, shown
 from addenda.recipe.trials import Outcome, Standing, Trial, read_outcome, standings
 from addenda.settings import BaseSettings, Recipe, given_values, resolve
@@ -49,7 +49,7 @@ class Sweep:
     trials: int | None = None
     """How many a search runs; None: `addenda.recipe.search.TRIALS`. A grid has as many as its values make."""
     together: int | None = None
-    """The most trials trained at once; None: as many as memory holds, `addenda.recipe.shared.MOST_TOGETHER` at most."""
+    """The most trials trained at once; None: as many as memory holds, `addenda.recipe.joint.MOST_TOGETHER` at most."""
 
     def __post_init__(self) -> None:
         found = []

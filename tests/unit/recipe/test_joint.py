@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from addenda.recipe.shared import _cost_key
+from addenda.recipe.joint import _cost_key
 from addenda.settings import resolve
 
 
