@@ -115,9 +115,11 @@ LISTED = (
 )
 
 LEFT_OUT = {
+    "adapter-fusion": "mixes adapters of several tasks, and these are measured one at a time",
     "alora": "without an invocation, which these tasks do not have, it is LoRA",
     "cpt": "what it adds to prompt tuning is a context of examples, which these tasks do not give",
     "trainable-tokens": "trains the embeddings of tokens that the base does not know yet, and these tasks have none",
+    "xlora": "mixes adapters of several tasks, and these are measured one at a time",
 }
 """Methods that no contender is of, each with the reason."""
 

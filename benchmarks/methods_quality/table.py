@@ -22,6 +22,8 @@ README = HERE / "README.md"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """The 97.5 % quantile of Student's t, by the number of runs."""
 SCORES = {"banking77": "accuracy", "gsm8k": "nll"}
+FEWEST = 3
+"""Test runs that a method needs to be in the table."""
 REFERENCE = "lora"
 """What the others are compared with, seed by seed."""
 
@@ -62,7 +64,7 @@ def render(task: str, runs: Sequence[dict[str, Any]], every: Sequence[str]) -> s
         every: the names of all contenders.
     """
     score, found = SCORES[task], summaries(runs, SCORES[task])
-    done = [each for each in found if len(each["test"]) > 1]
+    done = [each for each in found if len(each["test"]) >= FEWEST]
     sign = -1.0 if score == "accuracy" else 1.0
     done.sort(key=lambda each: sign * interval([run[score] for run in each["test"]])[0])
     reference = next((each for each in done if each["name"] == REFERENCE), None)

@@ -95,3 +95,100 @@ def test_every_problem_of_a_grid_is_named_before_anything_is_read(
     assert "did you mean 'train.learning_rate'?" in said
     assert "rank" in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_trials_in_one_pass_learn_what_they_learn_one_by_one(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A method that runs together with others, and one that cannot."""
+    over = ["--over", "train.learning_rate=2e-3,1e-2", "--over", "method.name=lora,prompt-tuning"]
+    given = [arguments(chat_rows, tiny_model, tmp_path / name, *over) for name in ("one", "several")]
+    planned = document(capsys, [*given[1], "--dry-run"])
+    assert planned["trials"] == 4
+    assert all(trial["seconds"] > 0 and trial["bytes"] > 0 for trial in planned["shown"])
+    at_once = {(t["settings"]["method.name"], t["together"]) for t in planned["shown"]}
+    assert at_once == {("lora", 2), ("prompt-tuning", 1)}
+    assert not (tmp_path / "several").exists()
+    alone = document(capsys, [*given[0], "--together", "1"])
+    together = document(capsys, given[1])
+    by_name = {trial["name"]: trial for trial in alone["trials"]}
+    for trial in together["trials"]:
+        other = by_name[trial["name"]]
+        assert trial["settings"] == other["settings"]
+        assert trial["heldout_nll"] == pytest.approx(other["heldout_nll"], rel=5e-3)
+        assert trial["trainable_parameters"] == other["trainable_parameters"]
+
+
+def test_optuna_searches_ranges_and_goes_on_where_it_was(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna")
+    out = tmp_path / "sweep"
+    over = ["--over", "train.learning_rate=1e-3..5e-2:log", "--over", "method.rank=2..5"]
+    search = ["--search", "optuna", "--trials", "4", "--together", "2"]
+    whole = document(capsys, arguments(chat_rows, tiny_model, out, *over, *search))
+    assert len(whole["trials"]) == 4
+    for trial in whole["trials"]:
+        assert 1e-3 <= trial["settings"]["train.learning_rate"] <= 5e-2
+        assert trial["settings"]["method.rank"] in range(2, 6)
+    for name in ("trial-003", "trial-004"):
+        shutil.rmtree(out / "trials" / name)
+    resumed = document(capsys, ["sweep", "--resume", "--out", str(out), "-q"])
+    assert {t["name"]: t["settings"] for t in resumed["trials"]} == {
+        t["name"]: t["settings"] for t in whole["trials"]
+    }
+
+
+def test_seeds_are_compared_on_the_same_held_out_rows(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "sweep"
+    recipe = tmp_path / "sweep-me.toml"
+    recipe.write_text(
+        '[sweep]\ntogether = 2\n[sweep.over]\ntrain.seed = [3, 4]\nbase.weights = ["dense", "int8"]\n',
+        encoding="utf-8",
+    )
+    found = document(capsys, arguments(chat_rows, tiny_model, out, "--recipe", str(recipe)))
+    records = [json.loads((Path(t["folder"]) / "record.json").read_text()) for t in found["trials"]]
+    assert len(records) == 4
+    assert len({record["heldout"]["nll_before"] for record in records}) == 2  # one for each form of the base
+    assert len({trial["heldout_nll"] for trial in found["trials"]}) == 4
+    assert all(trial["behind_best_interval"] for trial in found["trials"][1:])
+
+
+def test_what_cannot_run_in_one_pass_after_all_is_trained_one_by_one(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter that asks the tokens of the pass sees those of other adapters' rows, and says so."""
+    colon = json.loads((tiny_model / "tokenizer.json").read_text())["model"]["vocab"][":"]
+    over = ["--over", "train.learning_rate=1e-3,1e-2", "--method", "alora"]
+    sets = (f"method.invocation=[{colon}]", "train.epochs=1")
+    given = arguments(chat_rows, tiny_model, tmp_path / "sweep", *over, sets=sets)
+    given.remove("-q")
+    assert run(given) == 0
+    assert "not trained together" in capsys.readouterr().err
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [(trial["status"], trial["together"]) for trial in found["trials"]] == [("finished", 1)] * 2
+
+
+def test_trials_that_differ_in_a_setting_of_the_process_are_apart(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = ["--over", "train.tokens_per_micro_batch=128,256", "--over", "method.rank=2,4,8"]
+    given = [*arguments(chat_rows, tiny_model, tmp_path / "sweep", *over), "--dry-run"]
+    planned = document(capsys, given)
+    assert [trial["together"] for trial in planned["shown"]] == [3] * 6
+    capped = document(capsys, [*given, "--together", "2"])
+    assert sorted(trial["together"] for trial in capped["shown"]) == [1, 1, 2, 2, 2, 2]
+    assert run([*given, "--together", "none"]) == 2
+    assert "--together takes a number or auto" in capsys.readouterr().err
+
+
+def test_a_trial_that_fits_nothing_is_named_by_the_plan_and_by_the_sweep(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    over = ["--over", "method.targets=q_proj,no_such_layer", "--set", "train.epochs=1"]
+    found = document(capsys, arguments(chat_rows, tiny_model, tmp_path / "sweep", *over))
+    assert [trial["status"] for trial in found["trials"]] == ["finished", "failed"]
+    assert "no_such_layer" in found["trials"][1]["reason"]

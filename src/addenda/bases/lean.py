@@ -67,7 +67,7 @@ def lean(model: nn.Module, *, skip_padding: bool = False) -> Lean:
         skip_padding: do no work for tokens that the attention mask hides, in encoders of text that are known to give
             the others the same without them. Their states come out as zeros: a loss must not read them. Dropout then
             draws other numbers, as there are fewer tokens. Calls that ask for the states or the attention weights of
-            each block, and training with gradient checkpointing, take the padding along.
+            each block or meet a hook on one, and training with gradient checkpointing, take the padding along.
 
     Returns:
         What was found: ``fused``, ``unfused`` and ``describe()`` say it. It acts only within the block, which may be

@@ -17,6 +17,7 @@ from addenda.cli.verb import verb
 from addenda.errors import ConfigError, NotFoundError
 
 if TYPE_CHECKING:
+    from addenda.evals.record import SeedFacts
     from addenda.recipe import RunSummary
     from addenda.settings import Recipe
 
@@ -147,4 +148,16 @@ def _figures(summary: RunSummary) -> str:
         "adapter": str(summary.folder / "adapter"),
         "report": str(summary.folder / "report.html"),
     }
+    rows |= _over_seeds(record.seeds) if record.seeds else {}
     return "\n".join(f"{name:<20} {value}" for name, value in rows.items())
+
+
+def _over_seeds(facts: SeedFacts) -> dict[str, str]:
+    """How far the figures lie apart; those above are the first seed's."""
+    seeds = ", ".join(map(str, facts.seeds))
+    found = {f"with seeds {seeds}": "mean, and Student's 95% interval over the seeds"}
+    for figure in facts.figures:
+        mean = figure.mean
+        ends = "one seed alone" if mean.low is None else f"[{mean.low:.4f}, {mean.high:.4f}]"
+        found[f"  {figure.key.removesuffix('_after')}"] = f"{mean.value:.4f} {ends}"
+    return found | {f"  seed {seed} ended": reason for seed, reason in facts.failed.items()}

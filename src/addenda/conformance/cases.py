@@ -11,6 +11,7 @@ from torch import nn
 
 from addenda.conformance.layers import LAYERS, PATHS
 from addenda.conformance.models import MODELS, model_of
+from addenda.conformance.trying import with_mixed
 from addenda.core import registry
 from addenda.core.contract import Method
 from addenda.core.layers import kind_of, layer_at, view_of
@@ -65,8 +66,14 @@ def _sample(place: str) -> nn.Module:
 
 
 def _refusal(method: Method, layer: str) -> str | None:
-    path = PATHS.get(layer, "layer")
-    view = view_of(layer_at(_sample(layer), path), path)
+    path, model = PATHS.get(layer, "layer"), _sample(layer)
+    if method.mixes():
+        model = LAYERS[layer]()[0]
+        try:
+            with_mixed(model, method, path)
+        except (MethodError, TargetError) as refusal:
+            return str(refusal).splitlines()[0]  # there is nothing to mix
+    view = view_of(layer_at(model, path), path)
     kind = kind_of(view.module)
     assert kind is not None
     why_not = kind.why_not(method)

@@ -14,7 +14,7 @@ import addenda
 import addenda.errors
 from addenda.conformance.cases import on_layers, only_on, parametrize
 from addenda.conformance.layers import LAYERS, PATHS
-from addenda.conformance.trying import same, seeded, snapshot, stirred  # noqa: F401 - a fixture of every test
+from addenda.conformance.trying import fitting, same, seeded, snapshot, stirred, with_mixed  # noqa: F401 - a fixture of every test
 from addenda.core.contract import Adapter, Method
 from addenda.core.layers import LayerView, layer_at
 
@@ -25,8 +25,9 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 @pytest.fixture
-def case(layer: str) -> tuple[nn.Module, Tensor]:
-    return LAYERS[layer]()
+def case(method: Method, layer: str, path: str) -> tuple[nn.Module, Tensor]:
+    model, batch = LAYERS[layer]()
+    return with_mixed(model, method, path), batch
 
 
 @pytest.fixture
@@ -39,10 +40,10 @@ def test_a_layer_it_cannot_adapt_is_refused_by_the_plan(
 ) -> None:
     model, _ = LAYERS[layer]()
     with pytest.raises((addenda.errors.TargetError, addenda.errors.MethodError)) as caught:
-        addenda.plan(model, method, path)
+        addenda.plan(with_mixed(model, method, path), method, path)
     assert caught.value.hint
     assert reason.split("; ")[0] in str(caught.value)
-    assert type(model.layer).__name__ == type(LAYERS[layer]()[0].layer).__name__
+    assert method.mixes() or type(model.layer).__name__ == type(LAYERS[layer]()[0].layer).__name__
 
 
 def input_of(model: nn.Module, path: str, batch: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def test_disabled_equals_base_and_detached_gives_the_base_back(
     assert same(snapshot(model), weights)
     assert type(model.layer) is kind
     assert [p.requires_grad for p in model.parameters()] == trainable
-    assert not [key for key in vars(model.layer) if "addenda" in key]
+    assert method.mixes() or not [key for key in vars(model.layer) if "addenda" in key]
 
 
 def test_gradients_reach_every_adapter_parameter_and_no_base_parameter(
@@ -145,7 +146,7 @@ def test_save_and_load_are_bitwise(
     handle = stirred(addenda.attach(model, method, path, name="mine"))
     expected = model(batch)
     saved = {name: tensor.detach().clone() for name, tensor in handle.tensors().items()}
-    addenda.save(model, f"{tmp_path}/adapter")
+    addenda.save(model, f"{tmp_path}/adapter", name="mine")
     handle.detach()
     loaded = addenda.load(model, f"{tmp_path}/adapter")
     assert same({name: tensor.detach() for name, tensor in loaded.tensors().items()}, saved)
@@ -231,7 +232,7 @@ def test_two_adapters_stack(method: Method, path: str, case: tuple[nn.Module, Te
     assert torch.equal(model(batch), both)
     first.detach()
     second.detach()
-    assert not hasattr(layer_at(model, path), "adapters")
+    assert set(getattr(layer_at(model, path), "adapters", {})) == set(method.mixes())
 
 
 def test_merging_what_another_stands_on_changes_nothing_or_is_refused(
@@ -298,7 +299,8 @@ class Pair(nn.Module):
 
 
 def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> None:
-    model, batch = Pair(), torch.randn(4, 5, 24)
+    method = fitting(method, 24)
+    model, batch = with_mixed(Pair(), method, "layer"), torch.randn(4, 5, 24)
     planned = addenda.plan(model, method, "layer")
     handle = stirred(addenda.attach(model, method, "layer"))
     commons = [adapter.common for adapter in handle.adapters.values()]
@@ -312,7 +314,7 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
     assert {id(tensor) for tensor in handle.tensors().values()} >= {id(p) for p in handle.parameters()}
     expected = model(batch)
     assert torch.equal(twin(batch), expected)
-    addenda.save(model, f"{tmp_path}/adapter")
+    addenda.save(model, f"{tmp_path}/adapter", name="default")
     handle.detach()
     loaded = addenda.load(model, f"{tmp_path}/adapter")
     assert torch.equal(model(batch), expected)
@@ -320,7 +322,8 @@ def test_what_layers_share_is_held_once(method: Method, tmp_path: object) -> Non
 
 
 def test_gradients_of_what_layers_share_come_from_all_of_them(method: Method) -> None:
-    model, batch = Pair().double(), torch.randn(4, 5, 24).double()
+    method = fitting(method, 24)
+    model, batch = with_mixed(Pair(), method, "layer").double(), torch.randn(4, 5, 24).double()
     handle = stirred(addenda.attach(model, method, "layer"))
     model(batch).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in handle.parameters())
@@ -385,6 +388,7 @@ def test_a_weighted_sum_adds_what_each_alone_changes(
 
     def under(wanted: object) -> Tensor:
         with addenda.activated(model, wanted):
+            model(batch)  # what looks ahead does so in a pass of the whole model
             return layer_at(model, path)(x)
 
     base = under(None)

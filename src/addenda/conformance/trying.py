@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from addenda.conformance.layers import FeedForward
+from addenda.core import registry
+from addenda.core.attaching import attach
+from addenda.core.contract import Method
 from addenda.core.handle import Handle
 
-__all__ = ["same", "seeded", "snapshot", "stirred"]
+__all__ = ["fitting", "same", "seeded", "snapshot", "stirred", "with_mixed"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +29,27 @@ def seeded(request: pytest.FixtureRequest) -> int:
     return seed
 
 
-def stirred(handle: Handle) -> Handle:
+def stirred(handle: Handle, by: float = 0.3) -> Handle:
     """Give the adapter values of a trained size, so that nothing is zero."""
     with torch.no_grad():
         for parameter in handle.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            parameter.add_(torch.randn_like(parameter) * by)
     return handle
+
+
+def with_mixed(model: nn.Module, method: Method, path: str) -> nn.Module:
+    """Attach the adapters that a method mixes, if any, to the same layers; they do not run by themselves."""
+    block = isinstance(getattr(model, path, None), FeedForward)
+    kind, settings = ("bottleneck", {"size": 2, "placement": "parallel"}) if block else ("lora", {"rank": 2})
+    for name in method.mixes():
+        made = registry.get(kind).from_settings(settings)
+        stirred(attach(model, made, path, name=name, seed=len(name)), by=0.15).disable()
+    return model
+
+
+def fitting(method: Method, width: int) -> Method:
+    """Return the method for a model that ends in that many features, where it has to be told."""
+    return replace(method, hidden_size=width) if hasattr(method, "hidden_size") else method  # type: ignore[call-arg]
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

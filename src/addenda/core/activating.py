@@ -11,6 +11,7 @@ from torch import nn
 from addenda.core.arrow import Arrow
 from addenda.core.composition import Composition, Rows, Stack, Sum
 from addenda.core.handle import _registry, handles
+from addenda.core.mixing import require_apart
 from addenda.errors import ConfigError, MethodError, NotFoundError, nearest
 
 __all__ = ["activate", "activated", "active_composition", "from_settings"]
@@ -29,7 +30,7 @@ def activate(model: nn.Module, wanted: Wanted) -> None:
 
     Raises:
         NotFoundError: the model carries no adapter of that name; all of them are named.
-        MethodError: one of them is merged, or another one is while the composition is no stack.
+        MethodError: one of them is merged, or would run twice: by itself and as part of a mixture.
 
     Example:
         >>> import addenda
@@ -56,6 +57,7 @@ def activate(model: nn.Module, wanted: Wanted) -> None:
         raise MethodError(
             f"adapter '{merged[0]}' is merged: it acts already", hint="call its unmerge() first"
         )
+    require_apart(on_model, composition)
     _registry(model).selection.composition = composition
 
 

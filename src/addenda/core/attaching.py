@@ -14,8 +14,10 @@ from addenda.core.foreign import keep_layout
 from addenda.core.handle import Handle, _registry, handles
 from addenda.core.host import host_of, install
 from addenda.core.layers import layer_at, view_of
+from addenda.core.mixing import require_mixable
 from addenda.core.observations import Observed
 from addenda.core.planning import plan
+from addenda.core.preview import Preview
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.progress import OnProgress
 from addenda.core.targets import Targets
@@ -65,6 +67,7 @@ def attach(
     Raises:
         TargetError: a target matches nothing, the name is taken, or the probe shows an adapter that does not work.
         MethodError: the method cannot stand on one of the layers, or needs to have observed them.
+        NotFoundError: it mixes adapters that the model does not carry.
 
     Example:
         >>> import addenda, torch
@@ -102,6 +105,7 @@ def attach_paths(
     """
     layers = {path: layer_at(model, path) for path in paths}
     require_free(model, name, layers)
+    require_mixable(handles(model), method)
     views = {path: view_of(layers[path], path, seed=seed, initialize=fill is None) for path in paths}
     for path, view in views.items():
         view.observed = observed.layers[path] if observed is not None else None
@@ -158,11 +162,17 @@ def install_adapters(
         install(view.module, view, name, adapters[path], registry.selection)
     handle = Handle(model, method, name, {path: view.module for path, view in views.items()})
     registry.handles[name] = handle
+    registry.rest(method.mixes())
     registry.selection.composition = Stack((*registry.selection.composition.names, name))
     if method.reads_tokens():
         registry.watch = registry.watch or TokenWatch(model)
         for path in views:
             handle._host(path)._addenda.view.watch = registry.watch
+    if method.looks_ahead():
+        registry.preview = registry.preview or Preview(model, registry.selection)
+        registry.preview.names.add(name)
+        for path in views:
+            handle._host(path)._addenda.view.preview = registry.preview
     return handle
 
 

@@ -21,7 +21,7 @@ from addenda.core.contract import Adapter, Base
 from addenda.core.terms import Addend
 from addenda.errors import ConfigError, MethodError, TargetError
 
-__all__ = ["Composition", "Rows", "Stack", "Stacked", "Sum", "average", "parallel", "require_names"]
+__all__ = ["Composition", "Once", "Rows", "Stack", "Stacked", "Sum", "average", "parallel", "require_names"]
 
 
 class Composition(ABC):
@@ -167,7 +167,7 @@ class Sum(Composition):
     def run(self, x: Tensor, base: Base, adapters: Mapping[str, Adapter]) -> Tensor:
         if (parts := self.parts(adapters, x, base.path)) is not None:
             return base.add_low_rank(x, *parts[0][:3])
-        once = cast(Base, _Once(base, x))
+        once = cast(Base, Once(base, x))
         total = plain = once(x)
         for name, weight in self.weights.items():
             if name in adapters:
@@ -267,8 +267,10 @@ class Rows(Composition):
             adapters[name] if name is not None and name in adapters else _BARE for name, _, _ in stretches
         ]
         view = cast(Any, base)
-        if view.args or view.kwargs:  # what else the layer was given belongs to all rows at once
-            once = cast(Base, _Once(base, x))
+        if (
+            view.args or view.kwargs or any(owner.by_place for owner in owners)
+        ):  # it belongs to all rows at once
+            once = cast(Base, Once(base, x))
             whole = {owner: owner(x, once) for owner in dict.fromkeys(owners)}
             made = [
                 whole[owner].narrow(dim, start, stop - start)
@@ -356,15 +358,16 @@ class Stacked(_Over):
         return self(x) + change
 
 
-class _Once(_Over):
+class Once(_Over):
     """A base that has run on one input already and does not run on it again."""
 
     def __init__(self, base: Base, x: Tensor) -> None:
         super().__init__(base)
-        self._x, self._y = x, base(x)
+        self._x = x
+        self.output: Tensor = base(x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._y if x is self._x else self._base(x)
+        return self.output if x is self._x else self._base(x)
 
 
 _Folded = tuple[Tensor, Tensor | None]

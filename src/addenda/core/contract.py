@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from addenda.core.observations import Needs, Observer
+from addenda.core.preview import Preview
 from addenda.core.prompts import Prompts
 from addenda.core.ranges import suffixes
 from addenda.core.tokens import TokenWatch
@@ -88,6 +89,8 @@ class Base(ABC):
 
     watch: TokenWatch | None
     """Tells the token ids of the pass that runs, where a method :meth:`~Method.reads_tokens`."""
+    preview: Preview | None
+    """Tells the hidden states of a first pass, where a method :meth:`~Method.looks_ahead`."""
 
     def __init__(
         self, *, seed: int = 0, parameter_device: torch.device | None = None, initialize: bool = True
@@ -100,6 +103,7 @@ class Base(ABC):
         self.common = None
         self.observed = None
         self.watch = None
+        self.preview = None
 
     @property
     @abstractmethod
@@ -120,6 +124,11 @@ class Base(ABC):
     @abstractmethod
     def channels_out(self) -> int:
         """Features of the layer's output."""
+
+    @property
+    def others(self) -> Mapping[str, Adapter]:
+        """The adapters on the layer, by name: where a method mixes some, it finds them here."""
+        return {}
 
     @property
     def groups(self) -> int:
@@ -279,6 +288,8 @@ class Adapter(nn.Module):
     sums: tuple[str, ...] = ()
     """Names of the buffers, not persistent, to which the backward passes of a step add what `Method.penalty` needs.
     They add up over micro-batches and processes, and are set to zero when the penalty was asked for."""
+    by_place: bool = False
+    """Whether what it does to a row depends on where the row stands in the batch, so that it has to see all rows."""
     common: nn.Module | None
     """What it shares with the adapters on the other layers: one module, set after :meth:`Method.build`."""
     _tied_weights_keys: ClassVar[Mapping[str, str]] = {r"common\.": "common"}
@@ -383,6 +394,14 @@ class Method(ABC):
     def reads_tokens(self) -> bool:
         """Whether its adapters ask ``base.watch`` for the token ids of the pass that runs."""
         return False
+
+    def looks_ahead(self) -> bool:
+        """Whether its adapters ask ``base.preview`` for the hidden states of a pass before the one that counts."""
+        return False
+
+    def mixes(self) -> tuple[str, ...]:
+        """Return the names of the adapters that it runs itself, which are then frozen and do not run on their own."""
+        return ()
 
     def rate_of(self, parameter: str) -> float:
         """Return the factor on the learning rate for the adapter's parameter of this name, such as ``"B"``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -19,18 +19,20 @@ from addenda.core.host import (
     PaddedEncoder,
     Selection,
     adapter_prefixes,
-    fold,
     pad_encoders,
     remove,
     require_module,
     running_on,
 )
+from addenda.core.merging import copy_of, fold_into, tied, write
+from addenda.core.mixing import Resting, require_apart, require_unmixed, rest, wake
+from addenda.core.preview import Preview
 from addenda.core.tokens import TokenWatch
 from addenda.core.views import LayerView
 from addenda.core.whole import is_whole
 from addenda.errors import MethodError
 
-__all__ = ["Handle", "handles", "tied", "tokens_kept"]
+__all__ = ["Handle", "handles", "tokens_kept"]
 
 
 class Handle:
@@ -163,7 +165,7 @@ class Handle:
         """Let the adapter run again, in its place in the order of attaching.
 
         Raises:
-            MethodError: it is merged or detached, or the active adapters are not a stack.
+            MethodError: it is merged or detached, a mixture runs it, or the active adapters are not a stack.
         """
         self._require_unmerged("enable")
         stack = self._stack("enable")
@@ -172,7 +174,9 @@ class Handle:
             attached = list(handles(self.model))
             later = attached[attached.index(self.name) + 1 :]
             place = next((i for i, name in enumerate(stack) if name in later), len(stack))
-            self._selection.composition = Stack((*stack[:place], self.name, *stack[place:]))
+            wanted = Stack((*stack[:place], self.name, *stack[place:]))
+            require_apart(handles(self.model), wanted)
+            self._selection.composition = wanted
 
     def disable(self) -> None:
         """Stop the adapter from running: the model computes what it would without it, bit for bit."""
@@ -199,6 +203,7 @@ class Handle:
                 it was.
         """
         self._require_unmerged("merge")
+        require_unmixed(handles(self.model), self.name, "merge")
         self._stack("merge")
         self._require_mergeable()
         self._require_order("merge", merged=True)
@@ -207,8 +212,8 @@ class Handle:
         for path, (weight, bias) in folded.items():
             state = self._host(path)._addenda
             if state.kept is None:
-                state.kept = _copy_of(state.view)
-            _write(state.view, weight, bias)
+                state.kept = copy_of(state.view)
+            write(state.view, weight, bias)
             state.merged.append(self.name)
         self._selection.composition = self._selection.composition.without(self.name)
 
@@ -228,19 +233,31 @@ class Handle:
         self.enable()
 
     def detach(self) -> None:
-        """Take the adapter off; layers without any other are as they were before, class and all."""
+        """Take the adapter off; layers without any other are as they were before, class and all.
+
+        Adapters that it mixed train and run again as they did before.
+
+        Raises:
+            MethodError: it was detached already, or a mixture stands over it.
+        """
         self._require_attached("detach")
+        require_unmixed(handles(self.model), self.name, "detach")
         if self.merged:
             self._unfold()
         registry = _registry(self.model)
+        running = self.name in registry.selection.composition.names
         registry.selection.composition = registry.selection.composition.without(self.name)
         for module in self._hosts.values():
             remove(module, self.name)
         self._hosts = {}
         registry.handles.pop(self.name, None)
+        registry.wake(self.method.mixes(), running=running)
+        if registry.preview is not None:
+            registry.preview.names.discard(self.name)
         if not registry.handles:
-            if registry.watch is not None:
-                registry.watch.remove()
+            for watch in (registry.watch, registry.preview):
+                if watch is not None:
+                    watch.remove()
             _thaw(self.model, registry.thawed)
             for encoder in registry.padded:
                 encoder.__class__ = cast(PaddedEncoder, encoder).original_class
@@ -254,11 +271,11 @@ class Handle:
 
     def _restore(self, path: str, state: HostState) -> None:
         assert state.kept is not None
-        _write(state.view, *state.kept)
+        write(state.view, *state.kept)
         others = list(state.merged)
         for name in others:
             adapter = cast(Adapter, self._host(path).adapters[name])
-            _write(state.view, *_fold(adapter, state.view))
+            write(state.view, *fold_into(adapter, state.view))
         if not others:
             state.kept = None
 
@@ -271,7 +288,7 @@ class Handle:
             MethodError: the method has no such weight, or a folded value is not finite.
         """
         host = self._host(path)
-        weight, bias = _fold(cast(Adapter, host.adapters[self.name]), host._addenda.view)
+        weight, bias = fold_into(cast(Adapter, host.adapters[self.name]), host._addenda.view)
         if not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
             raise MethodError(
                 f"folding '{self.name}' into '{path}' gives values that are not finite",
@@ -390,15 +407,32 @@ class Handle:
 
 
 class Registry:
-    """What a model remembers of its adapters: the handles, which run, who tells them token ids, what was trainable."""
+    """What a model remembers of its adapters: the handles, which run, which rest, what was trainable."""
 
     def __init__(self, model: nn.Module) -> None:
         self.handles: dict[str, Handle] = {}
         self.selection = Selection()
         self.padded: list[nn.Module] = []
         self.watch: TokenWatch | None = None
+        self.preview: Preview | None = None
+        self.resting: dict[str, Resting] = {}
         inside = adapter_prefixes(model)
         self.thawed = [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith(inside)]
+
+    def rest(self, names: tuple[str, ...]) -> None:
+        """Freeze the adapters that a mixture takes over, and let them run no more by themselves."""
+        for name in names:
+            found = rest(self.handles[name], self.selection.composition)
+            self.resting.setdefault(name, found)
+            self.selection.composition = self.selection.composition.without(name)
+
+    def wake(self, names: tuple[str, ...], *, running: bool) -> None:
+        """Let those that no mixture takes any more be as they were; ``running`` is whether the mixture ran."""
+        taken = {name for handle in self.handles.values() for name in handle.method.mixes()}
+        for name in names:
+            if name not in taken:
+                stacked = isinstance(self.selection.composition, Stack)
+                wake(self.handles[name], self.resting.pop(name), running=running and stacked)
 
 
 def _registry(model: nn.Module) -> Registry:
@@ -416,17 +450,18 @@ def _registry(model: nn.Module) -> Registry:
 
 @contextlib.contextmanager
 def tokens_kept(model: nn.Module, *, probing: bool = False) -> Iterator[None]:
-    """Let calls within the block change nothing of what adapters know of token ids.
+    """Let calls within the block change nothing of what adapters know of token ids and first passes.
 
     Args:
         model: carries adapters, or none.
         probing: let every adapter take part meanwhile, whatever the ids.
     """
     registry = model.__dict__.get("_addenda_registry")
-    if registry is None or registry.watch is None:
-        yield
-        return
-    with registry.watch.kept(probing=probing):
+    with contextlib.ExitStack() as kept:
+        if registry is not None and registry.watch is not None:
+            kept.enter_context(registry.watch.kept(probing=probing))
+        if registry is not None and registry.preview is not None and not probing:
+            kept.enter_context(registry.preview.kept())
         yield
 
 
@@ -450,51 +485,3 @@ def _thaw(model: nn.Module, names: list[str]) -> None:
     for name in names:
         if name in parameters:
             parameters[name].requires_grad_(True)
-
-
-def tied(model: nn.Module, views: Mapping[str, LayerView]) -> dict[str, str]:
-    """Return, for each layer whose weight or bias is also another module's, that other module's path."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((path, module))
-    found = {}
-    for path, view in views.items():
-        places = [place for place in (view.weight_place(), view.bias_place()) if place is not None]
-        others = [
-            other
-            for place in places
-            for other, module in owners.get(id(place.parameter), ())
-            if module is not place.module
-        ]
-        if others:
-            found[path] = others[0]
-    return found
-
-
-def _fold(adapter: Adapter, view: LayerView) -> tuple[Tensor, Tensor | None]:
-    with torch.no_grad():
-        weight, bias = fold(view, [adapter.fold])
-    return view.from_matrix(weight), bias
-
-
-def _copy_of(view: LayerView) -> tuple[Tensor, Tensor | None]:
-    bias = view.bias()
-    return view.weight_place().tensor().detach().clone(), None if bias is None else bias.clone()
-
-
-def _write(view: LayerView, weight: Tensor, bias: Tensor | None) -> None:
-    """Write a layer's weight and bias; the one place where a base weight is changed."""
-    with torch.no_grad():
-        view.weight_place().tensor().copy_(weight)
-        place = view.bias_place()
-        if place is None:
-            return
-        if bias is None:
-            if place.parameter is not None:
-                place.module._parameters[place.name] = None
-        elif place.parameter is None:
-            place.module._parameters[place.name] = nn.Parameter(bias.clone(), requires_grad=False)
-        else:
-            place.tensor().copy_(bias)

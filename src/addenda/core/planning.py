@@ -12,14 +12,16 @@ from torch import nn
 
 from addenda.core.building import build_adapters
 from addenda.core.contract import Method
-from addenda.core.handle import tied
+from addenda.core.handle import handles
 from addenda.core.host import adapter_prefixes, require_module
 from addenda.core.layers import view_of
+from addenda.core.merging import tied
+from addenda.core.mixing import paths_of_all, require_mixable
 from addenda.core.packed_layers import packed_numel
 from addenda.core.parts import Part
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve, why_unknown
 from addenda.core.views import LayerView
-from addenda.core.whole import is_whole, whole_layers, whole_problems
+from addenda.core.whole import exact_layers, is_whole, whole_layers, whole_problems
 from addenda.errors import MethodError, TargetError
 
 __all__ = ["Plan", "PlannedLayer", "plan", "require_possible"]
@@ -111,9 +113,11 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
             f"a method is an object such as LoRA(rank=16), not {method!r}",
             hint="make one of the classes that 'addenda methods' lists, with its settings",
         )
+    require_mixable(handles(model), method)
     wanted = default_targets(model, method) if targets is None else targets
     why_not, whole = (lambda kind: kind.why_not(method)), whole_layers(model, method)
-    targeted = resolve(model, wanted, why_not)
+    named = targets is not None or not method.mixes()
+    targeted = resolve(model, wanted, why_not) if named else exact_layers(model, method, list(wanted))
     layers = {p: m for p, (m, _) in adaptable(model).items() if p in targeted or p in whole}
     views = _possible_views(method, layers, whole_problems(model, method))
     rows, shared = _planned(method, views)
@@ -155,6 +159,8 @@ def default_targets(model: nn.Module, method: Method) -> Targets:
     Raises:
         TargetError: it has nothing to choose from.
     """
+    if method.mixes():
+        return paths_of_all(handles(model), method)
     layers = {path: kind for path, (_, kind) in adaptable(model).items()}
     chosen = method.default_targets([path for path, kind in layers.items() if kind.why_not(method) is None])
     if not chosen:

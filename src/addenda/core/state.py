@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from addenda.core import registry
 from addenda.core.attaching import attach_paths
+from addenda.core.contract import Method
 from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
 from addenda.core.host import require_module
@@ -116,6 +117,7 @@ def load(
     tensors = _verified_tensors(source, manifest)
     try:
         method = registry.get(manifest["method"]).from_settings(manifest["settings"])
+        _require_same_mixed(model, method, manifest, source)
         layers = exact_layers(model, method, manifest["layers"])
         require_possible(method, layers)
     except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
@@ -176,6 +178,8 @@ def _require_form(manifest: Any, path: Path) -> None:
     }
     shape["files"] = dict
     _refuse(f"'{path}' is not an adapter's manifest", path, unless=isinstance(manifest, dict))
+    if "mixes" in manifest:
+        shape["mixes"] = dict
     wrong = [key for key, kind in shape.items() if not isinstance(manifest.get(key), kind)]
     _refuse(f"'{path}' lacks or misstates {', '.join(wrong)}", path, unless=not wrong)
     _refuse(
@@ -220,7 +224,7 @@ def _tensors(handle: Handle) -> dict[str, Tensor]:
 
 
 def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    manifest = {
         "format_version": FORMAT_VERSION,
         "method": handle.method.name,
         "settings": handle.method.settings(),
@@ -230,6 +234,37 @@ def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> d
         "files": {_TENSORS: {"sha256": _sha256(tensors), "bytes": tensors.stat().st_size}},
         "provenance": dict(provenance),
     }
+    if handle.method.mixes():
+        manifest["mixes"] = _digests(handle.model, handle.method)
+    return manifest
+
+
+def _digests(model: nn.Module, method: Method) -> dict[str, str]:
+    """Return a digest of each adapter that a mixture mixes: of its method, its settings and its values, by name."""
+    on_model = handles(model)
+    return {name: _digest(on_model[name]) for name in method.mixes() if name in on_model}
+
+
+def _digest(handle: Handle) -> str:
+    made = json.dumps([handle.method.name, handle.method.settings()], sort_keys=True, default=list)
+    digest = hashlib.sha256(made.encode())
+    for name, value in sorted(_tensors(handle).items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return "sha256-" + digest.hexdigest()
+
+
+def _require_same_mixed(model: nn.Module, method: Method, manifest: Mapping[str, Any], source: Path) -> None:
+    """Refuse a mixture whose adapters are not on the model, or are not those that it was trained over."""
+    saved, here = dict(manifest.get("mixes", {})), _digests(model, method)
+    problems = [f"'{name}' is not on the model" for name in method.mixes() if name not in here]
+    problems += [f"'{name}' is another adapter" for name in here if saved.get(name) != here[name]]
+    if problems:
+        raise CheckpointError(
+            f"the mixture was trained over other adapters than these: {'; '.join(problems)}",
+            where={"folder": source, "adapters": " ".join(handles(model)) or "none"},
+            hint="load the adapters that it mixes first, under the names they had",
+        )
 
 
 def _class_name(model: nn.Module) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from addenda.core import parts
 from addenda.core.changed import changed_linear
-from addenda.core.contract import Base
+from addenda.core.contract import Adapter, Base
 from addenda.core.lowrank import low_rank_linear
 from addenda.core.terms import Addend, Term, linear_with_terms
 from addenda.memory.arena import product
@@ -86,6 +86,11 @@ class LayerView(Base):
     @property
     def dtype(self) -> torch.dtype:
         return self.stored().dtype
+
+    @property
+    def others(self) -> Mapping[str, Adapter]:
+        carries = hasattr(self.module, "_addenda")
+        return cast(Mapping[str, Adapter], self.module.adapters) if carries else {}
 
     @property
     def has_bias(self) -> bool:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass, field
 
 from addenda.errors import CheckpointError
+from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
 from addenda.evals.results import HeldoutChange, KLEstimate, SamplePair
 
@@ -21,6 +22,8 @@ __all__ = [
     "MethodFacts",
     "RecipeValue",
     "RunRecord",
+    "SeedFacts",
+    "SeedFigure",
 ]
 
 
@@ -152,6 +155,31 @@ class CostFacts:
 
 
 @dataclass(frozen=True)
+class SeedFigure:
+    """One figure over the seeds that a recipe was trained with."""
+
+    name: str
+    """In words, with its unit."""
+    key: str
+    """As in ``summary.json``."""
+    values: tuple[float, ...]
+    """One for each seed that came to its end."""
+    mean: Interval
+    """With Student's interval over the seeds."""
+
+
+@dataclass(frozen=True)
+class SeedFacts:
+    """The same recipe with several seeds, on the same held-out rows."""
+
+    seeds: tuple[int, ...]
+    """Those that came to their end; the first one's adapter is the run's."""
+    figures: tuple[SeedFigure, ...]
+    failed: dict[str, str]
+    """The other seeds, and why they ended."""
+
+
+@dataclass(frozen=True)
 class RecipeValue:
     """One setting of the resolved recipe."""
 
@@ -183,6 +211,8 @@ class RunRecord:
     recipe: tuple[RecipeValue, ...] = ()
     command: str = ""
     """The command line that made it, if one did."""
+    seeds: SeedFacts | None = None
+    """None where it was trained with one seed."""
 
     def to_json(self) -> str:
         """Return the record as JSON that `from_json` reads back into an equal record."""

@@ -11,7 +11,17 @@ from addenda.evals.charts import whisker_chart
 from addenda.evals.interval import Interval
 from addenda.evals.page import Html, bytes_of, count, duration, interval_text, moment, signed, table, tag
 from addenda.evals.record import RunRecord
-from addenda.evals.sections import answers, cost, curves, data, environment, general, limits, trained
+from addenda.evals.sections import (
+    answers,
+    cost,
+    curves,
+    data,
+    environment,
+    general,
+    limits,
+    over_seeds,
+    trained,
+)
 
 __all__ = ["render_report", "write_report"]
 
@@ -50,6 +60,7 @@ def render_report(record: RunRecord) -> str:
     """Return the page as text."""
     parts = [
         ("learning", "Learned or memorised", _learning(record)),
+        *([("seeds", "Over the seeds", over_seeds(record.seeds))] if record.seeds else []),
         ("curves", "The loss while training", curves(record)),
         ("answers", "Answers before and after", answers(record)),
         ("general", "How far the model moved on general prompts", general(record)),

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 from addenda.evals.charts import Series, bar, line_chart
 from addenda.evals.page import Html, bytes_of, count, duration, folded, interval_text, prose, table, tag
-from addenda.evals.record import LayerFacts, RunRecord
+from addenda.evals.record import LayerFacts, RunRecord, SeedFacts
 from addenda.evals.results import PromptShift, SamplePair
 
-__all__ = ["answers", "cost", "curves", "data", "environment", "general", "limits", "trained"]
+__all__ = ["answers", "cost", "curves", "data", "environment", "general", "limits", "over_seeds", "trained"]
 
 
 def curves(record: RunRecord) -> list[Html]:
@@ -196,6 +196,28 @@ def _groups(layers: Iterable[LayerFacts]) -> Html:
 
 def _shape(layer: LayerFacts) -> str:
     return " \N{MULTIPLICATION SIGN} ".join(str(size) for size in layer.shape)
+
+
+def over_seeds(facts: SeedFacts) -> list[Html]:
+    """How much the figures differ from seed to seed."""
+    rows = [
+        [
+            figure.name,
+            f"{figure.mean.value:.4f}",
+            interval_text(figure.mean, digits=4, sign=False).removeprefix("95% interval "),
+            *(f"{value:.4f}" for value in figure.values),
+        ]
+        for figure in facts.figures
+    ]
+    intro = (
+        f"The recipe was trained with {count(len(facts.seeds))} seeds, which decide initial values, order of the rows "
+        "and dropout; the held-out rows are the same. The intervals are Student's over the seeds: where the mean of "
+        "many more seeds would lie. All other sections show the first seed, whose adapter is the one kept."
+    )
+    ended = [tag("p", f"Seed {seed} ended early: {reason}.") for seed, reason in facts.failed.items()]
+    head = ["figure", "mean", "95% interval", *(f"seed {seed}" for seed in facts.seeds)]
+    numeric = (1, *range(3, len(head)))
+    return [tag("p", intro), table("Figures over the seeds", head, rows, numeric=numeric), *ended]
 
 
 def cost(record: RunRecord) -> list[Html]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from addenda.recipe.adapted import load_adapted
+from addenda.recipe.folder import RunSummary
 from addenda.recipe.planner import Setup
 from addenda.recipe.prepare import (
     Note,
@@ -14,7 +15,7 @@ from addenda.recipe.prepare import (
     prepare_base,
     prepare_data,
 )
-from addenda.recipe.runner import RunSummary, run, with_folder
+from addenda.recipe.runner import run, with_folder
 
 __all__ = [
     "Note",

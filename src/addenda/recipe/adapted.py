@@ -13,8 +13,8 @@ from addenda.core import Handle, load, read_manifest
 from addenda.errors import NotFoundError
 from addenda.export.peft import CONFIG as PEFT_CONFIG
 from addenda.export.peft import import_peft, read_config
+from addenda.recipe.folder import ADAPTER
 from addenda.recipe.prepare import Note, OnRunEvent, prepare_base
-from addenda.recipe.runner import ADAPTER
 from addenda.settings import BaseSettings
 
 __all__ = ["load_adapted"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ __all__ = [
     "Note",
     "OnRunEvent",
     "Prepared",
+    "RunRows",
+    "attach_run",
     "encode_all",
     "encoder_for",
     "number_format",
@@ -37,6 +39,9 @@ __all__ = [
     "prepare",
     "prepare_base",
     "prepare_data",
+    "read_rows",
+    "settle",
+    "with_tokens",
 ]
 
 PROBE_TOKENS = 32
@@ -93,9 +98,41 @@ def prepare(
         ConfigError: settings that do not fit the base or the data.
         TargetError: a target matches nothing, or an adapter that the probe did not reach.
     """
-    recipe, rows = _rows(recipe, on_event, parallel)
+    recipe, rows = read_rows(recipe, on_event, parallel)
     recipe, precision, foretold = _settle(recipe, rows, on_event, parallel)
     base = prepare_base(recipe.base, precision.dtype, on_event)
+    return attach_run(
+        recipe, rows, base, on_event, parallel, precision=precision, forecast=foretold, resume=resume
+    )
+
+
+def attach_run(
+    recipe: Recipe,
+    rows: RunRows,
+    base: LoadedBase,
+    on_event: OnRunEvent,
+    parallel: Parallel,
+    *,
+    precision: Precision,
+    forecast: dict[str, Any] | None,
+    resume: Path | None = None,
+) -> Prepared:
+    """Plan and attach on a base that is loaded, after observing it where the method begins with that.
+
+    Args:
+        recipe: all settings, those derived from rows and base included.
+        rows: what to train on.
+        base: with its weights; other adapters may be on it and do not act meanwhile.
+        on_event: told of progress and notes.
+        parallel: the processes that train together.
+        precision: the base's.
+        forecast: what the run will take.
+        resume: the folder of a run that goes on.
+
+    Raises:
+        MethodError: the method cannot stand on one of the layers.
+        TargetError: a target matches nothing, or an adapter that the probe did not reach.
+    """
     begun = resume is not None and (resume / START).is_dir()
     from_elsewhere = bool(recipe.method.needs()) and (begun or not parallel.first)
     observed = None if from_elsewhere else observe_base(base, recipe, rows.train, on_event)
@@ -107,7 +144,7 @@ def prepare(
     else:
         handle = _attach(base, recipe, planned, rows.train, observed, empty=from_elsewhere, on_event=on_event)
     return Prepared(
-        recipe, rows.dataset, rows.split, base, precision, planned, handle, rows.train, rows.heldout, foretold
+        recipe, rows.dataset, rows.split, base, precision, planned, handle, rows.train, rows.heldout, forecast
     )
 
 
@@ -123,17 +160,17 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
         TargetError: a target matches nothing.
     """
     if recipe.data.path:
-        recipe, rows = _rows(recipe, on_event, Parallel())
+        recipe, rows = read_rows(recipe, on_event, Parallel())
         return recipe, choose_setup(
             recipe, rows.base, row_sizes(rows.train), row_sizes(rows.heldout), on_progress=on_event
         )
     base = load_causal(recipe.base, number_format(recipe.base).dtype, on_progress=on_event, weightless=True)
-    recipe = _with_tokens(recipe, base)
+    recipe = with_tokens(recipe, base)
     return recipe, choose_setup(recipe, base, on_progress=on_event)
 
 
 @dataclass(frozen=True)
-class _Rows:
+class RunRows:
     """What there is before the weights are."""
 
     dataset: Dataset
@@ -145,8 +182,15 @@ class _Rows:
     precision: Precision
 
 
-def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Recipe, _Rows]:
-    """Read, check, split and encode; of the base only what encodes is used."""
+def read_rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Recipe, RunRows]:
+    """Read, check, split and encode; of the base only what encodes is used.
+
+    Returns:
+        The recipe with what follows from the base and the machine, and the rows.
+
+    Raises:
+        DataError: the data has errors, or no row can be held out.
+    """
     dataset = prepare_data(recipe.data, on_event)
     parts = split(
         dataset,
@@ -164,7 +208,7 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
         recipe = recipe.derive("base.device", str(device.device), device.reason)
     precision = _same_precision(number_format(recipe.base), parallel)
     base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
-    recipe = _with_tokens(recipe, base)
+    recipe = with_tokens(recipe, base)
     encoder = encoder_for(base, recipe.data, ahead=recipe.method.positions)
     if recipe.data.max_tokens is None:
         taken = f", {recipe.method.positions} of them the method's" if recipe.method.positions else ""
@@ -174,10 +218,10 @@ def _rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Rec
         recipe = recipe.derive("data.max_tokens", encoder.max_tokens, reason)
     train_rows = _encode(parts.train, encoder, "training", on_event)
     heldout_rows = _encode(parts.heldout, encoder, "held-out", on_event)
-    return recipe, _Rows(dataset, parts, train_rows, heldout_rows, base, precision)
+    return recipe, RunRows(dataset, parts, train_rows, heldout_rows, base, precision)
 
 
-def _with_tokens(recipe: Recipe, base: LoadedBase) -> Recipe:
+def with_tokens(recipe: Recipe, base: LoadedBase) -> Recipe:
     """Give the method the tokens of the texts that its settings hold."""
     before = recipe.method.settings()
     method = recipe.method.with_tokens(lambda text: tokens_of(base.tokenizer).encode([text])[0].ids)
@@ -188,14 +232,13 @@ def _with_tokens(recipe: Recipe, base: LoadedBase) -> Recipe:
 
 
 def _settle(
-    recipe: Recipe, rows: _Rows, on_event: OnRunEvent, parallel: Parallel
+    recipe: Recipe, rows: RunRows, on_event: OnRunEvent, parallel: Parallel
 ) -> tuple[Recipe, Precision, dict[str, Any] | None]:
     """Derive how the base is held and how much runs at once, where the recipe leaves it open.
 
     The first process decides for all.
     """
     found: dict[str, Any] = {}
-    precision = rows.precision
     if parallel.first:
         setup = choose_setup(
             recipe,
@@ -208,9 +251,15 @@ def _settle(
         on_event(Note(str(setup)))
         found = setup.document()
     found = parallel.agree(found)
+    recipe, precision = settle(recipe, rows.precision, found)
+    on_event(Note(f"precision: {precision.name}, {precision.reason}"))
+    return recipe, precision, found["forecast"]
+
+
+def settle(recipe: Recipe, precision: Precision, found: Mapping[str, Any]) -> tuple[Recipe, Precision]:
+    """Derive how the base is held and how much runs at once from a setup's document, where that is open."""
     if found["dtype"] != precision.name:
         precision = Precision(getattr(torch, found["dtype"]), found["reason"])
-    on_event(Note(f"precision: {precision.name}, {precision.reason}"))
     if recipe.base.dtype is None:
         recipe = recipe.derive("base.dtype", precision.name, precision.reason)
     if recipe.base.weights == "auto":
@@ -222,7 +271,7 @@ def _settle(
         and size != token_budgets(on_gpu=recipe.base.device.startswith("cuda"))[0]
     ):
         recipe = recipe.derive("train.tokens_per_micro_batch", size, "soonest over in the memory there is")
-    return recipe, precision, found["forecast"]
+    return recipe, precision
 
 
 def _device_for(recipe: Recipe, parallel: Parallel) -> Device:

@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from addenda.core import save
-from addenda.errors import BusyError, ConfigError, NotFoundError
-from addenda.evals.record import RunRecord
-from addenda.evals.report import write_report
-from addenda.evals.results import HeldoutMetrics, SamplePair
-from addenda.evals.samples import sample_pairs
-from addenda.evals.suite import Evaluation, evaluate
-from addenda.recipe.prepare import START, Note, OnRunEvent, Prepared, prepare
-from addenda.recipe.record import environment, make_record, versions
+from addenda.errors import ConfigError
+from addenda.recipe.folder import RunSummary, clear, require_place, run_prepared, train_prepared
+from addenda.recipe.prepare import OnRunEvent, prepare
+from addenda.recipe.seeds import run_seeds
 from addenda.settings import Recipe
-from addenda.train import (
-    Event,
-    MetricsLog,
-    OnEvent,
-    StepProfile,
-    StepTimes,
-    TrainResult,
-    lock_run,
-    peak_memory_bytes,
-    train,
-)
+from addenda.train import lock_run
 from addenda.train.parallel import Parallel, processes
 
-__all__ = [
-    "ADAPTER",
-    "RECIPE",
-    "SUMMARY",
-    "RunSummary",
-    "clear",
-    "free_folder",
-    "require_place",
-    "run",
-    "with_folder",
-    "write_json",
-    "write_text",
-]
-
-RECIPE, SUMMARY, REPORT, ADAPTER = "recipe.resolved.toml", "summary.json", "report.html", "adapter"
-METRICS, ENVIRONMENT, RECORD = "metrics.jsonl", "environment.json", "record.json"
-PROFILE = "profile.json"
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a run left behind."""
-
-    folder: Path
-    figures: dict[str, Any]
-    """The content of ``summary.json``."""
-    record: RunRecord
-    heldout: HeldoutMetrics
-    """Of the held-out rows with the adapter, row by row."""
-    profile: StepTimes | None = None
-    """Where the time of a step went, if that was asked for and the run had steps enough."""
+__all__ = ["free_folder", "run", "with_folder"]
 
 
 def run(
@@ -99,12 +49,15 @@ def run(
     with processes() as parallel:
         recipe = with_folder(recipe)
         _require_readable_by_all(recipe, parallel)
+        _require_one_seed(recipe, parallel, profile=profile)
+        if recipe.train.seeds > 1:
+            return run_seeds(recipe, on_event, resume=resume, force=force, command=command)
         if parallel.first:
             return _run(
                 recipe, parallel, on_event, resume=resume, force=force, command=command, profile=profile
             )
         ready = prepare(recipe, _silent, parallel)
-        _train(ready, Path(recipe.out or ""), _silent, resume=resume)
+        train_prepared(ready, Path(recipe.out or ""), _silent, resume=resume)
         return None
 
 
@@ -127,38 +80,15 @@ def _run(
         if force and not resume:
             # Only now: a run that cannot start leaves the one before as it was.
             clear(folder)
-        if not resume:
-            write_text(folder / RECIPE, ready.recipe.to_toml())
-            write_json(folder / ENVIRONMENT, environment())
-            if ready.recipe.method.needs():
-                save(ready.base.model, folder / START, name=ready.handle.name)
-        logged = _logged(folder, on_event)
-        with StepProfile(ready.handle, logged) as profiled:
-            result = _train(ready, folder, profiled if profile else logged, resume=resume)
-        measured = _evaluate(ready, on_event)
-        samples = _samples(ready, on_event)
-        wall = time.monotonic() - started + result.seconds_before
-        figures = {**_figures(ready, result, measured, wall), "processes": parallel.size}
-        figures["forecast"] = ready.forecast
-        save(
-            ready.base.model, folder / ADAPTER, name=ready.handle.name, provenance=_provenance(ready, figures)
-        )
-        record = make_record(
+        return run_prepared(
             ready,
-            result,
-            measured,
-            samples,
-            run_folder=folder,
-            wall_seconds=wall,
+            on_event,
+            started=started,
+            resume=resume,
             command=command,
+            profile=profile,
             processes=parallel.size,
         )
-        write_text(folder / RECORD, record.to_json() + "\n")
-        write_report(folder / REPORT, record)
-        write_json(folder / SUMMARY, figures)
-        if profiled.times is not None:
-            write_json(folder / PROFILE, profiled.times.document())
-    return RunSummary(folder, figures, record, measured.adapted, profiled.times)
 
 
 def with_folder(recipe: Recipe) -> Recipe:
@@ -173,6 +103,25 @@ def with_folder(recipe: Recipe) -> Recipe:
         return recipe.derive("out", parallel.agree(str(free)), "data and method, the first free name")
 
 
+def _require_readable_by_all(recipe: Recipe, parallel: Parallel) -> None:
+    if recipe.data.path == "-" and not parallel.alone:
+        raise ConfigError(
+            f"standard input cannot be read by {parallel.size} processes", hint="write the rows to a file"
+        )
+
+
+def _require_one_seed(recipe: Recipe, parallel: Parallel, *, profile: bool) -> None:
+    what = "a profile" if profile else "" if parallel.alone else f"training in {parallel.size} processes"
+    if recipe.train.seeds > 1 and what:
+        raise ConfigError(
+            f"{what} is of one seed, and train.seeds is {recipe.train.seeds}", hint="set train.seeds=1"
+        )
+
+
+def _silent(_: object) -> None:
+    """What the processes beside the first tell: nothing."""
+
+
 def free_folder(data: str, what: str) -> Path:
     """Return runs/<data>-<what>, with a number if that is taken."""
     stem = Path(data).stem if data != "-" else "stdin"
@@ -181,162 +130,6 @@ def free_folder(data: str, what: str) -> Path:
     return next(path for path in taken if not path.exists() or _never_began(path))
 
 
-def _require_readable_by_all(recipe: Recipe, parallel: Parallel) -> None:
-    if recipe.data.path == "-" and not parallel.alone:
-        raise ConfigError(
-            f"standard input cannot be read by {parallel.size} processes", hint="write the rows to a file"
-        )
-
-
-def _silent(_: object) -> None:
-    """What the processes beside the first tell: nothing."""
-
-
-def require_place(folder: Path, *, resume: bool, force: bool, holds: str = RECIPE) -> None:
-    """Refuse a folder that holds something else, or a run that is neither gone on with nor replaced.
-
-    Args:
-        folder: the run folder.
-        resume: go on with what is there.
-        force: replace what is there.
-        holds: the file by which a folder of ours is known.
-    """
-    there = [path.name for path in folder.iterdir() if path.name != ".lock"] if folder.is_dir() else []
-    ours = holds in there
-    if resume and not ours:
-        raise NotFoundError(
-            f"there is no run to resume in '{folder}'", hint="leave out --resume to start one"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise BusyError(f"'{folder}' is a file", hint="choose another --out")
-    if there and not resume and not (force and ours):
-        hint = "--resume goes on with it, --force replaces it, --out names another folder"
-        raise BusyError(
-            f"'{folder}' is not empty",
-            where={"holds": " ".join(sorted(there)[:8])},
-            hint=hint if ours else "it holds no run; choose another --out",
-        )
-
-
 def _never_began(folder: Path) -> bool:
     """Whether all it holds is the lock of a run that could not start, on faulty data for one."""
     return folder.is_dir() and [path.name for path in folder.iterdir()] == [".lock"]
-
-
-def clear(folder: Path) -> None:
-    """Empty a folder of ours but for its lock."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-
-
-def _logged(folder: Path, on_event: OnRunEvent) -> OnEvent:
-    log = MetricsLog(folder / METRICS)
-
-    def both(event: Event) -> None:
-        log(event)
-        on_event(event)
-
-    return both
-
-
-def _train(ready: Prepared, folder: Path, on_event: OnEvent, *, resume: bool) -> TrainResult:
-    identity = {
-        "data": ready.dataset.sha256,
-        "chat template": str(ready.base.template_sha256),
-        "tokenizer": ready.base.tokenizer_sha256,
-    }
-    ready.dataset.verify()
-    return train(
-        ready.base,
-        ready.handle,
-        ready.train.examples,
-        ready.heldout.examples,
-        ready.recipe.train,
-        run_dir=folder,
-        on_event=on_event,
-        resume=resume,
-        identity=identity,
-    )
-
-
-def _evaluate(ready: Prepared, on_event: OnRunEvent) -> Evaluation:
-    return evaluate(
-        ready.base,
-        ready.handle,
-        ready.heldout.examples,
-        train_examples=ready.train.examples,
-        seed=ready.recipe.train.seed,
-        on_progress=on_event,
-    )
-
-
-def _samples(ready: Prepared, on_event: OnRunEvent) -> list[SamplePair]:
-    if ready.base.chat_template is None:
-        on_event(Note("no answers before and after: the base has no chat template"))
-        return []
-    evals = ready.recipe.evals
-    return sample_pairs(
-        ready.base,
-        ready.handle,
-        ready.split.heldout,
-        count=evals.samples,
-        max_new_tokens=evals.max_new_tokens,
-        on_progress=on_event,
-    )
-
-
-def _figures(ready: Prepared, result: TrainResult, measured: Evaluation, wall: float) -> dict[str, Any]:
-    return {
-        **measured.figures(),
-        "trained_tokens": result.trained_tokens,
-        "tokens_per_second": result.tokens_per_second,
-        "steps": result.steps,
-        "epochs": result.epochs,
-        "best_step": result.best_step,
-        "stopped_early": result.stopped_early,
-        **{f"peak_{memory}_bytes": peak for memory, peak in peak_memory_bytes().items()},
-        "trainable_parameters": ready.handle.trainable_parameters,
-        "total_parameters": ready.plan.base_parameters + ready.handle.trainable_parameters,
-        "train_rows": len(ready.train.examples),
-        "train_seconds": result.seconds,
-        "wall_seconds": wall,
-    }
-
-
-def _provenance(ready: Prepared, figures: Mapping[str, Any]) -> dict[str, Any]:
-    base, data = ready.base, ready.dataset
-    described = {key: value for key, value in base.describe().items() if key != "folder"}
-    return {
-        "base": {**described, "load": ready.recipe.base.source},
-        "chat_template": base.chat_template,
-        "template_sha256": base.template_sha256,
-        "tokenizer_sha256": base.tokenizer_sha256,
-        "data": {
-            "name": data.name,
-            "sha256": data.sha256,
-            "shape": data.shape,
-            "rows": data.row_count,
-            "train_rows": len(ready.train.examples),
-            "heldout_rows": len(ready.heldout.examples),
-        },
-        "method": ready.recipe.method.name,
-        "seed": ready.recipe.train.seed,
-        "versions": versions(),
-        "recipe": {key: value for key, value in ready.recipe.values().items() if value is not None},
-        "figures": dict(figures),
-    }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")

@@ -11,29 +11,23 @@ from typing import Any
 from addenda.evals.interval import Interval, interval_of_ratio
 from addenda.evals.overfitting import compare
 from addenda.evals.results import HeldoutMetrics, RowScore
-from addenda.recipe.runner import SUMMARY, RunSummary, write_json
+from addenda.recipe.folder import SUMMARY, write_json
 from addenda.recipe.space import Point
-from addenda.settings import Recipe
 
-__all__ = ["Outcome", "Standing", "Trial", "outcome_of", "read_outcome", "standings"]
+__all__ = ["Outcome", "Standing", "Trial", "read_outcome", "standings"]
 
 HELDOUT, FAILED = "heldout.json", "failed.json"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One recipe of a sweep."""
+    """One choice of settings in a sweep."""
 
     name: str
     """``trial-001`` and so on; the name of its folder and of its adapter."""
     point: Point
-    recipe: Recipe
-    """With its own folder and name."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it is run."""
-        return Path(self.recipe.out or "")
+    folder: Path
+    """Where it is run."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +51,11 @@ class Outcome:
         rows = self.heldout.per_row
         return interval_of_ratio([row.nll_sum for row in rows], [row.tokens for row in rows])
 
+    @property
+    def loss(self) -> float | None:
+        """Held-out nll in nats per trained token; None where it ended early."""
+        return None if self.heldout is None else self.heldout.nll_per_token
+
     def write(self) -> None:
         """Leave in the trial's folder what a resumed sweep reads."""
         if self.heldout is None:
@@ -65,11 +64,6 @@ class Outcome:
             rows = self.heldout.per_row
             columns = {name: [getattr(row, name) for row in rows] for name in RowScore._fields}
             write_json(self.trial.folder / HELDOUT, columns)
-
-
-def outcome_of(trial: Trial, summary: RunSummary) -> Outcome:
-    """The outcome of a trial that was run to its end."""
-    return Outcome(trial, summary.heldout, summary.figures)
 
 
 def read_outcome(trial: Trial) -> Outcome | None:
@@ -118,6 +112,7 @@ class Standing:
             "trainable_parameters": self.outcome.figures.get("trainable_parameters"),
             "best_step": self.outcome.figures.get("best_step"),
             "train_seconds": self.outcome.figures.get("train_seconds"),
+            "together": self.outcome.figures.get("together"),
         }
 
 
@@ -128,7 +123,7 @@ def standings(outcomes: Sequence[Outcome]) -> list[Standing]:
         DataError: two trials were not measured on the same rows.
     """
     finished = [outcome for outcome in outcomes if outcome.heldout is not None]
-    finished.sort(key=lambda outcome: outcome.heldout.nll_per_token if outcome.heldout else 0.0)
+    finished.sort(key=lambda outcome: outcome.loss or 0.0)
     found = [
         Standing(outcome, outcome.nll, None if outcome is finished[0] else _behind(finished[0], outcome))
         for outcome in finished

@@ -20,6 +20,7 @@ HARMLESS = (
     "save_every_steps",
     "save_every_minutes",
     "keep_checkpoints",
+    "seeds",
     "threads",
     "sharding",
     "kernels",
@@ -85,6 +86,9 @@ class TrainConfig:
     """Newest checkpoints kept, >= 2, so that one damaged checkpoint never ends a run."""
     seed: int = 0
     """Seed of the row order and of dropout, >= 0."""
+    seeds: int = 1
+    """How many times a recipe trains, with ``seed``, ``seed`` + 1 and so on, >= 1: the figures then come with their
+    spread over the seeds, and the first seed's adapter is the run's."""
     threads: int | None = None
     """CPU threads; None leaves PyTorch's choice. Another number may change the last bits of the result."""
     sharding: Literal["none", "full"] = "none"
@@ -107,6 +111,7 @@ class TrainConfig:
 
     def _problems(self) -> list[str]:
         found = integer("epochs", self.epochs) + integer("batch_size", self.batch_size)
+        found += integer("seeds", self.seeds)
         found += integer("evals_per_epoch", self.evals_per_epoch) + integer("seed", self.seed, least=0)
         found += integer("keep_checkpoints", self.keep_checkpoints, least=2)
         optional = (

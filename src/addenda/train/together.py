@@ -46,9 +46,9 @@ from addenda.train.parallel import Parallel
 from addenda.train.session import Session, begin, open_session
 from addenda.train.state import seed_generators
 
-__all__ = ["Job", "train_together"]
+__all__ = ["PROCESS_SETTINGS", "Job", "train_together"]
 
-_SHARED = ("kernels", "memory_gib", "offload", "sharding", "threads", "tokens_per_micro_batch")
+PROCESS_SETTINGS = ("kernels", "memory_gib", "offload", "sharding", "threads", "tokens_per_micro_batch")
 """Settings of the process rather than of a run."""
 
 
@@ -117,7 +117,7 @@ def _require_apart(jobs: Sequence[Job]) -> None:
         found += [f"{what} '{value}' is in several jobs" for value in twice]
     if len({id(job.handle.model) for job in jobs}) > 1:
         found.append("the adapters are on different models")
-    for key in _SHARED:
+    for key in PROCESS_SETTINGS:
         set_to = sorted({repr(getattr(job.config, key)) for job in jobs})
         found += [f"train.{key} differs: {', '.join(set_to)}"] if len(set_to) > 1 else []
     if jobs and jobs[0].config.sharding != "none":

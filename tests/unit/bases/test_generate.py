@@ -191,6 +191,21 @@ def test_what_stands_in_front_of_a_conversation_takes_part_and_takes_room(name):
     assert generate(made, talks, max_new_tokens=3) == before
 
 
+def test_a_mixture_that_looks_ahead_answers_a_batch_as_each_conversation_alone():
+    made, talks = base(), [talk("z"), talk("abc"), talk("ab")]
+    before = generate(made, talks, max_new_tokens=6)
+    for seed, name in enumerate(("law", "style")):
+        handle = addenda.attach(made.model, addenda.LoRA(rank=4), name=name, seed=seed)
+        with torch.no_grad():
+            for parameter in handle.parameters():
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    method = registry.get("xlora")(of=("law", "style"), hidden_size=made.model.config.hidden_size)
+    addenda.attach(made.model, method, name="mix")
+    answers = generate(made, talks, max_new_tokens=6)
+    assert answers == [greedy_by_hand(made, messages, 6) for messages in talks]
+    assert answers != before
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -265,6 +265,33 @@ def test_padding_is_taken_along_where_leaving_it_out_would_show(change, rows_see
         assert_same(found.hidden_states, wanted.hidden_states)
 
 
+def test_a_hook_on_a_block_sees_the_batch_with_its_padding(rows_seen):
+    model, batch = classifier(), padded_batch()
+    form, seen = addenda.lean(model, skip_padding=True), []
+    hook = model.bert.encoder.layer[1].register_forward_hook(lambda _, __, y: seen.append(y))
+    wanted = model(**batch).logits
+    with form:
+        assert_same(model(**batch).logits, wanted)
+    torch.testing.assert_close(*([y[0] if isinstance(y, tuple) else y for y in seen]))
+    hook.remove()
+    rows_seen.clear()
+    with form:
+        model(**batch)
+    assert rows_seen == [(1, 64)] * 2
+
+
+def test_states_that_travel_along_the_blocks_are_as_without_lean_forms():
+    model, batch = classifier().bert, padded_batch()
+    handle = addenda.attach(model, addenda.Shadow(rank=2, dropout=0.0))
+    for parameter in handle.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    wanted = model(**batch).last_hidden_state
+    with addenda.lean(model, skip_padding=True):
+        found = model(**batch).last_hidden_state
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_checkpointing_takes_the_padding_along(rows_seen):
     model, batch = (
         classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train(),

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from addenda.evals import interval
-from addenda.evals.interval import interval_of_difference, interval_of_ratio, interval_of_share
+from addenda.evals.interval import (
+    interval_of_difference,
+    interval_of_mean,
+    interval_of_ratio,
+    interval_of_share,
+)
 
 
 def test_ratio_weighs_rows_by_their_tokens() -> None:
@@ -111,3 +116,17 @@ def test_unusable_rows_are_refused(amounts: list[float], weights: list[float]) -
 def test_impossible_shares_are_refused(hits: int, units: int) -> None:
     with pytest.raises(ValueError, match="0 <= hits <= units"):
         interval_of_share(hits, units)
+
+
+def test_students_interval_of_a_few_values_covers_their_mean_in_95_of_100_cases() -> None:
+    rng = np.random.default_rng(11)
+    for count in (2, 3, 6):
+        draws = rng.normal(3.0, 2.0, (400, count))
+        known = [interval_of_mean(values.tolist()) for values in draws]
+        hits = sum(one.low <= 3.0 <= one.high for one in known) / len(known)
+        assert hits == pytest.approx(0.95, abs=0.04), count
+    same = interval_of_mean([0.25] * 5)
+    assert (same.value, same.low, same.high, same.units) == (0.25, 0.25, 0.25, 5)
+    assert interval_of_mean([1.5]).low is None
+    with pytest.raises(ValueError, match="at least one"):
+        interval_of_mean([])

@@ -65,7 +65,7 @@ def _lean(module: nn.Module) -> Callable[..., Any]:
         named.update(named.pop("kwargs", {}))
         seen = _seen(named.pop("attention_mask", None))
         again = module.training and any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
-        if seen is None or again or _more_is_asked(module, named):
+        if seen is None or again or _watched(module) or _more_is_asked(module, named):
             return own(module, *args, **kwargs)
         return _packed(module, named, seen)
 
@@ -85,6 +85,12 @@ def _seen(mask: Any) -> Tensor | None:
         shown = shown == 0
     shown = shown.bool()
     return None if bool(shown.all()) or not bool(shown.any(1).all()) else shown
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether a hook stands on one of the blocks, which would see rows of another shape than it sees outside."""
+    blocks = [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
+    return any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
 
 
 def _more_is_asked(module: Any, named: dict[str, Any]) -> bool:

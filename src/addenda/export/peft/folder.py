@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
 from addenda.bases.registry import find
-from addenda.core.handle import Handle
+from addenda.core.handle import Handle, handles
 from addenda.core.layers import kind_of, layer_at
 from addenda.core.layers.experts import ExpertPart
 from addenda.core.parts import Part
@@ -46,6 +46,13 @@ from peft import PeftModel
 
 base = addenda.load_base({source!r})
 model = PeftModel.from_pretrained(base.model, "this folder")
+"""
+
+_USAGE_MIXED = """
+config = PeftConfig.from_pretrained("this folder")
+config.adapters = {{{{name: "this folder/" + name for name in config.adapters}}}}
+{model}.config.use_cache = False
+model = PeftModel.from_pretrained({model}, "this folder", config=config)
 """
 
 
@@ -89,12 +96,21 @@ def export_peft(
             title=f"Adapter '{handle.name}' for {base.name}",
             library="peft",
             tags=["addenda", handle.method.name],
-            usage=(_USAGE_REGISTERED if registered else _USAGE).format(source=source),
+            usage=_usage(handle, registered=registered).format(source=source),
             provenance=facts,
             parity=parity,
         )
         (work / "README.md").write_text(card, encoding="utf-8")
     return parity
+
+
+def _usage(handle: Handle, *, registered: bool) -> str:
+    usage = _USAGE_REGISTERED if registered else _USAGE
+    if not handle.method.mixes():
+        return usage
+    before, _, _ = usage.partition("model = PeftModel")
+    before = before.replace("import PeftModel", "import PeftConfig, PeftModel")
+    return before + _USAGE_MIXED.format(model="base.model" if registered else "base")
 
 
 def _read_again(
@@ -114,7 +130,8 @@ def _read_again(
         try:
             return f"addenda's own reader ({why_not})", logits_of(model, rows, on_progress=on_progress)
         finally:
-            again.detach()
+            for name in (again.name, *again.method.mixes()):
+                handles(model)[name].detach()
     import peft
 
     with warnings.catch_warnings():
@@ -176,6 +193,9 @@ def write_peft(
     path = Path(folder)
     (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file({**tensors, **_whole_tensors(handle, whole)}, path / TENSORS, metadata={"format": "pt"})
+    for name, inside in zip(own.method.mixes(), form.mixed(config), strict=True):
+        (path / inside).mkdir()
+        write_peft(handles(own.model)[name], path / inside, base_name=base_name, revision=revision)
 
 
 def _require_expressible(handle: Handle) -> Form:

@@ -111,6 +111,10 @@ class Form(ABC):
         """Return what a tensor of the layer at ``path`` is called in the file."""
         return name if self.of_model else f"{PREFIX}{path}.{name}"
 
+    def mixed(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the names of the folders, beside the configuration, that hold the adapters it mixes; none for most."""
+        return []
+
     def apart(
         self, model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,9 +29,7 @@ from addenda.export.peft.values import set_values, values
 
 __all__ = ["UNREAD", "import_peft", "known_keys", "read_config", "view_at"]
 
-UNREAD: Mapping[str, str] = {
-    "XLORA": "a network scales several finished adapters, which its folder holds beside its own tensors",
-}
+UNREAD: Mapping[str, str] = {}
 """Types of PEFT's that are neither read nor written, with the reason."""
 
 _LITERAL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -54,6 +52,8 @@ _HARMLESS = (
 )
 """Keys that every method has and that no adapter's arithmetic depends on."""
 _BASE_LAYER = ".base_layer."
+_IN_MIXTURE = "base_model.lora_model.model."
+"""What PEFT writes for `PREFIX` where an adapter is one of a mixture's."""
 _PATTERNS = ("rank_pattern", "alpha_pattern", "lambda_pattern")
 """Keys under which values stand by names of layers."""
 _NOTHING = ("bias = 'none'",)
@@ -73,18 +73,37 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str], *, name: str =
         UnsafeError: the folder asks for what could run code: pickled weights, or a regular expression.
         CheckpointError: a setting has no counterpart here, or settings, tensors and model disagree. The model is
             then as it was.
+
+    The adapters that a mixture mixes are attached before it, as ``<name>-0``, ``<name>-1`` and so on.
     """
     source = Path(folder)
     config = read_config(source)
     form = _form(config, source)
+    mixed: list[Handle] = []
+    try:
+        for inside in form.mixed(config):
+            mixed.append(import_peft(model, source / inside, name=f"{name}-{inside}"))
+        return _import(model, source, config, form, mixed, name=name)
+    except BaseException:
+        for handle in reversed(mixed):
+            handle.detach()
+        raise
+
+
+def _import(
+    model: nn.Module, source: Path, config: dict[str, Any], form: Form, mixed: Sequence[Handle], *, name: str
+) -> Handle:
     tensors = _without_base(model, config, _read_tensors(source), source)
     _require_numbers(form, tensors, source)
     config, tensors = form.apart(model, config, tensors)
-    paths, whole = (
-        (_at_the_model(form, model, tensors, source), [])
-        if form.of_model
-        else _paths(form, config, tensors, source)
-    )
+    whole: list[str] = []
+    if mixed:
+        config["adapters"] = [handle.name for handle in mixed]
+        paths = list(dict.fromkeys(path for handle in mixed for path in handle.own().paths))
+    elif form.of_model:
+        paths = _at_the_model(form, model, tensors, source)
+    else:
+        paths, whole = _paths(form, config, tensors, source)
     method = replace(form.read_settings(config, paths, tensors), whole=tuple(whole))
     along = form.along(model, paths)
     _require_same_targets(model, config, paths, along, source)
@@ -162,7 +181,10 @@ def _read_tensors(source: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, ValueError) as problem:
         raise _unfit(f"{TENSORS} is damaged: {problem}", source) from problem
-    return tensors
+    return {
+        PREFIX + key.removeprefix(_IN_MIXTURE) if key.startswith(_IN_MIXTURE) else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def _require_numbers(form: Form, tensors: Mapping[str, Tensor], source: Path) -> None:
