@@ -37,7 +37,7 @@ test-models: setup ## adapt real models, which packages of the index bring (190 
 	@$(PY) -c "from addenda.bases import load_base; load_base(weights='dense')"
 	@$(PY) -m pytest tests/models
 
-conformance: setup ## try every method on every layer in every dtype, and print which stands where (an hour)
+conformance: setup ## try every method on every layer in every dtype, and print which stands where (half an hour)
 	@$(PY) -m addenda.conformance
 
 parity-table: setup ## measure how far PEFT's answers are from ours, for docs/reference/peft.md (two minutes)

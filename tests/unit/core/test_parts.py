@@ -24,6 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import addenda
+from addenda.conformance.layers import LAYERS
 from addenda.core.layers import layer_at, parts_of
 from addenda.errors import MethodError, TargetError
 
@@ -244,6 +245,12 @@ def test_all_linear_leaves_recurrent_weights_to_be_named() -> None:
 
 SIZES = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 2, "intermediate_size": 12, "head_dim": 12}
+
+
+def test_rounding_in_sixteen_bits_is_not_taken_for_another_form() -> None:
+    torch.manual_seed(929794504)  # one draw in some thousands, of which little is left to compare by
+    model = LAYERS["expert-transposed"]()[0].bfloat16()
+    assert addenda.plan(model, addenda.LoRA(rank=2), "layer.2.down_proj").parameters > 0
 
 
 def mixtral(experts: int = 4) -> nn.Module:
