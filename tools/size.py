@@ -30,7 +30,8 @@ BUDGETS = {
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 5800,  # a file for each method that PEFT has too
     "cli": 2200,  # a verb a file
-    "recipe": 3100,  # a run, and many: sweeps, their search, their standing, what going on with one refuses
+    "sweeps": 1100,  # what to try, the search, the trials and their standing, going on with one
+    "recipe": 2100,  # a run, and several on one base; what going on with one refuses
     "": 1000,  # the files beside the rooms: errors, folders, settings, TOML
     "conformance": 1500,  # properties of methods and the places on which they are tried; tests, in effect
 }

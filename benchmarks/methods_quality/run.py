@@ -77,12 +77,16 @@ def in_child(task: Task, contender: Contender, rate: float, seed: int, part: str
     except EOFError:
         found = {"error": "the process ended without a result"}
     child.join()
+    if "broken" in found:
+        raise SystemExit(f"the benchmark cannot go on: {found['broken']}")
     return found
 
 
 def _child(out: Connection, task: Task, contender: Contender, rate: float, seed: int, part: str) -> None:
     try:
         found = task.run(contender, rate, seed, part)
+    except ImportError as error:  # the code is changing under the run, or a package lacks: no method's doing
+        found = {"broken": str(error)}
     except Exception as error:  # noqa: BLE001  (a method that fails is a result)
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}

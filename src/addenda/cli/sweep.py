@@ -16,8 +16,7 @@ from addenda.cli.verb import verb
 from addenda.errors import ConfigError, NotFoundError
 
 if TYPE_CHECKING:
-    from addenda.recipe.sweep import Sweep, SweepPlan, SweepSummary
-    from addenda.recipe.trials import Standing
+    from addenda.sweeps import Standing, Sweep, SweepPlan, SweepSummary
 
 __all__ = ["command"]
 
@@ -75,7 +74,7 @@ def command(
     trial that fails is listed with its reason.
     """
     wanted = _wanted(resume=resume, force=force, data__path=data, data__valid=valid, **flags)
-    from addenda.recipe.sweep import plan_sweep, sweep
+    from addenda.sweeps import plan_sweep, sweep
 
     with Display(console) as display:
         if dry_run:
@@ -97,8 +96,7 @@ def _wanted(
     together: str,
     **flags: Any,
 ) -> Sweep:
-    from addenda.recipe.space import Source, parse_axes
-    from addenda.recipe.sweep import Sweep, read_sweep_table
+    from addenda.sweeps import Source, Sweep, parse_axes, read_sweep_table
 
     if resume:
         _require_as_begun({"--over": over, "--search": search, "--force": force, **flags})
@@ -138,7 +136,7 @@ def _require_as_begun(given: dict[str, Any]) -> None:
 
 def _begun(out: str | None) -> Path:
     """The recipe that the sweep in a folder was begun with."""
-    from addenda.recipe.sweep import SWEEP_RECIPE
+    from addenda.sweeps import SWEEP_RECIPE
 
     if out is None:
         raise ConfigError(

@@ -9,7 +9,7 @@ import pytest
 
 from addenda.errors import DataError
 from addenda.evals.results import HeldoutMetrics, RowScore
-from addenda.recipe.trials import Outcome, Trial, read_outcome, standings
+from addenda.sweeps.trials import Outcome, Trial, read_outcome, standings
 
 
 def outcome(folder: Path, name: str, sums: np.ndarray | None, tokens: np.ndarray) -> Outcome:

@@ -12,7 +12,7 @@ from addenda.evals.interval import Interval, interval_of_ratio
 from addenda.evals.overfitting import compare
 from addenda.evals.results import HeldoutMetrics, RowScore
 from addenda.recipe.folder import SUMMARY, write_json
-from addenda.recipe.space import Point
+from addenda.sweeps.space import Point
 
 __all__ = ["Outcome", "Standing", "Trial", "read_outcome", "standings"]
 

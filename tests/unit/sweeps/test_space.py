@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from addenda.errors import ConfigError, MissingDependencyError
-from addenda.recipe.search import Grid, OptunaSearch
-from addenda.recipe.space import Choices, Range, Source, grid, parse_axes, recipes_of, shown
-from addenda.recipe.sweep import Sweep
 from addenda.settings import resolve
+from addenda.sweeps.runner import Sweep
+from addenda.sweeps.search import Grid, OptunaSearch
+from addenda.sweeps.space import Choices, Range, Source, grid, parse_axes, recipes_of, shown
 from addenda.toml import toml_value
 
 

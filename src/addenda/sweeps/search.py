@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from addenda.errors import MissingDependencyError
-from addenda.recipe.space import Axis, Choices, Point, Range, grid, shown
+from addenda.sweeps.space import Axis, Choices, Point, Range, grid, shown
 
 __all__ = ["Grid", "OptunaSearch", "Search"]
 

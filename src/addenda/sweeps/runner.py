@@ -15,10 +15,10 @@ from addenda.recipe.folder import RECIPE, clear, require_place, write_json, writ
 from addenda.recipe.joint import MOST_TOGETHER, Shared, open_shared, run_shared
 from addenda.recipe.prepare import Note, OnRunEvent
 from addenda.recipe.runner import free_folder
-from addenda.recipe.search import Grid, OptunaSearch, Search
-from addenda.recipe.space import Axis, Point, Range, Source, recipes_of, shown
-from addenda.recipe.trials import Outcome, Standing, Trial, read_outcome, standings
 from addenda.settings import BaseSettings, Recipe, given_values, resolve
+from addenda.sweeps.search import Grid, OptunaSearch, Search
+from addenda.sweeps.space import Axis, Point, Range, Source, recipes_of, shown
+from addenda.sweeps.trials import Outcome, Standing, Trial, read_outcome, standings
 from addenda.toml import read_table, toml_value
 from addenda.train import lock_run
 from addenda.train.parallel import processes
@@ -47,7 +47,7 @@ class Sweep:
     search: Literal["grid", "optuna"] = "grid"
     """``grid`` runs every combination; ``optuna`` lets Optuna choose, by what the trials before have shown."""
     trials: int | None = None
-    """How many a search runs; None: `addenda.recipe.search.TRIALS`. A grid has as many as its values make."""
+    """How many a search runs; None: `addenda.sweeps.search.TRIALS`. A grid has as many as its values make."""
     together: int | None = None
     """The most trials trained at once; None: as many as memory holds, `addenda.recipe.joint.MOST_TOGETHER` at most."""
 
