@@ -24,6 +24,21 @@ from addenda.train.metrics import read_metrics
 HERE = Path(__file__).parent
 ALONE = [name for name in registry.names() if name != "lora" and not issubclass(registry.get(name), Mixture)]
 """Every method that needs no other adapters on the model; LoRA is what the other tests train."""
+EVERY_DAY = {
+    "adalora",  # changes in training what it holds
+    "bottleneck",  # stands on blocks
+    "dora",  # reads the weight
+    "full",  # is as large as the layer
+    "lora-experts",  # sums over the processes
+    "oft",  # turns the input
+    "osf",  # is decomposed from the weight
+    "prefix-tuning",  # changes the sequence
+    "reft",  # stands on what blocks return
+    "shadow",  # has blocks of its own
+    "trainable-tokens",  # stands on the embedding
+    "vera",  # shares tensors between layers
+}
+"""One method of each way to stand on a model; the slow suite has all."""
 SECONDS = 45
 """How long processes may take that end by themselves."""
 
@@ -155,7 +170,9 @@ def test_a_base_in_four_bits_gives_the_losses_of_one_process(context, seed, tmp_
         assert halved == (sharding == "full" and whose == "ours")
 
 
-@pytest.mark.parametrize("method", ALONE)
+@pytest.mark.parametrize(
+    "method", [pytest.param(n, marks=() if n in EVERY_DAY else pytest.mark.slow) for n in ALONE]
+)
 def test_sharded_blocks_suit_every_method(context, seed, tmp_path, method):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = {"seed": seed, "method": method}
