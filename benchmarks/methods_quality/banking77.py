@@ -55,6 +55,7 @@ class Banking77:
 
     name = "banking77"
     score = "accuracy"
+    device_name = "cpu"
 
     def __init__(self, folder: Path, model: Path | None) -> None:
         model = model or _packaged()

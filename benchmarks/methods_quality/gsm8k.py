@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,16 +23,17 @@ from torch import Tensor, nn
 import addenda
 from addenda import data, train
 from addenda.bases.packed import PackedModel
+from addenda.bases.place import move
 from addenda.evals.general_kl import general_kl
 from addenda.train.batches import packed_batch
 from addenda.train.evaluation import heldout_nll
 from addenda.train.loss import packed_loss
 from addenda.train.memory import peak_memory_bytes
 
-__all__ = ["GSM8K"]
+__all__ = ["GSM8K", "gpu_name"]
 
 BASE = "smollm2-135m-instruct"
-TEST, VALIDATION = 100, 50
+TEST, VALIDATION = 200, 100
 STEPS, BATCH = 32, 5
 """Five rows are about a thousand tokens."""
 TOKENS_AT_ONCE = 1024
@@ -43,7 +45,10 @@ class GSM8K:
     name = "gsm8k"
     score = "nll"
 
-    def __init__(self, folder: Path, model: Path | None) -> None:
+    def __init__(self, folder: Path, model: Path | None, device: str) -> None:
+        self.device = torch.device(device)
+        self.device_name = "cpu" if device == "cpu" else gpu_name()
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU; nothing else elsewhere
         self.base = addenda.load_base(str(model or BASE), dtype=torch.float32)
         encoder = data.Encoder(
             self.base.tokenizer, self.base.chat_template, "assistant", max_tokens=512, overflow="drop"
@@ -61,7 +66,8 @@ class GSM8K:
     def run(self, contender: Contender, rate: float, seed: int, part: str) -> dict[str, Any]:
         """Train with one rate and seed, and judge on a part; leaves the base changed, so call it in a child."""
         torch.manual_seed(seed)
-        rows, held = self.part("train", seed), peak_memory_bytes()["rss"]
+        move(self.base.model, self.device)  # only now: a process that has used a GPU cannot be forked
+        rows, held = self.part("train", seed), self._held()
         started = time.process_time()
         handle = self._attach(contender, rows, seed)
         attached = time.process_time()
@@ -80,7 +86,7 @@ class GSM8K:
             done = train.train(
                 self.base, handle, rows, [], config, run_dir=Path(work) / "run", on_event=lambda _: None
             )
-        trained, peak = time.process_time(), peak_memory_bytes()["rss"] - held
+        trained, peak = time.process_time(), self._held() - held
         found = {
             "cpu_seconds": trained - attached,
             "attach_seconds": attached - started,
@@ -96,6 +102,10 @@ class GSM8K:
                 found["base_nll"] = self._nll(part)
             found |= {"kl": moved.mean, "agreement": moved.agreement}
         return found
+
+    def _held(self) -> int:
+        """Return the most bytes that this process has held at once so far, on the GPU where it uses one."""
+        return peak_memory_bytes()[self.device.type if self.device.type == "cuda" else "rss"]
 
     def _attach(self, contender: Contender, rows: list[data.Example], seed: int) -> addenda.Handle:
         method, observed = contender.made(), None
@@ -114,8 +124,14 @@ class GSM8K:
         return heldout_nll(packed, self.part(part), tokens=TOKENS_AT_ONCE)["nll_per_token"]
 
 
-def _loss(_: nn.Module, *, packed: PackedModel, rows: Sequence[data.Example]) -> Tensor:
-    batch = packed_batch(rows, torch.device("cpu"))
+def gpu_name() -> str:
+    """Return the first GPU's name as the driver tells it, without PyTorch touching it."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def _loss(model: nn.Module, *, packed: PackedModel, rows: Sequence[data.Example]) -> Tensor:
+    batch = packed_batch(rows, next(model.parameters()).device)
     hidden = packed.hidden(batch.input_ids, batch.lengths, prompts=batch.prompts)
     return packed_loss(packed, hidden, batch.predict_from, batch.targets, denominator=len(batch.targets))
 

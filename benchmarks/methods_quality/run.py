@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import sys
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ class Task(Protocol):
 
     name: str
     score: str
+    device_name: str
 
     def run(self, contender: Contender, rate: float, seed: int, part: str) -> dict[str, Any]: ...
 
@@ -106,6 +108,7 @@ def measure(task: Task, contender: Contender, results: Results) -> None:
             "rate": rate,
             "seed": seed,
             **in_child(task, contender, rate, seed, part),
+            "device": task.device_name,
             "date": datetime.date.today().isoformat(),
             "versions": VERSIONS,
         }
@@ -127,6 +130,32 @@ def measure(task: Task, contender: Contender, results: Results) -> None:
             run(best, seed, "test")
 
 
+def measure_all(task: Task, chosen: Sequence[Contender], results: Results, jobs: int) -> None:
+    """Measure contenders in turn, or so many at a time, each by the next process that is free."""
+    if jobs == 1:
+        for contender in chosen:
+            measure(task, contender, results)
+        return
+    context = multiprocessing.get_context("fork")
+    next_one = context.Value("i", 0)
+
+    def work() -> None:
+        while True:
+            with next_one.get_lock():
+                number, next_one.value = next_one.value, next_one.value + 1
+            if number >= len(chosen):
+                return
+            measure(task, chosen[number], results)
+
+    workers = [context.Process(target=work) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit("a process ended before its work was done")
+
+
 def main() -> None:
     """Measure what is not measured yet."""
     parser = argparse.ArgumentParser(
@@ -136,6 +165,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the task's rows")
     parser.add_argument("--model", type=Path, help="folder of the base, where it is not found by itself")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, instead of all")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; gsm8k alone can use a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="contenders measured at a time")
     options = parser.parse_args()
     every = {contender.name: contender for contender in contenders(options.task)}
     if unknown := set(options.only or ()) - set(every):
@@ -145,14 +176,15 @@ def main() -> None:
     if options.task == "banking77":
         from banking77 import Banking77
 
+        if options.device != "cpu":
+            parser.error("banking77 is measured on the CPU")
         task: Task = Banking77(options.data, options.model)
     else:
         from gsm8k import GSM8K
 
-        task = GSM8K(options.data, options.model)
+        task = GSM8K(options.data, options.model, options.device)
     results = Results(HERE / "results" / f"{task.name}.jsonl")
-    for contender in chosen:
-        measure(task, contender, results)
+    measure_all(task, chosen, results, options.jobs)
 
 
 if __name__ == "__main__":

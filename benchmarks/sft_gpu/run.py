@@ -57,8 +57,12 @@ def main() -> None:
         prepared = prepare(options, work, options.base)
         document = open_document(options, prepared, missing)
         for repeat in range(options.repeats):
-            for contestant in (name for name in options.contestants if name not in missing):
-                document["runs"].append(measure(contestant, repeat, work, options, prepared))
+            for contestant in (name for name in options.contestants if name not in document["left_out"]):
+                try:
+                    document["runs"].append(measure(contestant, repeat, work, options, prepared))
+                except SystemExit as failed:  # one contestant that fails is a result; the others go on
+                    print(failed, flush=True)
+                    document["left_out"][contestant] = "it failed: " + str(failed).splitlines()[-1]
     document["summary"] = table.summarize(document["runs"])
     print(render(document))
     path = HERE / "results" / f"{document['date']}-{document['data']['title']}.json"

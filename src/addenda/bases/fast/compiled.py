@@ -59,6 +59,8 @@ def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @functools.cache
 def why_not_compiled() -> str:
     """Return "" where PyTorch can compile for the GPU, else why not; found by trying, once."""
+    if torch._dynamo.config.disable:
+        return "PyTorch's compiler is turned off (TORCHDYNAMO_DISABLE)"
     try:
         torch.compile(torch.square)(torch.ones(16, device="cuda"))
     except (RuntimeError, ImportError, OSError, AssertionError) as error:
