@@ -122,9 +122,9 @@ class Banking77:
         if method.needs() not in (None, "weight"):
             few = rows[: method.rows_to_observe()]
             batches = [partial(self._loss, head, few[i : i + BATCH]) for i in range(0, len(few), BATCH)]
-            observed = addenda.observe(self.encoder, method, None, batches)
+            observed = addenda.observe(self.encoder, method, contender.targets, batches)
             method = observed.method
-        handle = addenda.attach(self.encoder, method, seed=seed, observed=observed)
+        handle = addenda.attach(self.encoder, method, contender.targets, seed=seed, observed=observed)
         return handle, time.process_time() - started
 
     def _loss(self, head: nn.Linear, rows: Rows, _: nn.Module | None = None) -> Tensor:

@@ -113,9 +113,9 @@ class GSM8K:
             packed, few = PackedModel(self.base.model), rows[: method.rows_to_observe()]
             groups = [few[i : i + BATCH] for i in range(0, len(few), BATCH)]
             batches = [partial(_loss, packed=packed, rows=group) for group in groups]
-            observed = addenda.observe(self.base.model, method, None, batches)
+            observed = addenda.observe(self.base.model, method, contender.targets, batches)
             method = observed.method
-        return addenda.attach(self.base.model, method, seed=seed, observed=observed)
+        return addenda.attach(self.base.model, method, contender.targets, seed=seed, observed=observed)
 
     def _nll(self, part: str) -> float:
         """Return the mean over all tokens of the answers, in nats."""

@@ -78,6 +78,7 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--base", default="smollm2-135m-instruct", help="a name, a folder or a hub id")
+    parser.add_argument("--base-title", help="what the results call the base; default: as it is given")
     parser.add_argument("--data", type=Path, default=SUPPORT, help="jsonl of chats or of question and answer")
     parser.add_argument("--title", help="what the results call the data; default: the file's name")
     parser.add_argument("--rows", type=int, default=1000, help="use the first so many rows")
@@ -107,7 +108,7 @@ def open_document(
         "date": datetime.date.today().isoformat(),
         "machine": {**machine.describe(), "gpu": gpu_name()},
         "versions": versions,
-        "base": {"name": options.base, "parameters": prepared["parameters"]},
+        "base": {"name": options.base_title or options.base, "parameters": prepared["parameters"]},
         "adapter": "LoRA, rank 16, alpha 32, all linear layers but the output head",
         "data": prepared["data"],
         "settings": {name: getattr(options, name) for name in ("dtype", "steps", "warmup", "repeats")},

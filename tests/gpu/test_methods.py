@@ -45,19 +45,15 @@ def made(case: Case) -> tuple[nn.Module, Callable[[nn.Module], Any], str | None]
 
 
 def learnt(handle: Handle, answer: Tensor) -> dict[str, Tensor]:
-    """Return what a model answers, and the gradients of its adapter."""
-    answer.square().sum().backward()
-    grads = {name: p.grad for name, p in enumerate(handle.parameters()) if p.grad is not None}
-    return {"answer": answer.detach().cpu()} | {
-        f"gradient {name}": grad.cpu() for name, grad in grads.items()
-    }
+    """Return what a model answers, and all gradients of its adapter in one row: some are nothing but rounding."""
+    torch.manual_seed(2)
+    (answer * torch.randn(answer.shape).to(answer)).sum().backward()
+    grads = [p.grad.flatten() for p in handle.parameters() if p.grad is not None]
+    return {"answer": answer.detach().cpu(), "gradient": torch.cat(grads).cpu()}
 
 
-def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        far = (ours[name] - expected).norm() / expected.norm().clamp(min=1e-6)
-        assert far < 1e-3, (name, float(far))
+def assert_alike(ours: Tensor, theirs: Tensor) -> None:
+    assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -72,5 +68,7 @@ def test_a_method_answers_and_learns_as_on_the_cpu(case: Case, device: torch.dev
             assert ours.device.type == device.type
             ours.copy_(theirs)
     expected = learnt(handle, run(model))
-    assert_alike(learnt(there, run(fresh)), expected)
-    assert_alike({"answer": run(moved).detach().cpu()}, {"answer": expected["answer"]})
+    found = learnt(there, run(fresh))
+    assert_alike(found["answer"], expected["answer"])
+    assert_alike(found["gradient"], expected["gradient"])
+    assert_alike(run(moved).detach().cpu(), expected["answer"])

@@ -117,7 +117,7 @@ class Mixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        chosen = (torch.arange(2 * len(rows)) % 3).view(-1, 2)
+        chosen = (torch.arange(2 * len(rows), device=x.device) % 3).view(-1, 2)
         gates = rows[:, :2].softmax(-1)
         return self.layer(rows, chosen, gates).view_as(x)
 

@@ -116,7 +116,8 @@ class PTuningAdapter(PromptAdapter):
         if len(self.lstm):
             hidden = self.lstm[1].shape[1]
             start = x.new_zeros(2, 1, hidden)
-            x = torch.lstm(x[None], (start, start), list(self.lstm), True, 1, 0.0, False, True, True)[0][0]
+            # Named as training, which is without dropout the same: cuDNN would keep nothing for the gradients else.
+            x = torch.lstm(x[None], (start, start), list(self.lstm), True, 1, 0.0, True, True, True)[0][0]
         weights = list(self.layers)
         for place in range(0, len(weights), 2):
             x = F.linear(F.relu(x) if place else x, weights[place], weights[place + 1])

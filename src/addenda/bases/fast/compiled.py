@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -59,8 +60,8 @@ def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @functools.cache
 def why_not_compiled() -> str:
     """Return "" where PyTorch can compile for the GPU, else why not; found by trying, once."""
-    if torch._dynamo.config.disable:
-        return "PyTorch's compiler is turned off (TORCHDYNAMO_DISABLE)"
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "PyTorch's compiler is turned off (TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE)"
     try:
         torch.compile(torch.square)(torch.ones(16, device="cuda"))
     except (RuntimeError, ImportError, OSError, AssertionError) as error:

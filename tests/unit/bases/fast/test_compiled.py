@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -84,3 +88,13 @@ def test_without_a_gpu_the_reason_is_pytorchs_own(monkeypatch):
         assert compiled.why_not_compiled() == "Torch not compiled with CUDA enabled"
     finally:
         compiled.why_not_compiled.cache_clear()
+
+
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_a_compiler_that_the_user_turned_off_is_not_used(variable):
+    code = "from addenda.bases.fast.compiled import why_not_compiled; print(why_not_compiled())"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(
+        command, env={**os.environ, variable: "1"}, capture_output=True, text=True, check=True
+    )
+    assert "turned off" in said.stdout
