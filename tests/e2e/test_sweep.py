@@ -11,7 +11,7 @@ import pytest
 
 from addenda.cli.app import run
 
-QUICK = ("train.epochs=2", "evals.samples=0", "base.dtype=float32", "train.batch_size=8")
+QUICK = ("train.epochs=2", "base.dtype=float32", "train.batch_size=8")
 
 
 def arguments(data: Path, model: Path, out: Path, *more: str, sets: tuple[str, ...] = ()) -> list[str]:
@@ -44,12 +44,14 @@ def test_a_grid_is_ordered_by_held_out_loss_and_its_best_recipe_trains_the_same(
     for trial in trials:
         summary = json.loads((Path(trial["folder"]) / "summary.json").read_text())
         assert summary["heldout_nll_after"] == pytest.approx(trial["heldout_nll"], rel=1e-6)
+        assert json.loads((Path(trial["folder"]) / "record.json").read_text())["samples"] == []
         low, high = trial["heldout_nll_interval"]
         assert low < trial["heldout_nll"] < high
         assert trial["worse_than_best"] == bool(
             trial["behind_best_interval"] and trial["behind_best_interval"][0] > 0
         )
     assert all(trial["worse_than_best"] for trial in trials[2:])  # hardly trained at all
+    assert "samples = 5 " in (out / "best.toml").read_text()  # a run of its own answers as any does
     again = ["train", "--recipe", str(out / "best.toml"), "--out", str(tmp_path / "again"), "-q"]
     assert document(capsys, again)["heldout_nll_after"] == pytest.approx(losses[0], rel=1e-3)
 
@@ -71,6 +73,16 @@ def test_a_resumed_sweep_runs_what_is_missing_alone(
     for one, other in zip(whole["trials"], resumed["trials"], strict=True):
         assert one["settings"] == other["settings"]
         assert one["heldout_nll"] == pytest.approx(other["heldout_nll"], rel=1e-6)
+
+
+def test_trials_answer_questions_where_that_is_asked_for(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("evals.samples=1", "evals.max_new_tokens=2")
+    over = ("--over", "train.learning_rate=1e-3")
+    found = document(capsys, arguments(chat_rows, tiny_model, tmp_path / "sweep", *over, sets=asked))
+    [trial] = found["trials"]
+    assert len(json.loads((Path(trial["folder"]) / "record.json").read_text())["samples"]) == 1
 
 
 def test_a_trial_that_diverges_is_listed_and_ends_nothing(
@@ -134,10 +146,13 @@ def test_optuna_searches_ranges_and_goes_on_where_it_was(
         assert trial["settings"]["method.rank"] in range(2, 6)
     for name in ("trial-003", "trial-004"):
         shutil.rmtree(out / "trials" / name)
-    resumed = document(capsys, ["sweep", "--resume", "--out", str(out), "-q"])
-    assert {t["name"]: t["settings"] for t in resumed["trials"]} == {
-        t["name"]: t["settings"] for t in whole["trials"]
-    }
+    resumed = document(capsys, ["sweep", "--resume", "--out", str(out), "-q", "--trials", "5"])
+    found = {t["name"]: t["settings"] for t in resumed["trials"]}
+    assert found.pop("trial-005")
+    assert found == {t["name"]: t["settings"] for t in whole["trials"]}
+    shutil.rmtree(out / "trials" / "trial-005")
+    again = document(capsys, ["sweep", "--resume", "--out", str(out), "-q"])
+    assert len(again["trials"]) == 5, "how many were asked for last was not kept"
 
 
 def test_seeds_are_compared_on_the_same_held_out_rows(

@@ -20,7 +20,10 @@ from addenda.evals.results import HeldoutChange, HeldoutMetrics, KLEstimate
 if TYPE_CHECKING:
     from addenda.bases.loaded import LoadedBase
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["BaseScores", "Evaluation", "evaluate"]
+
+BaseScores = dict[tuple[Example, ...], HeldoutMetrics]
+"""What a base alone makes of rows."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def evaluate(
     train_examples: Sequence[Example] = (),
     tokens_per_batch: int = TOKENS_PER_BATCH,
     seed: int = 0,
+    base_scores: BaseScores | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Measure an adapter: held-out rows with and without it, as many training rows, and general prompts.
@@ -80,6 +84,8 @@ def evaluate(
             them is used, as many as there are `examples`.
         tokens_per_batch: tokens run at once.
         seed: of the bootstrap.
+        base_scores: what the base alone made of rows before, for several adapters on one base: what is there is not
+            measured again, and what is not is added.
         on_progress: told of the rows and prompts done.
 
     Raises:
@@ -91,6 +97,7 @@ def evaluate(
             f"adapter '{handle.name}' is disabled, so nothing changes", hint="call enable() first"
         )
     packed = PackedModel(base.model)
+    known: BaseScores = {} if base_scores is None else base_scores
 
     def before_and_after(rows: Sequence[Example], which: str) -> tuple[HeldoutMetrics, HeldoutMetrics]:
         def measure(model: str) -> HeldoutMetrics:
@@ -104,9 +111,11 @@ def evaluate(
                 on_progress=on_progress,
             )
 
-        with handle.disabled():
-            before = measure("base")
-        return before, measure("adapted")
+        key = tuple(rows)
+        if key not in known:
+            with handle.disabled():
+                known[key] = measure("base")
+        return known[key], measure("adapted")
 
     held = before_and_after(examples, "held-out")
     seen = sample_rows(train_examples, len(examples))

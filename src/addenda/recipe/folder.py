@@ -227,6 +227,7 @@ def _evaluate(ready: Prepared, on_event: OnRunEvent) -> Evaluation:
         ready.heldout.examples,
         train_examples=ready.train.examples,
         seed=ready.recipe.train.seed,
+        base_scores=ready.base_scores,
         on_progress=on_event,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from addenda.core import Handle, Observed, Plan, Progress, load, plan
 from addenda.core.attaching import attach_paths
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
+from addenda.evals.suite import BaseScores
 from addenda.recipe.bases import load_causal
 from addenda.recipe.observing import observe_base, settle_method
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
@@ -80,6 +81,8 @@ class Prepared:
     heldout: Encoded
     forecast: dict[str, Any] | None
     """What the run will take, as `addenda.train.forecast.Forecast` documents it; None where it cannot be foretold."""
+    base_scores: BaseScores
+    """Of the rows; see `RunRows`."""
 
 
 def prepare(
@@ -144,7 +147,17 @@ def attach_run(
     else:
         handle = _attach(base, recipe, planned, rows.train, observed, empty=from_elsewhere, on_event=on_event)
     return Prepared(
-        recipe, rows.dataset, rows.split, base, precision, planned, handle, rows.train, rows.heldout, forecast
+        recipe,
+        rows.dataset,
+        rows.split,
+        base,
+        precision,
+        planned,
+        handle,
+        rows.train,
+        rows.heldout,
+        forecast,
+        rows.base_scores,
     )
 
 
@@ -180,6 +193,8 @@ class RunRows:
     base: LoadedBase
     """Without its dense weights."""
     precision: Precision
+    base_scores: BaseScores = field(default_factory=dict)
+    """What the base makes of them, as far as a run has measured it: the same for all runs on these rows."""
 
 
 def read_rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple[Recipe, RunRows]:

@@ -281,7 +281,7 @@ def sweep(
         if not resume:
             foretold = _plan(wanted, search, families).seconds
             clear(folder)
-            write_text(folder / SWEEP_RECIPE, wanted.to_toml())
+        write_text(folder / SWEEP_RECIPE, wanted.to_toml())  # a resumed search may have more trials than before
         outcomes: list[Outcome] = []
         on_event(Progress("sweep", 0, search.total, "trials"))
         while points := search.ask():
@@ -428,12 +428,13 @@ def _run(
 
 
 def _recipe_of(wanted: Sweep, trial: Trial) -> Recipe | AddendaError:
-    """The recipe of a trial, with its own folder and name."""
+    """The recipe of a trial, with its own folder and name; it answers questions only where the user asks for that."""
     recipe = _recipe(wanted, trial.point)
     if isinstance(recipe, AddendaError):
         return recipe
-    own = recipe.derive("out", str(trial.folder), "of the sweep")
-    return own.derive("name", trial.name, "of the sweep")
+    own = recipe.derive("out", str(trial.folder), "of the sweep").derive("name", trial.name, "of the sweep")
+    asked = recipe.origin("evals.samples").kind != "default"
+    return own if asked else own.derive("evals.samples", 0, "trials are compared by their loss")
 
 
 def _clear_of_others(trial: Trial, recipe: Recipe | AddendaError, on_event: OnRunEvent) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from addenda.core.handle import Handle
 from addenda.core.progress import Progress
 from addenda.data.rows import Example, RowRef
 from addenda.errors import MethodError
+from addenda.evals import suite
 from addenda.evals.heldout import heldout
 from addenda.evals.suite import evaluate
 
@@ -51,6 +53,27 @@ def test_rule_that_carries_over_is_learned(tiny_base: LoadedBase) -> None:
     assert found.heldout.accuracy_change.above_zero
     assert found.general.mean > 0
     assert found.learning.train_change.units == len(held)
+
+
+def test_the_base_is_measured_once_for_several_adapters(
+    tiny_base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[str] = []
+
+    def counted(*given: Any, task: str, **more: Any) -> Any:
+        tasks.append(task)
+        return heldout(*given, task=task, **more)
+
+    monkeypatch.setattr(suite, "heldout", counted)
+    everything, scores = rows(24, first=0), {}
+    held, seen = everything[::3], [row for index, row in enumerate(everything) if index % 3]
+    for steps in (1, 3):
+        handle = trained(tiny_base, seen, steps=steps)
+        found = evaluate(tiny_base, handle, held, train_examples=seen, base_scores=scores)
+        assert found == evaluate(tiny_base, handle, held, train_examples=seen)
+        handle.detach()
+    assert sum("base" in task for task in tasks) == 2 + 2 * 2
+    assert sum("adapted" in task for task in tasks) == 8
 
 
 def test_rows_without_a_rule_are_memorised(tiny_base: LoadedBase) -> None:
