@@ -91,6 +91,7 @@ LISTED = (
     _of("hira", rank=8),
     _of("waveft", coefficients=9216),
     _of("delora"),
+    _of("delora, strength 1", "delora", strength=1.0),
     _of("gralora", rank=8),
     _of("osf", kept=0.98),
     _of("psoft", rank=128),

@@ -46,6 +46,7 @@ class SuperTuning(Method):
     serves better depends on model and task, as PEFT reports of the paper.
 
     Learning rate: 1e-4, PEFT's method comparison's own for all its runs of it (Llama 3.2 3B, MetaMathQA).
+    MiniLM, with 22 million parameters, wanted more on Banking77 (benchmarks/methods_quality): 3e-3.
 
     Differs from: the paper scores weights by activations too; here, as in PEFT, by magnitude alone, which needs no
     data.

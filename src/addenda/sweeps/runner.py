@@ -281,7 +281,8 @@ def sweep(
         if not resume:
             foretold = _plan(wanted, search, families).seconds
             clear(folder)
-        write_text(folder / SWEEP_RECIPE, wanted.to_toml())  # a resumed search may have more trials than before
+        # Of a resumed sweep too: it may have more trials than before.
+        write_text(folder / SWEEP_RECIPE, wanted.to_toml())
         outcomes: list[Outcome] = []
         on_event(Progress("sweep", 0, search.total, "trials"))
         while points := search.ask():
