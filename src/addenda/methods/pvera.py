@@ -43,8 +43,8 @@ class PVeRA(Method):
 
     **Use it when** data is scarce or ambiguous, or a spread of answers is wanted beside the answer.
 
-    **Learning rate**: 1e-2, as for VeRA, whose parameters these are. On Banking77 with MiniLM (benchmarks/methods_quality)
-    no rate trained anything, where VeRA gained: the noise begins at a deviation near one, above the inner vector itself.
+    **Learning rate**: 1e-2, as for VeRA, whose parameters these are. On Banking77 with MiniLM, where VeRA gained, no
+    rate trained anything (benchmarks/methods_quality): the noise begins at a deviation near one.
 
     **Differs from**: like PEFT's, this adds no penalty on the distribution to the loss. The matrices are saved with
     the adapter, because a generator's numbers are not promised to stay the same.
