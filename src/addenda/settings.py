@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from addenda.core import registry
 from addenda.errors import ConfigError, nearest
+from addenda.export.names import format_names
 from addenda.toml import parse_value, read_recipe_file, toml_value
 from addenda.train.config import TrainConfig
 
@@ -347,6 +348,9 @@ def _sections(values: Mapping[str, Any], problems: dict[str, str]) -> dict[str, 
     for section, make in _SECTIONS.items():
         with _named(problems, section):
             built[section] = make(**_section(values, section))
+    if "train" in built and (unknown := [n for n in built["train"].export_to if n not in format_names()]):
+        known = ", ".join(format_names())
+        problems["train.export_to"] = f"no export format '{unknown[0]}'; there are {known}"
     return built
 
 

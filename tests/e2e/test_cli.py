@@ -249,6 +249,20 @@ def test_plan_counts_what_train_trains(
     assert "did you mean 'q_proj'" in error["hint"]
 
 
+def test_what_an_export_cannot_carry_is_said_before_anything_is_trained(
+    tiny_model: Path, chat_rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["train", str(chat_rows), "--base", str(tiny_model), "--out", str(tmp_path / "run"), "-q"]
+    method = ["--method", "prefix-tuning", "--set", "method.tokens=2", "--set", "train.epochs=1"]
+    assert run([*given, *method, "--set", "train.export_to=merged"]) == 2
+    said = capsys.readouterr().err
+    assert "method 'prefix-tuning' cannot be merged" in said
+    assert "peft can carry it" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert run([*given, *method, "--set", "train.export_to=peft", "--set", "evals.samples=0"]) == 0
+    assert '"peft"' in (tmp_path / "run" / "recipe.resolved.toml").read_text()
+
+
 def test_plan_foretells_the_run_and_refuses_one_that_does_not_fit(
     trained: Path, tiny_model: Path, chat_rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from addenda.cli.console import Console
 from addenda.cli.display import Display
 from addenda.cli.verb import verb
 from addenda.errors import ConfigError
+from addenda.export.names import format_names, format_summaries
 
 if TYPE_CHECKING:
     from addenda.export.parity import Parity
@@ -26,7 +27,13 @@ __all__ = ["command"]
     ],
 )
 @click.argument("adapter")
-@click.option("--to", "form", type=click.Choice(["peft", "merged"]), required=True, help="What to write.")
+@click.option(
+    "--to",
+    "form",
+    type=click.Choice(format_names()),
+    required=True,
+    help=" ".join(f"{name}: {told}" for name, told in format_summaries().items()),
+)
 @click.option("--out", metavar="FOLDER", required=True, help="The new folder.")
 @click.option("--base", metavar="MODEL", help="The model. [default: the adapter's]")
 @click.option(
@@ -39,13 +46,9 @@ def command(
 ) -> None:
     """Write ADAPTER, an adapter or run folder, in a form other tools load.
 
-    peft: a folder that PEFT loads unchanged. merged: a model folder that transformers loads, with the adapter folded
-    into the weights. What was written is loaded again and must answer like the adapted model, or nothing appears.
+    What was written is loaded again and must answer like the adapted model, or nothing appears. Set train.export_to
+    before training, and what the form cannot carry is said then.
     """
-    if dtype is not None and form == "peft":
-        raise ConfigError(
-            "--dtype goes with --to merged", hint="a PEFT folder holds the adapter's float32 weights"
-        )
     with Display(console) as display:
         parity = _export(adapter, form, out, base=base, dtype=dtype, display=display)
     document = {"adapter": adapter, "to": form, "folder": out, "parity": asdict(parity)}
@@ -55,18 +58,17 @@ def command(
 def _export(
     adapter: str, form: str, out: str, *, base: str | None, dtype: str | None, display: Display
 ) -> Parity:
-    import torch
-
-    from addenda.export.merged import export_merged
-    from addenda.export.peft import export_peft
+    from addenda.export.format import format_of
     from addenda.recipe import load_adapted
 
+    wanted = format_of(form)
+    if dtype is not None and dtype not in wanted.dtypes:
+        choices = f"one of {', '.join(wanted.dtypes)}" if wanted.dtypes else "no --dtype"
+        raise ConfigError(f"--to {form} takes {choices}", hint="leave it out to keep what is stored")
     loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
-    stored = loaded.model.dtype
+    stored = str(loaded.model.dtype).removeprefix("torch.")
     # In float32 the proof sees the export's own error, not that of the arithmetic; codes cannot be widened.
     if not getattr(loaded.model, "is_quantized", False):
         loaded.model.float()
-    if form == "peft":
-        return export_peft(loaded, handle, out, provenance=provenance, on_progress=display)
-    kind = stored if dtype is None else getattr(torch, dtype)
-    return export_merged(loaded, handle, out, dtype=kind, provenance=provenance, on_progress=display)
+    kind = dtype or (stored if stored in wanted.dtypes else None)
+    return wanted.write(loaded, handle, out, dtype=kind, provenance=provenance, on_progress=display)

@@ -16,6 +16,7 @@ from addenda.core.attaching import attach_paths
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
 from addenda.evals.suite import BaseScores
+from addenda.export.format import require_formats
 from addenda.recipe.bases import load_causal
 from addenda.recipe.observing import observe_base, settle_method
 from addenda.recipe.planner import Setup, choose_setup, row_sizes
@@ -179,7 +180,18 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
         )
     base = load_causal(recipe.base, number_format(recipe.base).dtype, on_progress=on_event, weightless=True)
     recipe = with_tokens(recipe, base)
+    _require_exports(recipe, base)
     return recipe, choose_setup(recipe, base, on_progress=on_event)
+
+
+def _require_exports(recipe: Recipe, base: LoadedBase) -> None:
+    """Refuse what a format that the recipe names cannot carry.
+
+    Raises:
+        ConfigError: all that stands against it, and the formats that can.
+    """
+    if recipe.train.export_to:
+        require_formats(recipe.train.export_to, plan(base.model, recipe.method, recipe.targets), base)
 
 
 @dataclass(frozen=True)
@@ -224,6 +236,7 @@ def read_rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple
     precision = _same_precision(number_format(recipe.base), parallel)
     base = load_causal(recipe.base, precision.dtype, on_progress=on_event, weightless=True)
     recipe = with_tokens(recipe, base)
+    _require_exports(recipe, base)
     encoder = encoder_for(base, recipe.data, ahead=recipe.method.positions)
     if recipe.data.max_tokens is None:
         taken = f", {recipe.method.positions} of them the method's" if recipe.method.positions else ""

@@ -26,6 +26,7 @@ HARMLESS = (
     "kernels",
     "memory_gib",
     "offload",
+    "export_to",
 )
 """Settings that change no number of the result, so a resumed run may change them."""
 
@@ -100,11 +101,19 @@ class TrainConfig:
     offload: Literal["auto", "none", "activations"] = "auto"
     """On a GPU, whether what the forward pass keeps waits in the machine's memory for its backward; ``auto``: where it
     would not fit otherwise, even with every block run again. It changes no number of the result."""
+    export_to: str | tuple[str, ...] = ()
+    """Formats that the adapter is to be exported to afterwards, as ``addenda export --to`` names them: what one of them
+    cannot carry is refused before training."""
 
     def __post_init__(self) -> None:
         # TOML and JSON have no tuples.
         if isinstance(self.betas, list):
             object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.export_to, str):
+            named = tuple(part.strip() for part in self.export_to.split(",") if part.strip())
+            object.__setattr__(self, "export_to", named)
+        elif isinstance(self.export_to, list):
+            object.__setattr__(self, "export_to", tuple(self.export_to))
         found = self._problems()
         if found:
             raise ConfigError("; ".join(found), where={"section": "train"}, hint="see 'addenda train --help'")
@@ -140,6 +149,8 @@ class TrainConfig:
             "kernels": KERNELS,
             "offload": OFFLOADS,
         }
+        if not isinstance(self.export_to, tuple) or not all(isinstance(each, str) for each in self.export_to):
+            found.append(f"export_to must be names of formats, got {self.export_to!r}")
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

@@ -72,6 +72,7 @@ def test_identity_changes_with_every_setting_that_changes_the_result():
         "save_every_steps": 5, "save_every_minutes": None, "keep_checkpoints": 5, "seed": 5, "threads": 5,
         "seeds": 5, "sharding": "full", "kernels": "off", "memory_gib": 5.0, "optimizer": "adamw8bit",
         "offload": "none",
+        "export_to": "peft",
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(TrainConfig)}
     same = TrainConfig().identity()
