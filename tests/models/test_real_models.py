@@ -40,7 +40,9 @@ def minilm() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     model = transformers.AutoModel.from_pretrained(folder).eval()
     sentences = ["my card was stolen", "the cat sleeps", "the payment failed", "a dog barks"] * 2
     batch = tokenizer(sentences, padding=True, return_tensors="pt")
-    directions = torch.randn(2, 384)
+    directions = (
+        torch.randn(2, 384) / 384**0.5
+    )  # longer ones tell the two apart, or take them for one, by chance
 
     def loss(adapted: nn.Module) -> Tensor:
         seen = adapted(**batch)
@@ -109,7 +111,7 @@ def smollm2() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 
 LIVES = {
     "smollm2-lora": (smollm2, addenda.LoRA(rank=4), None, 1e-3),
-    "minilm-lora": (minilm, addenda.LoRA(rank=4), ["query", "value", "output.dense"], 1e-2),
+    "minilm-lora": (minilm, addenda.LoRA(rank=4), ["query", "value", "output.dense"], 3e-3),
     "minilm-ia3": (minilm, addenda.IA3(), None, 5e-2),
     "minilm-bottleneck": (minilm, addenda.Bottleneck(size=8), None, 5e-3),
     "efficientnet-lora": (efficientnet, addenda.LoRA(rank=4), ["_project_conv", "_fc"], 5e-3),
@@ -145,6 +147,8 @@ TARGETS = {
     "resemblyzer": ["lstm", "linear"],
 }
 """Where the layers that a method adapts unless told otherwise are few, or many."""
+RATES = {"p-tuning": 3e-4}
+"""Where the usual rate needs more than ten steps: Adam's first ones move a whole network at full length."""
 MAKERS = {
     each.__name__: functools.cache(each) for each in (smollm2, minilm, efficientnet, whisper, resemblyzer)
 }
@@ -165,7 +169,7 @@ def test_every_method_lives_on_every_model_or_is_refused_by_the_plan(
         assert refusal.hint  # noqa: PT017  (either outcome is right)
         return
     try:
-        assert_lives(model, loss_of, method, targets, method.usual_rate(), tmp_path)
+        assert_lives(model, loss_of, method, targets, RATES.get(name, method.usual_rate()), tmp_path)
     finally:
         for handle in handles(model).values():
             handle.detach()
