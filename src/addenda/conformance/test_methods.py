@@ -368,7 +368,7 @@ def test_each_row_of_a_batch_may_have_an_adapter_of_its_own(
         assert not torch.allclose(routed[whose["a"]], alone("a")), "the declared exception does not hold"
         return
     for name, own in whose.items():
-        torch.testing.assert_close(routed[own], alone(name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(routed[own], alone(name), rtol=1e-4, atol=5e-5)
     mixed = {name: [p.grad for p in handle.parameters()] for name, handle in loaded.items()}
     model.zero_grad()
     for name in loaded:

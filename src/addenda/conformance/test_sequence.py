@@ -201,7 +201,7 @@ def _gradients(handle: addenda.Handle, loss: Tensor) -> list[Tensor]:
 
 def assert_same_gradients(found: list[Tensor], wanted: list[Tensor]) -> None:
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=5e-5 * float(other.abs().max()))
 
 
 def test_activation_checkpointing_gives_the_same_gradients(
@@ -292,6 +292,7 @@ def test_a_mask_of_pairs_is_refused_where_positions_are_added(
 
 
 @only_on("llama")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks, between two graphs
 def test_compiled_equals_eager(method: Method, model: nn.Module, ids: Tensor) -> None:
     stirred(addenda.attach(model, method))
     compiled = torch.compile(model, backend="aot_eager")
