@@ -69,11 +69,11 @@ def render(task: str, runs: Sequence[dict[str, Any]], every: Sequence[str]) -> s
     done.sort(key=lambda each: sign * interval([run[score] for run in each["test"]])[0])
     reference = next((each for each in done if each["name"] == REFERENCE), None)
     moved = ("cosine", "rank") if task == "banking77" else ("KL", "agreement")
-    unit = ", %" if score == "accuracy" else ", nats"
+    unit, also = (", %", " nll against LoRA |") if score == "accuracy" else (", nats", "")
     lines = [
-        f"| method | parameters | rate (its own) | {score}{unit} | against LoRA | time, s | attaching, s | memory, MB "
-        f"| {moved[0]} | {moved[1]} |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| method | parameters | rate (its own) | {score}{unit} | against LoRA |{also} time, s | attaching, s "
+        f"| memory, MB | {moved[0]} | {moved[1]} |",
+        f"|---|---:|---:|---:|---:|{'---:|' if also else ''}---:|---:|---:|---:|---:|",
         *(_row(each, reference, score) for each in done),
     ]
     failed = [each["name"] for each in found if each["best"] is None]
@@ -92,7 +92,7 @@ def _row(each: dict[str, Any], reference: dict[str, Any] | None, score: str) -> 
     settings = ", ".join(f"{key} {value}" for key, value in first["settings"].items())
     own = "" if first["default_rate"] is None else f" ({first['default_rate']:g})"
     scale = 100.0 if score == "accuracy" else 1.0
-    against = None if reference is None or each is reference else difference(each, reference, score)
+    other = None if each is reference else reference
     digits = 1 if score == "accuracy" else 3
 
     def mean(key: str) -> float:
@@ -103,13 +103,21 @@ def _row(each: dict[str, Any], reference: dict[str, Any] | None, score: str) -> 
         f"{runs[0]['parameters']:,}",
         f"{each['best']:g}{own}",
         _with_interval(interval([run[score] * scale for run in runs]), digits),
-        "" if against is None else _with_interval((against[0] * scale, against[1] * scale), digits, sign="+"),
+        _against(each, other, score, scale, digits),
+        *([_against(each, other, "nll", 1.0, 3)] if score == "accuracy" else []),
         f"{mean('cpu_seconds'):.1f}",
         f"{mean('attach_seconds'):.1f}",
         f"{mean('peak_bytes') / 1e6:.0f}",
         *(f"{mean(key):.3f}" for key in ("cosine", "spearman", "kl", "agreement") if key in runs[0]),
     ]
     return f"| {' | '.join(told)} |"
+
+
+def _against(
+    each: dict[str, Any], other: dict[str, Any] | None, score: str, scale: float, digits: int
+) -> str:
+    known = None if other is None else difference(each, other, score)
+    return "" if known is None else _with_interval((known[0] * scale, known[1] * scale), digits, sign="+")
 
 
 def _with_interval(known: tuple[float, float], digits: int, *, sign: str = "") -> str:
