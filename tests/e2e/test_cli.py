@@ -263,6 +263,23 @@ def test_what_an_export_cannot_carry_is_said_before_anything_is_trained(
     assert '"peft"' in (tmp_path / "run" / "recipe.resolved.toml").read_text()
 
 
+@pytest.mark.parametrize("verb", ["plan", "train"])
+def test_a_mixture_is_refused_before_anything_is_loaded(
+    verb: str,
+    chat_rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert (
+        run([verb, str(chat_rows), "--base", str(tmp_path / "none"), "--method", "adapter-fusion", "-q"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert "mixes the adapters first, second, which a recipe cannot load" in said
+    assert "several-adapters.md" in said
+
+
 def test_plan_foretells_the_run_and_refuses_one_that_does_not_fit(
     trained: Path, tiny_model: Path, chat_rows: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

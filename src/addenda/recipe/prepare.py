@@ -173,6 +173,7 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
         DataError: the data has errors.
         TargetError: a target matches nothing.
     """
+    _refuse_mixture(recipe)
     if recipe.data.path:
         recipe, rows = read_rows(recipe, on_event, Parallel())
         return recipe, choose_setup(
@@ -182,6 +183,15 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
     recipe = with_tokens(recipe, base)
     _require_exports(recipe, base)
     return recipe, choose_setup(recipe, base, on_progress=on_event)
+
+
+def _refuse_mixture(recipe: Recipe) -> None:
+    """Refuse a method that mixes adapters: a recipe has no way to say which are loaded first."""
+    if mixed := recipe.method.mixes():
+        raise ConfigError(
+            f"method '{recipe.method.name}' mixes the adapters {', '.join(mixed)}, which a recipe cannot load",
+            hint="load them and attach the mixture in Python: docs/guides/several-adapters.md shows it",
+        )
 
 
 def _require_exports(recipe: Recipe, base: LoadedBase) -> None:
@@ -218,6 +228,7 @@ def read_rows(recipe: Recipe, on_event: OnRunEvent, parallel: Parallel) -> tuple
     Raises:
         DataError: the data has errors, or no row can be held out.
     """
+    _refuse_mixture(recipe)
     dataset = prepare_data(recipe.data, on_event)
     parts = split(
         dataset,
