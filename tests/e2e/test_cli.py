@@ -264,17 +264,16 @@ def test_what_an_export_cannot_carry_is_said_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("verb", ["plan", "train"])
-def test_a_mixture_is_refused_before_anything_is_loaded(
+def test_a_mixture_is_refused_with_where_to_find_how_it_is_trained(
     verb: str,
+    tiny_model: Path,
     chat_rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert (
-        run([verb, str(chat_rows), "--base", str(tmp_path / "none"), "--method", "adapter-fusion", "-q"]) == 2
-    )
+    assert run([verb, str(chat_rows), "--base", str(tiny_model), "--method", "adapter-fusion", "-q"]) == 2
     said = capsys.readouterr().err
     assert "mixes the adapters first, second, which a recipe cannot load" in said
     assert "several-adapters.md" in said
