@@ -275,7 +275,7 @@ def test_a_mixture_is_refused_with_where_to_find_how_it_is_trained(
     monkeypatch.chdir(tmp_path)
     assert run([verb, str(chat_rows), "--base", str(tiny_model), "--method", "adapter-fusion", "-q"]) == 2
     said = capsys.readouterr().err
-    assert "mixes the adapters first, second, which a recipe cannot load" in said
+    assert "mixes other adapters, which a recipe cannot load" in said
     assert "several-adapters.md" in said
 
 

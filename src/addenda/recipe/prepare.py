@@ -11,7 +11,7 @@ import torch
 
 from addenda.bases import LoadedBase
 from addenda.bases.packed import PackedModel
-from addenda.core import Handle, Observed, Plan, Progress, load, plan
+from addenda.core import Handle, Method, Observed, Plan, Progress, load, plan
 from addenda.core.attaching import attach_paths
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
@@ -187,9 +187,9 @@ def plan_run(recipe: Recipe, on_event: OnRunEvent) -> tuple[Recipe, Setup]:
 
 def _refuse_mixture(recipe: Recipe) -> None:
     """Refuse a method that mixes adapters: a recipe has no way to say which are loaded first."""
-    if mixed := recipe.method.mixes():
+    if type(recipe.method).mixes is not Method.mixes:
         raise ConfigError(
-            f"method '{recipe.method.name}' mixes the adapters {', '.join(mixed)}, which a recipe cannot load",
+            f"method '{recipe.method.name}' mixes other adapters, which a recipe cannot load",
             hint="load them and attach the mixture in Python: docs/guides/several-adapters.md shows it",
         )
 
