@@ -39,7 +39,7 @@ FRAGMENTED = 0.3
 
 SMALL_THINGS, SMALL_THINGS_ON_GPU = 32 * 2**20, 512 * 2**20
 """Tables of kernels, threads' own buffers, Python's objects of a step; on a GPU the libraries' workspaces, and packed
-weights while they are unpacked. The latter was guessed, and held on an H200."""
+weights while they are unpacked. Guessed, and enough for the steps that tests/gpu measured on an H200."""
 
 ON_THE_WAY = 3
 """Blocks whose activations are on the GPU where they are offloaded: one computed, one leaving, one coming back."""
