@@ -8,13 +8,13 @@ from typing import Any
 
 from addenda.bases import LoadedBase
 from addenda.core.handle import Handle
-from addenda.core.layers import kind_of, layer_at
 from addenda.core.planning import Plan
 from addenda.core.progress import OnProgress
 from addenda.core.whole import is_whole
 from addenda.export.format import Format
 from addenda.export.parity import Parity
 from addenda.export.peft import export_peft
+from addenda.export.peft.folder import layers_without
 from addenda.export.peft.form import form_for
 
 __all__ = ["FORMAT", "PEFTFolder"]
@@ -28,10 +28,8 @@ class PEFTFolder(Format):
         if form is None:
             return [f"PEFT has no method '{method.name}'"]
         own = [row.path for row in planned.rows if not is_whole(method, row.path)]
-        kinds = {path: kind_of(layer_at(base.model, path)) for path in own}
-        other = [path for path, kind in kinds.items() if kind is None or form.why_not(kind)]
         found = []
-        if other:
+        if other := layers_without(form, base.model, own):
             found.append(
                 f"PEFT's {form.peft_type} has no form for {len(other)} of the layers, first '{other[0]}'"
             )

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ from addenda.export.peft.reading import import_peft, view_at
 from addenda.export.peft.stacked import target_of
 from addenda.export.peft.values import values
 
-__all__ = ["export_peft", "write_peft"]
+__all__ = ["export_peft", "layers_without", "write_peft"]
 
 _USAGE = """
 from peft import PeftModel
@@ -211,9 +211,7 @@ def _require_expressible(handle: Handle) -> Form:
         )
         advice = "'--to merged' keeps it" if method.mergeable else "the native folder is its only form"
         raise ExportError(f"method '{method.name}' cannot be written for PEFT: {reason}", hint=advice)
-    kinds = {path: kind_of(layer_at(handle.model, path)) for path in handle.own().paths}
-    other = [path for path, kind in kinds.items() if kind is None or form.why_not(kind)]
-    if other:
+    if other := layers_without(form, handle.model, handle.own().paths):
         raise ExportError(
             f"PEFT has no form for {len(other)} of the adapted layers, first '{other[0]}'",
             where={"kind": _kind(handle, other[0])},
@@ -229,6 +227,12 @@ def _require_expressible(handle: Handle) -> Form:
     if problems:
         raise ExportError("; ".join(problems), hint="the native folder keeps it")
     return form
+
+
+def layers_without(form: Form, model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return those of the paths at whose layers a form has no layout in PEFT."""
+    kinds = {path: kind_of(layer_at(model, path)) for path in paths}
+    return [path for path, kind in kinds.items() if kind is None or form.why_not(kind)]
 
 
 def _kind(handle: Handle, path: str) -> str:
