@@ -1,0 +1,1 @@
+"""Programs that run exported files, one file each, asked what they answer."""
