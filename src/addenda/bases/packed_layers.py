@@ -65,7 +65,7 @@ class _Packed(nn.Module):
         return len(self.raw), self.width
 
     def dequantized(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight, ``(rows, width)``, or some rows by their index ``(n,)``, in ``dtype`` or that to compute in."""
+        """Return the weight, ``(rows, width)`` in a dtype or `compute_dtype`, or the rows of an index ``(n,)``."""
         raw = self.raw if rows is None else self.raw[rows]
         out = self._like.new_empty(len(raw), self.width, dtype=dtype)
         return self.weight_format.dequantize(raw, self.width, out)

@@ -201,7 +201,7 @@ def _require_exports(recipe: Recipe, base: LoadedBase) -> None:
         ConfigError: all that stands against it, and the formats that can.
     """
     if recipe.train.export_to:
-        require_formats(recipe.train.export_to, plan_of(recipe, base), base)
+        require_formats(recipe.train.export_to, plan_of(recipe, base), base.model, base)
 
 
 @dataclass(frozen=True)

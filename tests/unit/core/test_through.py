@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,7 +212,7 @@ def test_it_is_not_written_for_peft_which_would_answer_otherwise(tmp_path: Path)
     model = Net()
     handle = addenda.attach(model, addenda.LoRA(rank=4), through="q4_1")
     planned = addenda.plan(Net(), addenda.LoRA(rank=4), through="q4_1")
-    assert "through Q4_1" in format_of("peft").problems(planned, SimpleNamespace(model=model))[0]
+    assert "through Q4_1" in format_of("peft").problems(planned, model, None)[0]
     with pytest.raises(ExportError, match="trained through Q4_1"):
         write_peft(handle, tmp_path)
 

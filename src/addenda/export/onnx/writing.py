@@ -1,0 +1,94 @@
+"""A model written as ``model.onnx``; weights that are too many for one file lie in ``model.onnx.data`` beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from addenda.errors import ExportError
+from addenda.export.onnx.graph import tidy
+from addenda.export.onnx.packages import require
+from addenda.export.onnx.tracing import dynamic_dims, main_output, trace
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["DATA", "FILE", "graph_of", "require_finite", "save"]
+
+FILE, DATA = "model.onnx", "model.onnx.data"
+_ONE_FILE = 1 << 30
+"""Up to so many bytes of weights the graph's own file holds them; the format ends at twice as many."""
+_PREFIX = "model."
+
+
+class Positional(nn.Module):
+    """A model whose inputs are given in order, and which returns the one tensor that is asked for."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+        self.eval()  # or the exporter puts the model inside into training mode as well
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Run the model on its inputs in the order of the names."""
+        return main_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
+
+
+def graph_of(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> ir.Model:
+    """Trace a model as it is now, adapters that are not merged included; its values are read when they are saved.
+
+    Args:
+        model: in evaluation mode, in float32.
+        rows: arguments of one forward each, batch first; the graph takes any batch, any length of ids, and other
+            sizes where these rows differ.
+
+    Raises:
+        ExportError: it cannot be traced, or a weight is not finite.
+        MissingDependencyError: the packages of the extra ``onnx`` are not installed.
+    """
+    require_finite(model)
+    dims = dynamic_dims(rows)
+    longest = max(rows, key=lambda row: sum(value.numel() for value in row.values()))
+    example = {name: _several(value, dims[name]) for name, value in longest.items()}
+    with torch.no_grad():
+        output, _ = main_output(model(**example))
+    made = trace(Positional(model, list(example)), example, dims, [output])
+    tidy(made, prefix=_PREFIX, dims=dims)
+    return made
+
+
+def _several(value: Tensor, dims: Mapping[int, str]) -> Tensor:
+    """Repeat a tensor where it has size 1 along a dimension that is to take any size: 1 counts as a constant."""
+    for dim in dims:
+        if value.shape[dim] == 1:
+            value = torch.cat([value, value], dim)
+    return value
+
+
+def require_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ExportError: some are; names them.
+    """
+    wrong = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if wrong:
+        raise ExportError(
+            f"'{wrong[0]}' holds values that are not finite",
+            where={"tensors": len(wrong)},
+            hint="the training went wrong, or the file it was loaded from is damaged; nothing was written",
+        )
+
+
+def save(graph: ir.Model, folder: Path) -> None:
+    """Write the graph and its weights into an existing folder, one weight after another."""
+    total = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
+    require("onnx_ir").save(graph, folder / FILE, external_data=DATA if total > _ONE_FILE else None)

@@ -1,0 +1,52 @@
+"""ONNX Runtime on the CPU: opens a file and answers with what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from addenda.errors import ExportError
+from addenda.export.onnx.packages import require
+
+__all__ = ["Session"]
+
+
+class Session:
+    """One opened ONNX file.
+
+    Args:
+        path: the file; its ``.data`` is found beside it.
+        threads: of the CPU that it computes on.
+
+    Raises:
+        ExportError: the file is damaged, or not one that ONNX Runtime reads.
+        MissingDependencyError: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        runtime = require("onnxruntime")
+        self.name = f"ONNX Runtime {runtime.__version__}"
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors; what it finds unusual in a graph is no affair of the user's
+        try:
+            self._session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as problem:  # each failure has a class of its own there
+            raise ExportError(
+                f"ONNX Runtime cannot open '{path.name}'",
+                where={"because": str(problem).splitlines()[0][:300]},
+                hint="the file is damaged or incomplete: export it anew",
+            ) from problem
+        self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
+        """Names of the inputs with their shapes, a word where a dimension takes any size."""
+        self.outputs = {each.name: tuple(each.shape) for each in self._session.get_outputs()}
+
+    def run(self, row: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+        """Return all outputs by name for the inputs by name, on the CPU."""
+        feeds = {name: value.detach().cpu().numpy() for name, value in row.items() if name in self.inputs}
+        found = self._session.run(None, feeds, **options)
+        return {name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)}
