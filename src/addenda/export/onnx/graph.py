@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -136,6 +137,7 @@ def _name_dims(model: ir.Model, dims: Mapping[str, Mapping[int, str]]) -> None:
             if value.is_graph_output() and value.shape is not None:
                 for dim, symbol in enumerate(value.shape):
                     if not isinstance(symbol, int):
-                        value.shape[dim] = ir_.SymbolicDim(names.get(symbol.value, symbol.value))
+                        spelled = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), symbol.value)
+                        value.shape[dim] = ir_.SymbolicDim(spelled)
             else:
                 value.shape = None

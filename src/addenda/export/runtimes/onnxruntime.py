@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from addenda.errors import ExportError
 from addenda.export.onnx.packages import require
+from addenda.export.onnx.writing import PAST, PRESENT
 
-__all__ = ["Session"]
+__all__ = ["Decoder", "Session"]
 
 
 class Session:
@@ -50,3 +51,40 @@ class Session:
         feeds = {name: value.detach().cpu().numpy() for name, value in row.items() if name in self.inputs}
         found = self._session.run(None, feeds, **options)
         return {name: torch.from_numpy(value) for name, value in zip(self.outputs, found, strict=True)}
+
+
+class Decoder:
+    """One sequence read by a model with a key-value cache, some tokens at a time.
+
+    Example:
+        ``Decoder(session).read(ids)`` gives the logits of a prompt; ``read`` again goes on after it.
+    """
+
+    def __init__(self, session: Session, **options: Any) -> None:
+        self._session, self._options = session, options
+        shapes = {name: shape for name, shape in session.inputs.items() if name.startswith(PAST)}
+        self._cache = {name: torch.zeros(1, shape[1], 0, shape[3]) for name, shape in shapes.items()}
+        self.length = 0
+        """How many tokens have been read."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Return the logits (n, vocabulary) after each of the next tokens, ids (n,)."""
+        total = self.length + len(ids)
+        row = {
+            "input_ids": ids[None],
+            "attention_mask": ids.new_ones(1, total),
+            "position_ids": torch.arange(self.length, total)[None],
+        }
+        found = self._session.run({**row, **self._cache}, **self._options)
+        self._cache = {name: found[name.replace(PAST, PRESENT)] for name in self._cache}
+        self.length = total
+        return found["logits"][0]
+
+    def answer(self, ids: Tensor, *, stop: Collection[int], max_new_tokens: int) -> list[int]:
+        """Read a prompt, ids (n,), and return the likeliest token after each, up to one of ``stop``, itself left out."""
+        answer: list[int] = []
+        logits = self.read(ids)
+        while len(answer) < max_new_tokens and (token := int(logits[-1].argmax())) not in stop:
+            answer.append(token)
+            logits = self.read(torch.tensor([token]))
+        return answer
