@@ -28,11 +28,11 @@ BUDGETS = {
     "data": 4700,  # six file formats, six row shapes, and 36 checks that each carry their page and two examples
     "train": 5400,  # checkpoints, locks, guards, memory, processes, forecasts, several runs at once, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
-    "export": 7600,  # a file for each method that PEFT has too, and for each format; ONNX graphs written and read back
+    "export": 11000,  # a file for each method that PEFT has too, for each format and each program; the gate
     "cli": 2200,  # a verb a file
     "sweeps": 1100,  # what to try, the search, the trials and their standing, going on with one
     "recipe": 2100,  # a run, and several on one base; what going on with one refuses
-    "": 1000,  # the files beside the rooms: errors, folders, settings, TOML
+    "": 1250,  # the files beside the rooms: errors, folders, intervals, settings, TOML
     "conformance": 1500,  # properties of methods and the places on which they are tried; tests, in effect
 }
 

@@ -363,8 +363,8 @@ def test_peft_export_is_proven_and_read_back(
 
     out = tmp_path / "exported"
     shown = document(capsys, "export", str(trained), "--to", "peft", "--out", str(out))
-    assert shown["parity"]["reader"] == f"peft {peft.__version__}"
-    assert shown["parity"]["max_abs_logit_difference"] <= 1e-5
+    assert shown["parity"]["real"]["runtime"] == f"peft {peft.__version__}"
+    assert shown["parity"]["real"]["largest_difference"] <= 1e-5
     assert json.loads((out / "export.json").read_text())["parity"] == shown["parity"]
     card = (out / "README.md").read_text()
     assert "More Information Needed" not in card
@@ -382,7 +382,7 @@ def test_merged_export_answers_like_the_adapted_model(
 ) -> None:
     out = tmp_path / "merged"
     shown = document(capsys, "export", str(trained), "--to", "merged", "--out", str(out))
-    assert shown["parity"]["top1_agreement"] == 1.0
+    assert shown["parity"]["real"]["top1_agreement"] == 1.0
     assert (out / "chat_template.jinja").is_file()
     assert not list(out.glob("*.bin"))
     import transformers
@@ -395,9 +395,9 @@ def test_merged_export_answers_like_the_adapted_model(
     with torch.no_grad():
         assert (merged(row).logits - base.model(row).logits).abs().max() <= 1e-4
     half = document(
-        capsys, "export", str(trained), "--to", "merged", "--out", f"{out}16", "--dtype", "bfloat16"
+        capsys, "export", str(trained), "--to", "merged", "--out", f"{out}16", "--type", "bfloat16"
     )
-    assert half["parity"]["dtype"] == "bfloat16"
+    assert half["parity"]["twin"] != half["parity"]["real"]
     sizes = [
         path.stat().st_size for path in (out / "model.safetensors", Path(f"{out}16") / "model.safetensors")
     ]

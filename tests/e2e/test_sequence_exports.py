@@ -10,7 +10,8 @@ import torch
 
 import addenda
 from addenda.core import registry
-from addenda.export.peft import export_peft, import_peft
+from addenda.export.peft import import_peft
+from addenda.export.run import export_adapter
 from addenda.methods.xlora import XLoRA
 
 pytest.importorskip("peft")
@@ -39,7 +40,7 @@ def test_an_export_is_read_again_and_the_model_is_as_before(
     ids = torch.arange(4, 16)[None]
     before = base.model(ids).logits
     classes = [type(module) for module in base.model.modules()]
-    parity = export_peft(base, handle, tmp_path / "out")
+    parity = export_adapter(base, handle, "peft", tmp_path / "out")
     assert parity.reader.startswith(READERS[name])
     assert torch.equal(base.model(ids).logits, before)
     assert [type(module) for module in base.model.modules()] == classes
@@ -58,7 +59,7 @@ def test_a_mixture_is_exported_with_what_it_mixes(tiny_model: Path, tmp_path: Pa
     handle = addenda.attach(base.model, method, name="mix")
     ids = torch.arange(4, 16)[None]
     before = base.model(ids).logits
-    parity = export_peft(base, handle, tmp_path / "out")
+    parity = export_adapter(base, handle, "peft", tmp_path / "out")
     assert parity.reader.startswith("addenda's own reader (peft has to be told where")
     assert torch.equal(base.model(ids).logits, before)
     assert list(addenda.handles(base.model)) == ["law", "style", "mix"]

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 import addenda
 from addenda.bases import formats
-from addenda.bases.formats import normal
 from addenda.bases.packed_layers import PackedLinear
 from addenda.core import registry
 from addenda.errors import AddendaError
@@ -95,7 +94,7 @@ def in_four_bits(base, whose):
     blocks = base.model.model.layers
     for path, layer in [(p, m) for p, m in blocks.named_modules() if isinstance(m, nn.Linear)]:
         if whose == "ours":
-            raw = normal.quantize(layer.weight.detach())
+            raw = formats.get("NF4").quantize(layer.weight)
             packed = PackedLinear(raw, formats.get("NF4"), layer.in_features)
         else:
             import bitsandbytes

@@ -75,7 +75,7 @@ def generate(
         for first in range(0, len(order), BATCH):
             batch = order[first : first + BATCH]
             settings = _settings(base, max_new_tokens, temperature, longest=len(prompts[batch[-1]]))
-            settings["eos_token_id"] = sorted(_stop_ids(base, conversations[batch[0]]))
+            settings["eos_token_id"] = sorted(stop_ids(base, conversations[batch[0]]))
             texts = _answer(base, [prompts[i] for i in batch], settings, on_token)
             for i, text in zip(batch, texts, strict=True):
                 answers[i] = text
@@ -144,7 +144,7 @@ def _settings(base: LoadedBase, max_new_tokens: int, temperature: float, *, long
     return settings
 
 
-def _stop_ids(base: LoadedBase, messages: Sequence[Message]) -> set[int]:
+def stop_ids(base: LoadedBase, messages: Sequence[Message]) -> set[int]:
     """Ids that end an answer: the model's own, the tokenizer's, and what the template writes behind an answer."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured])

@@ -87,8 +87,8 @@ class PackedLinear(_Packed):
     Example:
         >>> import torch
         >>> from addenda.bases import formats
-        >>> from addenda.bases.formats import rowwise
-        >>> layer = PackedLinear(rowwise.quantize(torch.eye(4) * 127), formats.get("INT8"), 4)
+        >>> int8 = formats.get("INT8")
+        >>> layer = PackedLinear(int8.quantize(torch.eye(4) * 127), int8, 4)
         >>> layer(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
         [127.0, 254.0, 381.0, 508.0]
     """
@@ -180,7 +180,7 @@ def pack_linears(model: nn.Module, weight_format: WeightFormat, keep: nn.Module 
 
     Args:
         model: changed in place.
-        weight_format: one that quantizes. Layers whose rows are not whole blocks of it stay dense.
+        weight_format: how they are packed. Layers whose rows are not whole blocks of it stay dense.
         keep: a layer to leave dense, as the output head.
 
     Raises:
@@ -193,18 +193,10 @@ def pack_linears(model: nn.Module, weight_format: WeightFormat, keep: nn.Module 
     ]
     fitting = [(path, m) for path, m in plain if m.in_features % (weight_format.block or 1) == 0]
     for path, module in fitting:
-        raw = _quantized(module.weight.detach(), weight_format)
+        raw = weight_format.quantize(module.weight)
         packed = PackedLinear(raw, weight_format, module.in_features, module.bias, module.weight.dtype)
         model.set_submodule(path, packed.train(module.training))
     return len(fitting)
-
-
-def _quantized(weight: Tensor, weight_format: WeightFormat) -> Tensor:
-    """The raw rows of a weight; of a weight that is not there, as many."""
-    assert weight_format.quantize is not None
-    if weight.is_meta:
-        return weight.new_empty(len(weight), weight_format.row_bytes(weight.shape[1]), dtype=torch.uint8)
-    return weight_format.quantize(weight)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from addenda.evals.interval import Interval
 from addenda.evals.page import MINUS, Html, signed, tag
+from addenda.intervals import Interval
 
 __all__ = ["Series", "bar", "line_chart", "ticks", "whisker_chart"]
 

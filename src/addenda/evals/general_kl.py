@@ -26,8 +26,8 @@ from addenda.data.pack import PackedBatch, collate, plan_batches
 from addenda.data.rows import Conversation, Example, Message, RowRef
 from addenda.errors import DataError, MethodError
 from addenda.evals.heldout import sample_of
-from addenda.evals.interval import interval_of_ratio
 from addenda.evals.results import KLEstimate, PromptShift
+from addenda.intervals import interval_of_ratio
 
 if TYPE_CHECKING:
     from addenda.bases.loaded import LoadedBase

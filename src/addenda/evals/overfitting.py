@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from addenda.errors import DataError
-from addenda.evals.interval import Interval, interval_of_difference, interval_of_ratio, interval_of_share
 from addenda.evals.results import HeldoutMetrics, RowScore
+from addenda.intervals import Interval, interval_of_difference, interval_of_ratio, interval_of_share
 
 __all__ = ["Learning", "compare", "compare_accuracy", "judge", "sample_rows"]
 

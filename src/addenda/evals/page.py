@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-from addenda.evals.interval import Interval
+from addenda.intervals import Interval
 
 __all__ = [
     "Html",

@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass, field
 
 from addenda.errors import CheckpointError
-from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
 from addenda.evals.results import HeldoutChange, KLEstimate, SamplePair
+from addenda.intervals import Interval
 
 __all__ = [
     "BaseFacts",

@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 
 from addenda.evals.charts import whisker_chart
-from addenda.evals.interval import Interval
 from addenda.evals.page import Html, bytes_of, count, duration, interval_text, moment, signed, table, tag
 from addenda.evals.record import RunRecord
 from addenda.evals.sections import (
@@ -22,6 +21,7 @@ from addenda.evals.sections import (
     over_seeds,
     trained,
 )
+from addenda.intervals import Interval
 
 __all__ = ["render_report", "write_report"]
 

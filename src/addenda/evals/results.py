@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from addenda.evals.interval import Interval
+from addenda.intervals import Interval
 
 __all__ = ["HeldoutChange", "HeldoutMetrics", "KLEstimate", "PromptShift", "RowScore", "SamplePair"]
 

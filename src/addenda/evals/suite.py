@@ -13,9 +13,9 @@ from addenda.data.rows import Example
 from addenda.errors import MethodError
 from addenda.evals.general_kl import general_kl
 from addenda.evals.heldout import TOKENS_PER_BATCH, heldout
-from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning, compare, compare_accuracy, judge, sample_rows
 from addenda.evals.results import HeldoutChange, HeldoutMetrics, KLEstimate
+from addenda.intervals import Interval
 
 if TYPE_CHECKING:
     from addenda.bases.loaded import LoadedBase

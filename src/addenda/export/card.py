@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from addenda.export.parity import Parity
+from addenda.export.table import gate_table
 
 __all__ = ["model_card"]
 
@@ -28,16 +29,17 @@ def model_card(
         title: the heading.
         library: what loads the folder, as the hub names it.
         tags: further tags for the hub.
-        usage: Python that loads it.
+        usage: Markdown that says how it is used.
         provenance: as kept with the adapter by ``addenda train``.
         parity: the result of the gate.
     """
     base = dict(provenance.get("base") or {})
     sections = [_front_matter(base, library, tags), f"# {title}", _facts(base, provenance)]
-    sections += ["## Use", f"```python\n{usage.strip()}\n```"]
+    if usage:
+        sections += ["## Use", usage.strip()]
     if measured := _measured(provenance):
         sections += ["## Measured", measured]
-    sections += ["## Checked on export", f"- {parity}"]
+    sections += ["## Checked on export", gate_table(parity)]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 

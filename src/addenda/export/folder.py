@@ -1,21 +1,18 @@
-"""An exported folder appears whole or not at all, beside a record of what it is and how it was proven."""
+"""An exported folder appears whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from addenda.bases.cache import sha256_of
 from addenda.errors import BusyError
-from addenda.export.parity import Parity
 
-__all__ = ["new_folder", "write_record"]
+__all__ = ["new_folder", "sums_of"]
 
 
 @contextlib.contextmanager
@@ -48,11 +45,13 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def write_record(folder: Path, *, form: str, parity: Parity, provenance: Mapping[str, Any]) -> None:
-    """Write ``export.json``: the form, the proof, and where the adapter came from."""
-    record = {"form": form, "parity": asdict(parity), "provenance": dict(provenance)}
-    text = json.dumps(record, ensure_ascii=False, indent=1) + "\n"
-    (folder / "export.json").write_text(text, encoding="utf-8")
+def sums_of(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder, by its path inside."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _sync(path: Path) -> None:

@@ -1,20 +1,21 @@
-"""What an export format is: what it can hold, and how it is written. Each is a file of ``formats/``."""
+"""What an export format is: what it can hold, how it is written, and what runs it. Each is a file of ``formats/``."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
 
 from addenda.bases import LoadedBase
-from addenda.core.handle import Handle
 from addenda.core.planning import Plan
-from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError, nearest
+from addenda.export.job import Job
 from addenda.export.names import format_names
-from addenda.export.parity import Parity
+from addenda.export.runtime import Runtime
 
 __all__ = ["Format", "format_of", "require_formats"]
 
@@ -22,39 +23,64 @@ __all__ = ["Format", "format_of", "require_formats"]
 class Format(ABC):
     """One form that other programs load; stateless. Its file holds ``FORMAT``, an instance."""
 
-    dtypes: ClassVar[tuple[str, ...]] = ()
-    """Number formats that its weights can be written in; none where that is not a choice."""
+    types: ClassVar[tuple[str, ...]] = ()
+    """Number formats that it can be written in, or its variants; none where that is not a choice."""
+    extra: ClassVar[str] = ""
+    """The extra that brings the program by which it is proven; empty where none is needed."""
+    library: ClassVar[str] = ""
+    """What loads it, as the hub names it."""
 
     @abstractmethod
-    def problems(self, planned: Plan, base: LoadedBase) -> list[str]:
+    def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
         """Return what of a planned adapter it cannot carry; empty where nothing is known to stand against it.
 
         Args:
             planned: what is to be adapted, before anything is trained.
-            base: with or without its weights.
+            model: with or without its weights.
+            base: what the model was loaded as; None for a module that somebody built.
         """
+
+    def default_type(self, job: Job) -> str | None:
+        """Return the type where none is asked for."""
+        return self.types[0] if self.types else None
+
+    def space(self, job: Job) -> int:
+        """Return at most how many bytes the written files take, those that the gate needs for a while among them."""
+        return 8 * sum(parameter.numel() for parameter in job.handle.parameters()) + 2**20
 
     @abstractmethod
-    def write(
-        self,
-        base: LoadedBase,
-        handle: Handle,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: str | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Parity:
-        """Write the adapter into a new folder, once it has been proven to answer like the adapted model.
+    def write(self, job: Job, folder: Path) -> None:
+        """Write the files into an empty folder, a few tensors in memory at a time, and leave the model as it was.
+
+        Raises:
+            ExportError: something cannot be carried after all.
+        """
+
+    def drifts(self, job: Job) -> bool:
+        """Return whether weights are rounded on purpose, so that the file's answers differ from the trained model's."""
+        return False
+
+    @abstractmethod
+    def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
+        """Load what was written in the program it is for.
 
         Args:
-            base: carrying the adapter.
-            handle: the adapter.
-            folder: must not exist, or be empty.
-            dtype: one of `dtypes`; None keeps what there is.
-            provenance: what the adapter's manifest says of its training.
-            on_progress: told of the steps.
+            job: as written.
+            folder: with the files.
+            exact: whether to load a twin in which nothing is rounded; the file itself where that is so anyhow.
+
+        Raises:
+            MissingDependencyError: the program is not installed; the hint names the extra.
+            ExportError: it refuses the file; with what it said.
         """
+
+    def audit(self, job: Job, folder: Path) -> list[str]:
+        """Read the files back, and return what is other than meant, each layer named."""
+        return []
+
+    def usage(self, job: Job) -> str:
+        """Return Markdown that says how the folder is used."""
+        return ""
 
 
 def format_of(name: str) -> Format:
@@ -64,7 +90,7 @@ def format_of(name: str) -> Format:
         ConfigError: there is none of that name.
 
     Example:
-        >>> format_of("peft").dtypes
+        >>> format_of("peft").types
         ()
     """
     if name not in format_names():
@@ -77,7 +103,9 @@ def format_of(name: str) -> Format:
     return found
 
 
-def require_formats(names: Iterable[str], planned: Plan, base: LoadedBase) -> None:
+def require_formats(
+    names: Iterable[str], planned: Plan, model: nn.Module, base: LoadedBase | None = None
+) -> None:
     """Refuse an adapter that one of the formats cannot carry, before it is trained.
 
     Raises:
@@ -85,10 +113,10 @@ def require_formats(names: Iterable[str], planned: Plan, base: LoadedBase) -> No
             that can.
     """
     wanted = {name: format_of(name) for name in names}
-    wrong = {name: found for name, each in wanted.items() if (found := each.problems(planned, base))}
+    wrong = {name: found for name, each in wanted.items() if (found := each.problems(planned, model, base))}
     if not wrong:
         return
-    able = [name for name in format_names() if not format_of(name).problems(planned, base)]
+    able = [name for name in format_names() if not format_of(name).problems(planned, model, base)]
     raise ConfigError(
         f"what is to be trained cannot be exported as {', '.join(wrong)}",
         where={name: "; ".join(found) for name, found in wrong.items()},

@@ -3,83 +3,50 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from addenda.bases import LoadedBase, load_base
+from addenda.bases import LoadedBase
 from addenda.bases.model_config import quiet_transformers
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear, packed_layers
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
-from addenda.export.card import model_card
-from addenda.export.folder import new_folder, write_record
-from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 
-__all__ = ["export_merged"]
-
-_USAGE = """
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
-"""
+__all__ = ["write_merged"]
 
 
-def export_merged(
+def write_merged(
     base: LoadedBase,
     handle: Handle,
-    folder: str | os.PathLike[str],
+    folder: Path,
+    dtype: torch.dtype,
     *,
-    dtype: torch.dtype | None = None,
-    provenance: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
-) -> Parity:
-    """Write base and adapter as one model folder: safetensors, tokenizer, chat template, card, ``export.json``.
+) -> None:
+    """Write base and adapter as one model folder: safetensors, configuration, tokenizer and chat template.
 
-    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. The folder is
-    loaded again and must answer like the adapted model before it appears under its name. The model in memory stays as
-    it was.
+    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. The model in memory
+    stays as it was.
 
     Args:
         base: the loaded base, best in float32, carrying the adapter.
         handle: the adapter.
-        folder: the new folder; must not exist, or be empty.
-        dtype: of the written weights; None keeps that of the model in memory.
-        provenance: what the adapter's manifest says of its training.
+        folder: an empty folder.
+        dtype: of the written weights.
         on_progress: told of the steps.
 
     Raises:
         MethodError: the method cannot be merged, or a weight is shared with another layer.
-        ExportError: the architecture has no place for a merged weight, or the export answers otherwise.
-        BusyError: the folder exists and is not empty.
+        ExportError: the architecture has no place for a merged weight.
     """
-    kind = dtype or base.model.dtype
-    name = str(kind).removeprefix("torch.")
-    facts = dict(provenance or {})
-    with new_folder(folder) as work:
-        rows = probe_rows(base)
-        wanted = logits_of(base.model, rows, on_progress=on_progress)
-        _say(on_progress, 0)
-        _write_weights(base, handle, work, kind)
-        _say(on_progress, 1)
-        base.tokenizer.save_pretrained(work)
-        again = load_base(work, dtype=torch.float32)
-        found = logits_of(again.model, rows, on_progress=on_progress)
-        parity = require_parity(wanted, found, reader="transformers", dtype=name)
-        write_record(work, form="merged", parity=parity, provenance=facts)
-        title = f"{base.name} with '{handle.name}' merged"
-        tags = ["addenda", handle.method.name]
-        card = model_card(
-            title=title, library="transformers", tags=tags, usage=_USAGE, provenance=facts, parity=parity
-        )
-        (work / "README.md").write_text(card, encoding="utf-8")
-    return parity
+    _say(on_progress, 0)
+    _write_weights(base, handle, folder, dtype)
+    _say(on_progress, 1)
+    base.tokenizer.save_pretrained(folder)
 
 
 def _say(on_progress: OnProgress | None, done: int) -> None:

@@ -1,130 +1,298 @@
-"""The gate every export passes: what was written is loaded again and answers the same prompts as the trained model."""
+"""The gate: what was written answers, in the program it is for, like the model that was trained.
+
+Two questions are kept apart. *Is it right?* is asked of an exact twin, where nothing is rounded that need not be: its
+answers may differ from the trained model's by what float32 leaves open, and the adapter has to change them by far
+more than that, or a missing adapter would pass too. *What is lost?* is asked of the file itself, whose weights may be
+rounded on purpose: how far its answers are from the trained model's, and how much of the adapter's change they keep.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from addenda.bases import LoadedBase
-from addenda.core.progress import OnProgress, Progress
-from addenda.errors import ExportError
+from addenda.export.chat import ChatParity, compare_chats
+from addenda.export.job import Job
+from addenda.export.probes import Kind, answer
+from addenda.export.runtime import Runtime
+from addenda.intervals import Interval, interval_of_ratio
 
-__all__ = ["TOLERANCE", "UNCHANGED", "Parity", "logits_of", "probe_rows", "require_parity"]
+__all__ = ["Closeness", "Parity", "Verdict", "compare", "gate"]
 
-UNCHANGED = 1e-4
-"""Largest difference of a logit where no weight was changed, as a share of the largest logit."""
-TOLERANCE = {"float32": 1e-3, "float16": 3e-3, "bfloat16": 2e-2}
-"""The same where weights were merged and rounded, by their number format. Each rounding moves the logits, and at a few
-positions by a hundred times more than at others: a SmolLM2 whose weights were merged in float64 and rounded once to
-float32 differs by 1.2e-4 at one position and by about 1e-6 at most of them, and by nothing before it was rounded."""
-LEAST_AGREEMENT = {"float32": 0.99, "float16": 0.98, "bfloat16": 0.95}
-"""Smallest share of positions whose most likely next token stays the same."""
+EXACT_LIMIT = 1e-3
+"""Nats that a log-probability may differ where nothing is rounded; 4e-5 is usual."""
+FEATURE_LIMIT = 1e-4
+"""The same for features, as a share of the largest."""
+LEAST_EFFECT = 20.0
+"""How many times the limit the adapter must change some answer, so that a fault cannot hide."""
+LEAST_COSINE, LEAST_SIZE, MOST_SIZE = 0.9, 0.8, 1.25
+"""Of what the file keeps of the adapter's change; short of these the export has drifted."""
 
-_TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and then it rests in the shade of an old oak tree.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    "In 1969 two people walked on the Moon; about 600 million watched it on television.",
-    "Water boils at 100 degrees Celsius at sea level, and at a lower temperature on a mountain.",
-    "Dear Sir or Madam, I am writing to ask about the parcel that has not arrived.",
-    "Le chat dort sur le canapé pendant que la pluie tombe dehors.",
-    '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"]}',
-    "1, 1, 2, 3, 5, 8, 13, 21, 34, 55",
-)
+Verdict = Literal["passed", "drifted", "failed", "unproven", "unverified"]
+Open = Callable[[bool], Runtime]
+"""Loads what was written: the exact twin if True, else the file itself."""
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How one runtime's answers compare with the trained model's."""
+
+    runtime: str
+    positions: int
+    largest_difference: float
+    """Of a log-probability in nats, or of a feature in its own unit; over all that the runtime tells."""
+    limit: float
+    """What the largest difference may be where nothing is rounded."""
+    kl: Interval | None
+    """KL divergence of the runtime's distribution from the trained model's, nats per position; None for features."""
+    top1_agreement: float | None
+    """Share in [0, 1] of positions with the same most likely token or class; None for features."""
+    effect_cosine: Interval | None
+    """Cosine of the change that the file makes to the base's answers with the change that the adapter makes."""
+    effect_size: Interval | None
+    """How long the former is along the latter, 1 being all of it; None where the adapter changes nothing."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing differs by more than the limit; false for answers that are not numbers."""
+        return self.largest_difference <= self.limit
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How close an export came to the model that was trained."""
+    """What the gate found."""
 
-    reader: str
-    """What loaded the export."""
-    max_abs_logit_difference: float
-    """Over all positions and the whole vocabulary; both computed in float32."""
-    top1_agreement: float
-    """Share in [0, 1] of positions with the same most likely next token."""
-    positions: int
-    dtype: str
-    """Number format of the exported weights."""
-    tolerance: float
-    """What the difference had to stay below."""
+    verdict: Verdict
+    words: str
+    """The verdict in a sentence."""
+    effect: float
+    """Largest change that the adapter makes to an answer, in the unit of `Closeness.largest_difference`."""
+    twin: Closeness | None = None
+    """Of the exact twin; of the file itself where that is exact."""
+    real: Closeness | None = None
+    """Of the file itself."""
+    chat: ChatParity | None = None
+    findings: tuple[str, ...] = ()
+    """What reading the file back showed to be other than meant."""
+
+    @property
+    def reader(self) -> str:
+        """The program that loaded it, or why none did."""
+        told = self.real or self.twin
+        return told.runtime if told else "not loaded"
+
+    def document(self) -> dict[str, Any]:
+        """Return everything as JSON-able values."""
+        return asdict(self)
 
     def __str__(self) -> str:
-        return (
-            f"reloaded with {self.reader}: largest logit difference {self.max_abs_logit_difference:.2g} "
-            f"(at most {self.tolerance:.2g}), same top token at {self.top1_agreement:.1%} of {self.positions} positions"
-        )
+        return f"{self.verdict}: {self.words}"
 
 
-def probe_rows(base: LoadedBase) -> list[Tensor]:
-    """The prompts of the gate as token ids, each (1, T) long."""
-    encoded = (base.tokenizer(text, return_tensors="pt")["input_ids"] for text in _TEXTS)
-    device = next(base.model.parameters()).device
-    return [ids[:, : base.room].to(device) for ids in encoded]
-
-
-def logits_of(
-    model: nn.Module, rows: Sequence[Tensor], *, on_progress: OnProgress | None = None
-) -> list[Tensor]:
-    """The model's logits for each row, (T, vocabulary) float32 on the CPU, computed in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        found = []
-        for done, row in enumerate(rows, start=1):
-            with torch.no_grad():
-                output: Any = model(input_ids=row)
-            found.append(output.logits[0].float().cpu())
-            if on_progress:
-                on_progress(Progress("compare logits", done, len(rows), "prompts"))
-        return found
-    finally:
-        model.train(was_training)
-
-
-def require_parity(
-    wanted: Iterable[Tensor],
-    found: Iterable[Tensor],
-    *,
-    reader: str,
-    dtype: str | None = None,
-) -> Parity:
-    """Compare logits of the trained model with those of its export.
+def gate(job: Job, open_export: Open, *, drifts: bool, findings: Sequence[str] = ()) -> Parity:
+    """Compare an export with the model it was made from.
 
     Args:
-        wanted: logits of the trained model, row by row.
-        found: logits of the export, likewise.
-        reader: what loaded the export.
-        dtype: the number format that merged weights were rounded to; None where no weight was changed.
-
-    Raises:
-        ExportError: they differ by more than the tolerance of the number format.
-
-    Example:
-        >>> logits = torch.randn(5, 32)
-        >>> require_parity([logits], [logits + 1e-6], reader="a test").top1_agreement
-        1.0
+        job: the model with its adapter at work, and what to ask.
+        open_export: loads the export; called once, or twice where the file is rounded on purpose.
+        drifts: whether it is.
+        findings: what reading the file back showed.
     """
-    pairs = list(zip(wanted, found, strict=True))
-    difference = max(float((a - b).abs().max()) for a, b in pairs)
-    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
-    positions = sum(len(a) for a, _ in pairs)
-    share = UNCHANGED if dtype is None else TOLERANCE[dtype]
-    dtype = dtype or "float32"
-    limit = share * max(float(a.abs().max()) for a, _ in pairs)
-    parity = Parity(reader, difference, same / positions, positions, dtype, limit)
-    # "not <=" rather than ">", so that NaN fails too.
-    if not difference <= limit or parity.top1_agreement < LEAST_AGREEMENT[dtype]:
-        raise ExportError(
-            "the export does not answer as the trained model does",
-            where={
-                "reloaded with": reader,
-                "largest logit difference": f"{difference:.3g}, at most {limit:.3g}",
-                "same top token": f"{parity.top1_agreement:.1%} of {positions} positions",
-            },
-            hint="nothing was written; export in float32, and report this if it persists",
+    with tempfile.TemporaryDirectory() as place:
+        trained = _Spool(Path(place) / "trained", _answers(job, "ask the trained model"))
+        with job.handle.disabled():
+            bare = _Spool(Path(place) / "bare", _answers(job, "ask the base"))
+        effect = max(float((a - b).abs().max()) for a, b in zip(trained, bare, strict=True))
+        with open_export(not drifts) as runtime:
+            real = compare(runtime, job, trained, bare, task="ask the export")
+            chat = compare_chats(job, runtime.chat) if runtime.chat and job.base else None
+        twin = None if drifts else real
+        if drifts:
+            with open_export(True) as runtime:
+                twin = compare(runtime, job, trained, bare, task="ask its exact twin")
+    verdict, words = _judge(effect, twin, real, chat, findings)
+    return Parity(verdict, words, effect, twin, real, chat, tuple(findings))
+
+
+def _answers(job: Job, task: str) -> Iterator[Tensor]:
+    rows = job.probes.rows
+    for done, row in enumerate(rows, start=1):
+        yield answer(job.model, row, job.probes.kind)
+        job.say(task, done, len(rows), "prompts")
+
+
+class _Spool:
+    """Answers on disk: those of a large vocabulary are larger than the model."""
+
+    def __init__(self, folder: Path, made: Iterator[Tensor]) -> None:
+        folder.mkdir()
+        self._paths = []
+        for number, tensor in enumerate(made):
+            self._paths.append(folder / f"{number}.npy")
+            np.save(self._paths[-1], tensor.numpy())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.from_numpy(np.load(path)) for path in self._paths)
+
+
+# ------------------------------------------------------------------------------------------------------- comparing
+
+
+@dataclass
+class _Sums:
+    """Over one row: what the figures are ratios of."""
+
+    positions: int
+    difference: float
+    scale: float
+    kl: float
+    same: int
+    along: float
+    meant: float
+    kept: float
+
+
+def compare(
+    runtime: Runtime, job: Job, trained: Sequence[Tensor] | Any, bare: Sequence[Tensor] | Any, *, task: str
+) -> Closeness:
+    """Ask a runtime every row and compare.
+
+    Args:
+        runtime: the loaded export.
+        job: what to ask.
+        trained: the trained model's answers, row by row.
+        bare: those of the base without the adapter.
+        task: what progress is reported as.
+    """
+    rows, kind, sums = job.probes.rows, job.probes.kind, []
+    for done, (row, wanted, base) in enumerate(zip(rows, trained, bare, strict=True), start=1):
+        found = runtime.answer(row, kind)
+        before = runtime.answer(row, kind, adapted=False) if runtime.has_base else base
+        sums.append(_sums(wanted, base, found, before, kind))
+        job.say(task, done, len(rows), "prompts")
+    scores = kind != "features"
+    positions = sum(each.positions for each in sums)
+    scale = 1.0 if scores else max(each.scale for each in sums)
+    return Closeness(
+        runtime=runtime.name,
+        positions=positions,
+        largest_difference=_largest(each.difference for each in sums),
+        limit=EXACT_LIMIT if scores else FEATURE_LIMIT * scale,
+        kl=_ratio([s.kl for s in sums], [s.positions for s in sums]) if scores else None,
+        top1_agreement=sum(each.same for each in sums) / positions if scores else None,
+        effect_cosine=_ratio([s.along for s in sums], [math.sqrt(s.meant * s.kept) for s in sums]),
+        effect_size=_ratio([s.along for s in sums], [s.meant for s in sums]),
+    )
+
+
+def _largest(values: Iterator[float] | Any) -> float:
+    """The largest, or infinity where one is no number, so that it passes no limit."""
+    found = list(values)
+    return math.inf if any(math.isnan(value) for value in found) else max(found)
+
+
+def _ratio(amounts: list[float], weights: list[float] | list[int]) -> Interval | None:
+    usable = [(a, w) for a, w in zip(amounts, weights, strict=True) if w > 0 and math.isfinite(a)]
+    return interval_of_ratio([a for a, _ in usable], [w for _, w in usable]) if usable else None
+
+
+def _sums(wanted: Tensor, base: Tensor, found: Tensor, before: Tensor, kind: Kind) -> _Sums:
+    """Sum up one row; entries that the runtime does not tell (NaN) count for nothing, and none told is a fault."""
+    if found.shape != wanted.shape:
+        return _Sums(len(wanted), math.nan, 0.0, math.inf, 0, 0.0, 0.0, 0.0)
+    told = ~(found.isnan() | before.isnan())
+    zero = torch.zeros(())
+    difference = torch.where(told, found - wanted, zero).abs().max() if bool(told.any()) else zero + math.nan
+    meant = torch.where(told, wanted - base, zero).double()
+    kept = torch.where(told, found - before, zero).double()
+    if kind != "features":  # what is all but impossible does not count as much as what is likely
+        weight = (0.5 * (wanted.exp() + base.exp())).double().sqrt()
+        meant, kept = meant * weight, kept * weight
+    scores = kind != "features"
+    return _Sums(
+        positions=len(wanted),
+        difference=float(difference),
+        scale=float(wanted.abs().max()),
+        kl=max(0.0, float(_kl(wanted, found, told).sum())) if scores else 0.0,
+        same=int((_filled(found).argmax(-1) == wanted.argmax(-1)).sum()) if scores else 0,
+        along=float((meant * kept).sum()),
+        meant=float((meant * meant).sum()),
+        kept=float((kept * kept).sum()),
+    )
+
+
+def _filled(found: Tensor) -> Tensor:
+    return found.nan_to_num(nan=-math.inf)
+
+
+def _kl(wanted: Tensor, found: Tensor, told: Tensor) -> Tensor:
+    """KL(wanted ‖ found) of each position; what is not told is taken together as one outcome, a lower bound."""
+    p, q = wanted.double(), torch.where(told, found, torch.zeros(())).double()
+    inside = torch.where(told, p.exp() * (p - q), torch.zeros((), dtype=torch.float64)).sum(-1)
+    p_rest = torch.where(told, torch.zeros(()), wanted).double().exp().mul(~told).sum(-1)
+    q_rest = (1 - torch.where(told, q.exp(), torch.zeros((), dtype=torch.float64)).sum(-1)).clamp(min=1e-12)
+    rest = torch.where(p_rest > 1e-12, p_rest * (p_rest.clamp(min=1e-12).log() - q_rest.log()), 0.0)
+    return inside + rest
+
+
+# --------------------------------------------------------------------------------------------------------- judging
+
+
+def _judge(
+    effect: float,
+    twin: Closeness | None,
+    real: Closeness,
+    chat: ChatParity | None,
+    findings: Sequence[str],
+) -> tuple[Verdict, str]:
+    assert twin is not None
+    if findings:
+        return "failed", "reading it back shows: " + "; ".join(findings)
+    if not twin.exact:
+        return "failed", (
+            f"in {twin.runtime} an answer differs by {twin.largest_difference:.2g}, where {twin.limit:.2g} is what "
+            "rounding leaves open"
         )
-    return parity
+    if chat is not None and chat.problems:
+        return "failed", "; ".join(chat.problems)
+    if not effect >= LEAST_EFFECT * twin.limit:
+        return "unproven", (
+            f"the adapter changes no answer by more than {effect:.2g}, which is too little to tell a fault by"
+        )
+    if short := _drift(real):
+        return "drifted", short
+    return "passed", _praise(twin, real)
+
+
+def _drift(real: Closeness) -> str:
+    size, cosine = real.effect_size, real.effect_cosine
+    if size is None or cosine is None:
+        return "nothing of the adapter's change is left"
+    if cosine.value >= LEAST_COSINE and LEAST_SIZE <= size.value <= MOST_SIZE:
+        return ""
+    return (
+        f"of the adapter's change of the answers the file keeps {size.value:.0%} in size, at a cosine of "
+        f"{cosine.value:.2f} (at least {LEAST_SIZE:.0%} and {LEAST_COSINE:.2f} are wanted)"
+    )
+
+
+def _praise(twin: Closeness, real: Closeness) -> str:
+    told = (
+        f"answers in {twin.runtime} differ by at most {twin.largest_difference:.1g} (limit {twin.limit:.1g})"
+    )
+    if real.top1_agreement is not None:
+        told += f", same first choice at {real.top1_agreement:.1%} of {real.positions} positions"
+    if real is not twin and real.effect_size and real.effect_cosine:
+        told += (
+            f"; the file itself keeps {real.effect_size.value:.0%} of the adapter's change, "
+            f"at a cosine of {real.effect_cosine.value:.3f}"
+        )
+    return told

@@ -1,7 +1,7 @@
 """Call a kernel with tensors; each function here says what its kernel takes and gives.
 
-A kernel takes tensors of one dtype, float32 or bfloat16, on the CPU; `usable` and `dequantizes` ask before anything is
-made for it.
+A kernel takes tensors of one dtype, float32 or bfloat16, on the CPU; `usable`, `dequantizes` and `quantizes` ask before
+anything is made for it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ __all__ = [
     "dequantizes",
     "gated_backward",
     "gated_forward",
+    "quantize",
+    "quantizes",
     "rms_norm_backward",
     "rms_norm_forward",
     "usable",
@@ -131,6 +133,19 @@ def dequantize(weight_format: str, raw: Tensor, out: Tensor) -> Tensor:
     """raw: (rows, bytes of a row) uint8 of whole blocks -> out: (rows, d_in), written and returned."""
     _call(f"dequantize_{weight_format}", out.dtype, raw, out, *raw.shape, out.shape[1])
     return out
+
+
+def quantizes(weight_format: str, weight: Tensor) -> bool:
+    """Whether there is a kernel that packs ``weight`` into the format."""
+    there = weight.dtype == torch.float32 and hasattr(kernels(), f"quantize_{weight_format}_float32")
+    return there and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+def quantize(weight_format: str, weight: Tensor, row_bytes: int) -> Tensor:
+    """weight: (rows, d_in) of whole blocks, finite -> its raw rows, (rows, row_bytes) uint8."""
+    raw = torch.empty(len(weight), row_bytes, dtype=torch.uint8)
+    _call(f"quantize_{weight_format}", weight.dtype, weight, raw, *raw.shape, weight.shape[1])
+    return raw
 
 
 class _Layer(ctypes.Structure):

@@ -201,7 +201,8 @@ def _require_exports(recipe: Recipe, base: LoadedBase) -> None:
         ConfigError: all that stands against it, and the formats that can.
     """
     if recipe.train.export_to:
-        require_formats(recipe.train.export_to, plan(base.model, recipe.method, recipe.targets), base)
+        planned = plan(base.model, recipe.method, recipe.targets)
+        require_formats(recipe.train.export_to, planned, base.model, base)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from addenda.errors import AddendaError
-from addenda.evals.interval import interval_of_mean
 from addenda.evals.record import SeedFacts, SeedFigure
 from addenda.evals.report import write_report
+from addenda.intervals import interval_of_mean
 from addenda.recipe.folder import (
     ADAPTER,
     ENVIRONMENT,

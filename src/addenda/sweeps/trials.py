@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from addenda.evals.interval import Interval, interval_of_ratio
 from addenda.evals.overfitting import compare
 from addenda.evals.results import HeldoutMetrics, RowScore
+from addenda.intervals import Interval, interval_of_ratio
 from addenda.recipe.folder import SUMMARY, write_json
 from addenda.sweeps.space import Point
 

@@ -12,13 +12,12 @@ from torch.nn import functional
 
 import addenda
 from addenda.bases import formats, packed_layers
-from addenda.bases.formats import normal, rowwise
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
 from addenda.core import fingerprint
 from addenda.errors import MethodError
 from addenda.kernels.library import enable, kernels_off
 
-QUANTIZE = {"NF4": normal.quantize, "INT8": rowwise.quantize}
+FORMATS = ["NF4", "INT8"]
 
 
 @pytest.fixture(params=["kernel", "plain"], autouse=True)
@@ -40,7 +39,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def packed_linear(name: str, *, bias: bool = False, dtype: torch.dtype = torch.float32) -> PackedLinear:
-    raw = QUANTIZE[name](torch.randn(24, 128))
+    raw = formats.get(name).quantize(torch.randn(24, 128))
     return PackedLinear(raw, formats.get(name), 128, torch.randn(24).to(dtype) if bias else None, dtype)
 
 
@@ -58,7 +57,7 @@ def close(x: Tensor, y: Tensor, share: float = 1e-6) -> bool:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", list(QUANTIZE))
+@pytest.mark.parametrize("name", FORMATS)
 def test_forward_and_input_gradient_are_those_of_the_unpacked_weight(name: str, *, bias: bool) -> None:
     layer = packed_linear(name, bias=bias)
     x = torch.randn(3, 5, 128, requires_grad=True)
@@ -71,7 +70,7 @@ def test_forward_and_input_gradient_are_those_of_the_unpacked_weight(name: str, 
     assert close(x.grad, twin.grad)
 
 
-@pytest.mark.parametrize("name", list(QUANTIZE))
+@pytest.mark.parametrize("name", FORMATS)
 def test_in_bfloat16_both_are_within_its_rounding(name: str) -> None:
     layer = packed_linear(name, dtype=torch.bfloat16)
     weight, x, g = layer.dequantized().double(), torch.randn(7, 128).bfloat16(), torch.randn(7, 24).bfloat16()
@@ -92,7 +91,7 @@ def test_nothing_is_kept_for_the_backward_and_rows_of_none_cost_nothing() -> Non
 
 
 def test_an_embedding_looks_up_the_unpacked_rows() -> None:
-    raw = normal.quantize(torch.randn(40, 64))
+    raw = formats.get("NF4").quantize(torch.randn(40, 64))
     table = formats.get("NF4").dequantize(raw, 64)
     ids = torch.randint(0, 40, (3, 7))
     assert torch.equal(PackedEmbedding(raw, formats.get("NF4"), 64)(ids), functional.embedding(ids, table))
@@ -101,7 +100,7 @@ def test_an_embedding_looks_up_the_unpacked_rows() -> None:
     assert torch.equal(scaled, functional.embedding(ids, table.bfloat16()) * factor)
 
 
-@pytest.mark.parametrize("name", list(QUANTIZE))
+@pytest.mark.parametrize("name", FORMATS)
 def test_lora_on_packed_layers_has_the_gradients_of_lora_on_dense_ones(name: str) -> None:
     layers = [packed_linear(name, bias=True) for _ in range(2)]
     packed = nn.ModuleDict({"a": layers[0], "b": layers[1]})

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from addenda.bases.loaded import LoadedBase
-from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
 from addenda.evals.record import (
     BaseFacts,
@@ -28,6 +27,7 @@ from addenda.evals.record import (
     RunRecord,
 )
 from addenda.evals.results import HeldoutChange, KLEstimate, PromptShift, SamplePair
+from addenda.intervals import Interval
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from addenda.evals.charts import MOST_POINTS, Series, bar, line_chart, ticks, whisker_chart
-from addenda.evals.interval import Interval
+from addenda.intervals import Interval
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.03, 1.0, 47.0, 1e6])

@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from addenda.evals.interval import Interval
 from addenda.evals.page import (
     LONGEST_TEXT,
     MINUS,
@@ -22,6 +21,7 @@ from addenda.evals.page import (
     table,
     tag,
 )
+from addenda.intervals import Interval
 
 
 def test_tag_escapes_children_and_attributes_but_not_markup() -> None:

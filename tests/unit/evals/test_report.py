@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from addenda.evals.interval import Interval
 from addenda.evals.overfitting import Learning
 from addenda.evals.record import RunRecord
 from addenda.evals.report import render_report, write_report
+from addenda.intervals import Interval
 
 MakeRecord = Callable[..., RunRecord]
 HOSTILE = "</style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'&\x00\u202e"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from addenda.export.card import model_card
-from addenda.export.parity import Parity
+from addenda.export.parity import Closeness, Parity
 
-PARITY = Parity("a test", 1e-6, 1.0, 100, "float32", 1e-3)
+FOUND = Closeness("a test", 100, 1e-6, 1e-3, None, 1.0, None, None)
+PARITY = Parity("passed", "all is well", 0.7, FOUND, FOUND)
 
 
 def card(provenance: dict[str, object]) -> str:
@@ -40,7 +41,8 @@ def test_facts_of_the_run_are_on_the_card() -> None:
         "- Seed: 7",
         "torch 2",
         "nats per token: 1.2500",
-        "a test",
+        "| loaded with | a test |",
+        "all is well",
     ):
         assert fact in body
 

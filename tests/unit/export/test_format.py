@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import addenda
@@ -13,7 +14,7 @@ from addenda.core import Method, registry
 from addenda.errors import ConfigError, ExportError, MethodError, NotFoundError, TargetError
 from addenda.export.format import Format, format_of, require_formats
 from addenda.export.names import format_names, format_summaries
-from addenda.export.parity import Parity
+from addenda.export.run import export_adapter
 from addenda.settings import resolve
 
 
@@ -56,23 +57,27 @@ def test_a_recipe_takes_names_in_any_spelling() -> None:
 
 def test_what_a_format_cannot_carry_is_said_with_the_formats_that_can(base: Any) -> None:
     planned = addenda.plan(base.model, registry.get("oft")(block_size=8))
-    require_formats(["peft", "merged"], planned, base)
+    require_formats(["peft", "merged"], planned, base.model, base)
     with pytest.raises(ConfigError, match="cannot be exported as merged") as caught:
-        require_formats(["peft", "merged"], addenda.plan(base.model, registry.get("prefix-tuning")()), base)
+        require_formats(
+            ["peft", "merged"], addenda.plan(base.model, registry.get("prefix-tuning")()), base.model, base
+        )
     assert "method 'prefix-tuning' cannot be merged" in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be exported as peft, merged") as caught:
-        require_formats(["peft", "merged"], addenda.plan(base.model, registry.get("bottleneck")()), base)
+        require_formats(
+            ["peft", "merged"], addenda.plan(base.model, registry.get("bottleneck")()), base.model, base
+        )
     assert "native" in caught.value.hint
 
 
 def test_layers_without_a_form_are_named(base: Any) -> None:
     planned = addenda.plan(base.model, registry.get("oft")(block_size=8, whole=("norm",)))
-    assert format_of("peft").problems(planned, base) == []
+    assert format_of("peft").problems(planned, base.model, base) == []
     planned = addenda.plan(base.model, registry.get("vera")(), ["embed_tokens", "q_proj"])
-    [problem] = format_of("peft").problems(planned, base)
+    [problem] = format_of("peft").problems(planned, base.model, base)
     assert "no form for 1 of the layers, first 'model.embed_tokens'" in problem
     with pytest.raises(ConfigError) as caught:
-        require_formats(["peft"], planned, base)
+        require_formats(["peft"], planned, base.model, base)
     assert caught.value.hint.startswith("merged can")
 
 
@@ -89,17 +94,39 @@ def test_what_is_said_beforehand_is_what_writing_says(name: str, base: Any, tmp_
         except (MethodError, NotFoundError, TargetError):
             pytest.skip("it does not stand on this model by itself")
         handle = addenda.attach(base.model, method)
-        problems = format_of("peft").problems(planned, base)
+        problems = format_of("peft").problems(planned, base.model, base)
         if problems:
             with pytest.raises(ExportError):
                 write_peft(handle, tmp_path)
         else:
             write_peft(handle, tmp_path)
             assert (tmp_path / "adapter_config.json").is_file()
-        assert bool(format_of("merged").problems(planned, base)) == (not method.mergeable)
+        assert bool(format_of("merged").problems(planned, base.model, base)) == (not method.mergeable)
 
 
-def test_a_number_format_is_of_those_that_a_format_writes() -> None:
-    assert format_of("merged").dtypes == ("float32", "bfloat16", "float16")
-    assert format_of("peft").dtypes == ()
-    assert Parity("a test", 0.0, 1.0, 1, "float32", 0.0).dtype in format_of("merged").dtypes
+def test_a_type_is_one_of_those_that_a_format_writes(base: Any, tmp_path: Any) -> None:
+    handle = addenda.attach(base.model, addenda.LoRA(rank=2))
+    inputs = [{"input_ids": torch.arange(4, 12)[None]}]
+    with pytest.raises(ConfigError, match=r"takes one of float32, bfloat16, float16, not 'q9_9'"):
+        export_adapter(
+            base.model, handle, "merged", tmp_path / "out", type="q9_9", inputs=inputs, kind="next-token"
+        )
+    with pytest.raises(ConfigError, match="takes no type, not 'float32'"):
+        export_adapter(
+            base.model, handle, "peft", tmp_path / "out", type="float32", inputs=inputs, kind="next-token"
+        )
+    with pytest.raises(ConfigError, match="nothing to prove the export on"):
+        export_adapter(base.model, handle, "peft", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    handle.detach()
+
+
+def test_an_adapter_with_broken_numbers_is_not_written(base: Any, tmp_path: Any) -> None:
+    handle = addenda.attach(base.model, addenda.LoRA(rank=2))
+    with torch.no_grad():
+        next(handle.parameters())[0, 0] = float("nan")
+    inputs = [{"input_ids": torch.arange(4, 12)[None]}]
+    with pytest.raises(ExportError, match="not finite"):
+        export_adapter(base.model, handle, "peft", tmp_path / "out", inputs=inputs, kind="next-token")
+    assert not list(tmp_path.iterdir())
+    handle.detach()

@@ -12,7 +12,7 @@ import transformers
 import addenda
 from addenda.bases import load_base
 from addenda.errors import ExportError
-from addenda.export.merged import export_merged
+from addenda.export.run import export_adapter
 
 spec = importlib.util.spec_from_file_location(
     "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
@@ -43,12 +43,13 @@ def test_it_is_unpacked_and_answers_alike(base: addenda.LoadedBase, tmp_path: Pa
     handle = attached(base, "all-linear")
     ids = torch.randint(5, 90, (2, 11))
     raw = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
-    parity = export_merged(base, handle, tmp_path / "merged")
+    parity = export_adapter(base, handle, "merged", tmp_path / "merged", type="float32")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad():
         wanted, found = base.model(ids).logits, again(ids).logits
     assert (wanted - found).abs().max() < 1e-4 * wanted.abs().max()
-    assert parity.top1_agreement >= 0.99
+    assert parity.verdict == "passed"
+    assert parity.real is parity.twin
     assert type(again.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert all(torch.equal(tensor, raw[name]) for name, tensor in base.model.state_dict().items())
     handle.detach()
@@ -57,6 +58,6 @@ def test_it_is_unpacked_and_answers_alike(base: addenda.LoadedBase, tmp_path: Pa
 def test_a_head_that_shares_its_bytes_is_refused(base: addenda.LoadedBase, tmp_path: Path) -> None:
     handle = attached(base, ["lm_head"])
     with pytest.raises(ExportError, match=r"'lm_head' with 'model\.embed_tokens'"):
-        export_merged(base, handle, tmp_path / "merged")
+        export_adapter(base, handle, "merged", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     handle.detach()

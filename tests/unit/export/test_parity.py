@@ -1,60 +1,152 @@
-"""The gate can fail: on a wrong logit, on another top token, on NaN."""
+"""The gate tells a good export from a wrong one, and both from one that proves nothing."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from addenda.errors import ExportError
-from addenda.export.parity import TOLERANCE, UNCHANGED, require_parity
+import addenda
+from addenda.export.job import Job
+from addenda.export.parity import EXACT_LIMIT, Parity, gate
+from addenda.export.probes import Kind, Probes, Row, answer
+from addenda.export.runtime import Runtime
 
-
-def test_equal_logits_pass_with_their_figures() -> None:
-    logits = [torch.randn(7, 32), torch.randn(3, 32)]
-    parity = require_parity(logits, [row.clone() for row in logits], reader="a test")
-    assert (parity.max_abs_logit_difference, parity.top1_agreement, parity.positions) == (0.0, 1.0, 10)
-    assert "a test" in str(parity)
-
-
-def test_the_limit_is_a_share_of_the_largest_logit() -> None:
-    logits = torch.randn(50, 32)
-    logits[0, 0] = 40.0
-    limit = 40.0 * UNCHANGED
-    near, far = logits.clone(), logits.clone()
-    near[1, 1] += 0.5 * limit
-    far[1, 1] += 2.0 * limit
-    assert require_parity([logits], [near], reader="a test").tolerance == pytest.approx(limit)
-    with pytest.raises(ExportError, match="does not answer as the trained model does"):
-        require_parity([logits], [far], reader="a test")
-    assert require_parity([logits], [far], reader="a test", dtype="bfloat16").positions == 50
+Change = Callable[[Tensor], Tensor]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_merged_weights_may_differ_by_what_their_rounding_makes_and_no_more(dtype: str) -> None:
-    logits = torch.randn(50, 32)
-    logits[:, 0] = 40.0  # the same top token everywhere, whatever happens to another
-    near, far = logits.clone(), logits.clone()
-    near[1, 1] += 0.9 * 40.0 * TOLERANCE[dtype]
-    far[1, 1] += 1.1 * 40.0 * TOLERANCE[dtype]
-    assert require_parity([logits], [near], reader="a test", dtype=dtype).dtype == dtype
-    with pytest.raises(ExportError, match="does not answer as the trained model does"):
-        require_parity([logits], [far], reader="a test", dtype=dtype)
+class Scores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 12), nn.Linear(12, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(x)))
 
 
-def test_other_top_tokens_fail_even_where_logits_are_close() -> None:
-    logits = torch.zeros(10, 4)
-    logits[:, 0] = 1.0
-    logits[:, 1] = 1.0 - 1e-6
-    found = logits.clone()
-    found[:, 1] = 1.0 + 1e-6
-    with pytest.raises(ExportError) as caught:
-        require_parity([logits], [found], reader="a test")
-    assert caught.value.where["same top token"] == "0.0% of 10 positions"
+class Altered(Runtime):
+    """The model itself, its answers altered."""
+
+    name = "a test"
+
+    def __init__(self, job: Job, change: Change, *, bare: bool = False) -> None:
+        self.job, self.change, self.bare = job, change, bare
+
+    def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:
+        if self.bare:
+            with self.job.handle.disabled():
+                return self.change(answer(self.job.model, row, kind))
+        return self.change(answer(self.job.model, row, kind))
 
 
-def test_not_a_number_fails() -> None:
-    logits = torch.randn(5, 8)
-    found = logits.clone()
-    found[2, 3] = float("nan")
-    with pytest.raises(ExportError):
-        require_parity([logits], [found], reader="a test")
+def job_of(kind: Kind = "classes", *, size: float = 0.5) -> Job:
+    model = Scores()
+    handle = addenda.attach(model, addenda.LoRA(rank=3))
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=size)
+    rows = tuple({"x": torch.randn(4, 6)} for _ in range(12))
+    return Job(model.eval(), handle, Probes(rows, kind))
+
+
+def judged(job: Job, change: Change = lambda found: found, **options: bool) -> Parity:
+    drifts = options.pop("drifts", False)
+    return gate(
+        job,
+        lambda exact: Altered(job, (lambda f: f) if drifts and exact else change, **options),
+        drifts=drifts,
+    )
+
+
+@pytest.mark.parametrize("kind", ["classes", "features"])
+def test_equal_answers_pass_with_their_figures(kind: Kind) -> None:
+    parity = judged(job_of(kind))
+    assert parity.verdict == "passed"
+    assert parity.real is parity.twin
+    assert parity.real.positions == 48
+    assert parity.real.largest_difference == 0
+    assert parity.real.effect_size.value == pytest.approx(1)
+    assert parity.real.effect_cosine.value == pytest.approx(1)
+    assert (parity.real.kl is None) == (parity.real.top1_agreement is None) == (kind == "features")
+
+
+def test_one_answer_past_the_limit_fails() -> None:
+    def one(found: Tensor) -> Tensor:
+        found = found.clone()
+        found[2, 3] += 3 * EXACT_LIMIT
+        return found
+
+    assert judged(job_of(), one).verdict == "failed"
+    assert judged(job_of(), lambda found: found + 0.3 * EXACT_LIMIT).verdict == "passed"
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_fails(wrong: float) -> None:
+    assert judged(job_of(), lambda found: torch.full_like(found, wrong)).verdict == "failed"
+
+
+def test_another_shape_fails() -> None:
+    assert judged(job_of(), lambda found: found[:, :-1]).verdict == "failed"
+
+
+def test_an_export_without_the_adapter_fails() -> None:
+    parity = judged(job_of(), bare=True)
+    assert parity.verdict == "failed"
+    assert parity.real.effect_size.value == pytest.approx(0, abs=1e-9)
+
+
+def test_a_weak_adapter_proves_nothing_even_where_all_is_equal() -> None:
+    parity = judged(job_of(size=1e-3))
+    assert parity.verdict == "unproven"
+    assert "too little" in parity.words
+
+
+def test_what_reading_back_found_fails_whatever_the_answers_are() -> None:
+    job = job_of()
+    parity = gate(
+        job, lambda exact: Altered(job, lambda f: f), drifts=False, findings=["rows of q are not permuted"]
+    )
+    assert parity.verdict == "failed"
+    assert "rows of q are not permuted" in parity.words
+
+
+def test_a_rounded_file_is_judged_by_what_it_keeps_of_the_change() -> None:
+    job = job_of()
+    slight = judged(job, lambda found: (found + 0.01 * torch.randn_like(found)).log_softmax(-1), drifts=True)
+    assert slight.verdict == "passed"
+    assert slight.twin.exact
+    assert not slight.real.exact
+    assert 0 < slight.real.kl.value < 1e-3
+    lost = judged(job, drifts=True, bare=True)
+    assert lost.twin is not lost.real
+
+
+def test_a_file_that_lost_the_change_has_drifted() -> None:
+    job = job_of()
+
+    def opened(exact: bool) -> Runtime:
+        return Altered(job, lambda found: found, bare=not exact)
+
+    parity = gate(job, opened, drifts=True)
+    assert parity.verdict == "drifted"
+    assert parity.words == "nothing of the adapter's change is left"
+    assert parity.twin.exact
+
+
+def test_what_a_runtime_does_not_tell_is_left_out() -> None:
+    job = job_of()
+
+    def partly(found: Tensor) -> Tensor:
+        likely = found.topk(4).indices
+        return torch.full_like(found, math.nan).scatter(-1, likely, found.gather(-1, likely))
+
+    parity = judged(job, partly)
+    assert parity.verdict == "passed"
+    assert parity.real.kl.value == pytest.approx(0, abs=1e-6)
+    assert (
+        judged(job, lambda found: torch.where(partly(found).isnan(), math.nan, found + 0.1)).verdict
+        == "failed"
+    )

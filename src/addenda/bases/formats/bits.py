@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["halves", "nibbles", "shifted", "signed", "singles", "table"]
+__all__ = ["as_halves", "halves", "nibbles", "shifted", "signed", "singles", "table"]
 
 _tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
@@ -13,6 +13,11 @@ _tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 def halves(raw: Tensor) -> Tensor:
     """``(n, 2 k)`` bytes as ``(n, k)`` half-precision numbers, widened to float32."""
     return raw.contiguous().view(torch.float16).float()
+
+
+def as_halves(numbers: Tensor) -> Tensor:
+    """``(n, k)`` float32 as the ``(n, 2 k)`` bytes of half-precision numbers."""
+    return numbers.to(torch.float16).view(torch.uint8)
 
 
 def singles(raw: Tensor) -> Tensor:

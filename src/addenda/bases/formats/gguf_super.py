@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from addenda.bases import ggml
 from addenda.bases.formats.bits import halves, nibbles, shifted, signed
 from addenda.bases.formats.registry import WeightFormat, register
 
@@ -63,9 +64,9 @@ def _q6_k(raw: Tensor) -> Tensor:
 
 
 register(
-    WeightFormat("Q2_K", 256, 84, _q2_k, _SOURCE),
-    WeightFormat("Q3_K", 256, 110, _q3_k, _SOURCE),
-    WeightFormat("Q4_K", 256, 144, _q4_k, _SOURCE),
-    WeightFormat("Q5_K", 256, 176, _q5_k, _SOURCE),
-    WeightFormat("Q6_K", 256, 210, _q6_k, _SOURCE),
+    WeightFormat("Q2_K", 256, 84, _q2_k, ggml.encoder("Q2_K"), _SOURCE),
+    WeightFormat("Q3_K", 256, 110, _q3_k, ggml.encoder("Q3_K"), _SOURCE),
+    WeightFormat("Q4_K", 256, 144, _q4_k, ggml.encoder("Q4_K"), _SOURCE),
+    WeightFormat("Q5_K", 256, 176, _q5_k, ggml.encoder("Q5_K"), _SOURCE),
+    WeightFormat("Q6_K", 256, 210, _q6_k, ggml.encoder("Q6_K"), _SOURCE),
 )

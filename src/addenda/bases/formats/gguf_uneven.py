@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from addenda.bases import ggml
 from addenda.bases.formats.bits import halves, nibbles, table
 from addenda.bases.formats.registry import WeightFormat, register
 
@@ -32,6 +33,6 @@ def _iq4_xs(raw: Tensor) -> Tensor:
 
 
 register(
-    WeightFormat("IQ4_NL", 32, 18, _iq4_nl, _SOURCE),
-    WeightFormat("IQ4_XS", 256, 136, _iq4_xs, _SOURCE),
+    WeightFormat("IQ4_NL", 32, 18, _iq4_nl, ggml.encoder("IQ4_NL"), _SOURCE),
+    WeightFormat("IQ4_XS", 256, 136, _iq4_xs, ggml.encoder("IQ4_XS"), _SOURCE),
 )

@@ -14,7 +14,7 @@ from addenda.bases.formats.bits import singles, table
 from addenda.bases.formats.registry import WeightFormat, register
 from addenda.errors import BaseModelError
 
-__all__ = ["from_bitsandbytes", "quantize", "to_bitsandbytes"]
+__all__ = ["from_bitsandbytes", "to_bitsandbytes"]
 
 BLOCK = 64
 _LEVELS = (
@@ -29,31 +29,14 @@ def _decode(raw: Tensor) -> Tensor:
     return table(_LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
 
 
-def quantize(weight: Tensor) -> Tensor:
-    """Pack a weight: the nearest level for each number, in blocks of 64 along the rows.
-
-    Args:
-        weight: ``(rows, d_in)`` finite, with d_in a multiple of 64.
-
-    Returns:
-        ``(rows, d_in / 64 * 36)`` uint8.
-
-    Raises:
-        BaseModelError: the rows are not whole blocks, or a number is not finite.
-    """
-    _FORMAT.row_bytes(weight.shape[1])
-    blocks = weight.float().reshape(-1, BLOCK)
-    if not bool(blocks.isfinite().all()):
-        raise BaseModelError(
-            "a weight with numbers that are not finite cannot be packed", hint="fetch the model again"
-        )
+def _encode(blocks: Tensor) -> Tensor:
+    """The nearest level for each number."""
     absmax = blocks.abs().amax(1, keepdim=True)
-    levels = table(_LEVELS, weight.device)
+    levels = table(_LEVELS, blocks.device)
     between = (levels[1:] + levels[:-1]) / 2
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax)
     codes = torch.bucketize(scaled, between).to(torch.uint8)
-    packed = codes[:, ::2] << 4 | codes[:, 1::2]
-    return torch.cat([absmax.view(torch.uint8), packed], dim=1).view(len(weight), -1)
+    return torch.cat([absmax.view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
 
 
 def from_bitsandbytes(
@@ -101,6 +84,6 @@ def to_bitsandbytes(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _FORMAT = WeightFormat(
-    "NF4", BLOCK, 36, _decode, "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them", quantize
+    "NF4", BLOCK, 36, _decode, _encode, "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them"
 )
 register(_FORMAT)

@@ -29,10 +29,10 @@ class WeightFormat:
     """Bytes of a block; where the whole row is one, its bytes beside one for each weight."""
     decode: Callable[[Tensor], Tensor]
     """``(blocks, bytes)`` uint8 -> ``(blocks, weights)`` float32, in plain PyTorch on any device."""
+    encode: Callable[[Tensor], Tensor]
+    """``(blocks, weights)`` finite float32 -> ``(blocks, bytes)`` uint8, likewise; where the whole row is one, rows."""
     source: str
     """What defines the layout."""
-    quantize: Callable[[Tensor], Tensor] | None = None
-    """``(rows, d_in)`` finite weights -> their raw rows; None where packed weights are only read."""
 
     def row_bytes(self, d_in: int) -> int:
         """Bytes of a row of ``d_in`` weights.
@@ -52,6 +52,37 @@ class WeightFormat:
                 hint="keep this weight dense",
             )
         return d_in // self.block * self.block_bytes
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Round a weight to the format and pack it.
+
+        Args:
+            weight: ``(rows, d_in)`` of any floating dtype, finite.
+
+        Returns:
+            ``(rows, row_bytes(d_in))`` uint8; the kernel and the PyTorch form give the same bytes.
+
+        Raises:
+            BaseModelError: the rows are not whole blocks, or a number is not finite.
+
+        Example:
+            >>> entry = get("Q8_0")
+            >>> float(entry.dequantize(entry.quantize(torch.full((1, 32), 0.5)), 32)[0, 0])
+            0.5
+        """
+        rows, d_in = weight.shape
+        row_bytes = self.row_bytes(d_in)
+        if weight.is_meta:
+            return weight.new_empty(rows, row_bytes, dtype=torch.uint8)
+        wide = weight.detach().float().contiguous()
+        if wide.numel() and not all(bool(end.isfinite()) for end in wide.aminmax()):
+            raise BaseModelError(
+                "a weight with numbers that are not finite cannot be packed",
+                hint="fetch the model again, or look at the adapter that was added to it",
+            )
+        if calls.quantizes(self.name, wide):
+            return calls.quantize(self.name, wide, row_bytes)
+        return self.encode(wide.view(-1, self.block or d_in)).view(rows, row_bytes)
 
     def dequantize(self, raw: Tensor, d_in: int, out: Tensor | None = None) -> Tensor:
         """Decode whole rows.

@@ -11,29 +11,18 @@ from torch import Tensor
 
 from addenda.bases.formats.bits import signed, singles
 from addenda.bases.formats.registry import WeightFormat, register
-from addenda.errors import BaseModelError
 
-__all__ = ["from_bitsandbytes", "quantize"]
+__all__ = ["from_bitsandbytes"]
 
 
 def _decode(raw: Tensor) -> Tensor:
     return signed(raw[:, 4:]) * singles(raw[:, :4]) * (1 / 127)
 
 
-def quantize(weight: Tensor) -> Tensor:
-    """Pack a finite weight ``(rows, d_in)`` into ``(rows, d_in + 4)`` uint8.
-
-    Raises:
-        BaseModelError: a number is not finite.
-    """
-    wide = weight.float()
-    if not bool(wide.isfinite().all()):
-        raise BaseModelError(
-            "a weight with numbers that are not finite cannot be packed", hint="fetch the model again"
-        )
-    absmax = wide.abs().amax(1)
+def _encode(weight: Tensor) -> Tensor:
+    absmax = weight.abs().amax(1)
     scale = 127 / torch.where(absmax == 0, 1.0, absmax)
-    return from_bitsandbytes((wide * scale[:, None]).round().to(torch.int8), absmax)
+    return from_bitsandbytes((weight * scale[:, None]).round().to(torch.int8), absmax)
 
 
 def from_bitsandbytes(codes: Tensor, absmax: Tensor) -> Tensor:
@@ -48,7 +37,7 @@ register(
         None,
         4,
         _decode,
+        _encode,
         "Dettmers et al. 2022; codes and magnitudes as bitsandbytes keeps them",
-        quantize,
     )
 )

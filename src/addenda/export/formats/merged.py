@@ -2,50 +2,87 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import tempfile
+from pathlib import Path
+from typing import ClassVar
 
 import torch
+from torch import nn
 
-from addenda.bases import LoadedBase
-from addenda.core.handle import Handle
+from addenda.bases import LoadedBase, load_base
+from addenda.bases.loaded import vocabulary_of
+from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
-from addenda.core.progress import OnProgress
+from addenda.errors import ExportError
 from addenda.export.format import Format
-from addenda.export.merged import export_merged
-from addenda.export.parity import Parity
+from addenda.export.job import Job
+from addenda.export.merged import write_merged
+from addenda.export.runtime import ModelRuntime, Runtime
 
 __all__ = ["FORMAT", "Merged"]
+
+_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
+```"""
 
 
 class Merged(Format):
     """Safetensors, tokenizer and template of a model that needs no adapter any more."""
 
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    library = "transformers"
 
-    def problems(self, planned: Plan, base: LoadedBase) -> list[str]:
+    def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
         found = []
         if not planned.method.mergeable:
             found.append(f"method '{planned.method.name}' cannot be merged")
-        if getattr(base.model, "is_quantized", False):
+        if getattr(model, "is_quantized", False):
             found.append(
                 "the base keeps weights that another library quantized, and folding would round them anew"
             )
         return found
 
-    def write(
-        self,
-        base: LoadedBase,
-        handle: Handle,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: str | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Parity:
-        kind = None if dtype is None else getattr(torch, dtype)
-        return export_merged(base, handle, folder, dtype=kind, provenance=provenance, on_progress=on_progress)
+    def default_type(self, job: Job) -> str | None:
+        # The configuration keeps the dtype that was loaded, whatever the weights were widened to since.
+        stored = str(getattr(getattr(job.model, "config", None), "dtype", None)).removeprefix("torch.")
+        return stored if stored in self.types else "float32"
+
+    def space(self, job: Job) -> int:
+        numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
+        tied = vocabulary_of(job.model) * 4096 if job.base else 0
+        return (4 if job.type == "float32" else 6) * (numbers + tied) + 2**24
+
+    def write(self, job: Job, folder: Path) -> None:
+        _write(job, folder, str(job.type))
+
+    def drifts(self, job: Job) -> bool:
+        return job.type != "float32"
+
+    def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
+        if not exact or job.type == "float32":
+            return _opened(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
+            _write(job, Path(twin), "float32")
+            return _opened(Path(twin))
+
+    def usage(self, job: Job) -> str:
+        return _USAGE
+
+
+def _write(job: Job, folder: Path, dtype: str) -> None:
+    if job.base is None:
+        raise ExportError(
+            f"'{job.title}' has no form that transformers loads",
+            hint="load it with addenda.load_base, or save its state",
+        )
+    write_merged(job.base, job.handle, folder, getattr(torch, dtype), on_progress=job.on_progress)
+
+
+def _opened(folder: Path) -> Runtime:
+    return ModelRuntime("transformers", load_base(folder, dtype=torch.float32).model)
 
 
 FORMAT = Merged()

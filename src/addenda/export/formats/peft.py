@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+
+from torch import nn
 
 from addenda.bases import LoadedBase
-from addenda.core.handle import Handle
+from addenda.bases.registry import find
 from addenda.core.planning import Plan
-from addenda.core.progress import OnProgress
 from addenda.core.whole import is_whole
 from addenda.export.format import Format
-from addenda.export.parity import Parity
-from addenda.export.peft import export_peft
+from addenda.export.job import Job
+from addenda.export.peft import write_peft
 from addenda.export.peft.folder import layers_without
 from addenda.export.peft.form import form_for
+from addenda.export.runtime import Runtime
+from addenda.export.runtimes.peft import open_peft
 
 __all__ = ["FORMAT", "PEFTFolder"]
+
+_HUB = """
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({source!r})
+model = PeftModel.from_pretrained(base, "this folder")
+"""
+
+_REGISTERED = """
+import addenda
+from peft import PeftModel
+
+base = addenda.load_base({source!r})
+model = PeftModel.from_pretrained(base.model, "this folder")
+"""
+
+_MIXED = """
+config = PeftConfig.from_pretrained("this folder")
+config.adapters = {{{{name: "this folder/" + name for name in config.adapters}}}}
+{model}.config.use_cache = False
+model = PeftModel.from_pretrained({model}, "this folder", config=config)
+"""
 
 
 class PEFTFolder(Format):
     """Configuration and tensors under PEFT's names, for every method that PEFT has."""
 
-    def problems(self, planned: Plan, base: LoadedBase) -> list[str]:
+    library = "peft"
+
+    def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
         method, form = planned.method, form_for(planned.method)
         if form is None:
             return [f"PEFT has no method '{method.name}'"]
         own = [row.path for row in planned.rows if not is_whole(method, row.path)]
         found = []
-        if other := layers_without(form, base.model, own):
+        if other := layers_without(form, model, own):
             found.append(
                 f"PEFT's {form.peft_type} has no form for {len(other)} of the layers, first '{other[0]}'"
             )
@@ -37,17 +63,32 @@ class PEFTFolder(Format):
             found.append(f"PEFT's {form.peft_type} has no modules_to_save")
         return found
 
-    def write(
-        self,
-        base: LoadedBase,
-        handle: Handle,
-        folder: str | os.PathLike[str],
-        *,
-        dtype: str | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        on_progress: OnProgress | None = None,
-    ) -> Parity:
-        return export_peft(base, handle, folder, provenance=provenance, on_progress=on_progress)
+    def write(self, job: Job, folder: Path) -> None:
+        source, _, revision = _source(job)
+        write_peft(job.handle, folder, base_name=source or None, revision=revision or None)
+        if job.base:
+            job.base.tokenizer.save_pretrained(folder)
+
+    def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
+        return open_peft(job.handle, folder)
+
+    def usage(self, job: Job) -> str:
+        source, registered, _ = _source(job)
+        text = _REGISTERED if registered else _HUB
+        if job.handle.method.mixes():
+            before, _, _ = text.partition("model = PeftModel")
+            before = before.replace("import PeftModel", "import PeftConfig, PeftModel")
+            text = before + _MIXED.format(model="base.model" if registered else "base")
+        return f"```python\n{text.format(source=source).strip()}\n```"
+
+
+def _source(job: Job) -> tuple[str, str, str]:
+    """What PEFT should load as the base, whether it is a name of ours (or empty), and its revision."""
+    if job.base is None:
+        return "", "", ""
+    registered = job.base.name if find(job.base.name) else ""
+    source, _, revision = (registered or job.base.source).partition("@")
+    return source, registered, revision
 
 
 FORMAT = PEFTFolder()

@@ -9,8 +9,8 @@ names a class to import, is not looked at.
 
 from __future__ import annotations
 
-from addenda.export.peft.folder import export_peft, write_peft
+from addenda.export.peft.folder import write_peft
 from addenda.export.peft.form import CONFIG, TENSORS
 from addenda.export.peft.reading import import_peft, read_config
 
-__all__ = ["CONFIG", "TENSORS", "export_peft", "import_peft", "read_config", "write_peft"]
+__all__ = ["CONFIG", "TENSORS", "import_peft", "read_config", "write_peft"]

@@ -1,161 +1,28 @@
-"""Writing PEFT's folder, and the proof that what was written answers like the adapted model."""
+"""Writing PEFT's folder."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from addenda.bases import LoadedBase
-from addenda.bases.registry import find
 from addenda.core.handle import Handle, handles
 from addenda.core.layers import kind_of, layer_at
 from addenda.core.layers.experts import ExpertPart
 from addenda.core.parts import Part
-from addenda.core.progress import OnProgress
 from addenda.core.whole import WholeAdapter
 from addenda.errors import ExportError
-from addenda.export.card import model_card
-from addenda.export.folder import new_folder, write_record
-from addenda.export.parity import Parity, logits_of, probe_rows, require_parity
 from addenda.export.peft.form import CONFIG, PREFIX, SHARED_PREFIX, TENSORS, Form, form_for
-from addenda.export.peft.reading import import_peft, view_at
+from addenda.export.peft.reading import view_at
 from addenda.export.peft.stacked import target_of
 from addenda.export.peft.values import values
 
-__all__ = ["export_peft", "layers_without", "write_peft"]
-
-_USAGE = """
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({source!r})
-model = PeftModel.from_pretrained(base, "this folder")
-"""
-
-_USAGE_REGISTERED = """
-import addenda
-from peft import PeftModel
-
-base = addenda.load_base({source!r})
-model = PeftModel.from_pretrained(base.model, "this folder")
-"""
-
-_USAGE_MIXED = """
-config = PeftConfig.from_pretrained("this folder")
-config.adapters = {{{{name: "this folder/" + name for name in config.adapters}}}}
-{model}.config.use_cache = False
-model = PeftModel.from_pretrained({model}, "this folder", config=config)
-"""
-
-
-def export_peft(
-    base: LoadedBase,
-    handle: Handle,
-    folder: str | os.PathLike[str],
-    *,
-    provenance: Mapping[str, Any] | None = None,
-    on_progress: OnProgress | None = None,
-) -> Parity:
-    """Write an adapter as a PEFT folder with tokenizer, chat template, card and ``export.json``.
-
-    The folder is read again, by PEFT where it is installed and by `import_peft` otherwise, and must answer like the
-    adapted model before it appears under its name. The model in memory stays as it was.
-
-    Args:
-        base: the loaded base, in float32, carrying the adapter.
-        handle: an adapter of a method that PEFT has too.
-        folder: the new folder; must not exist, or be empty.
-        provenance: what the adapter's manifest says of its training.
-        on_progress: told of the steps.
-
-    Raises:
-        ExportError: PEFT has no form for the adapter, or the export answers otherwise.
-        BusyError: the folder exists and is not empty.
-    """
-    facts = dict(provenance or {})
-    registered = find(base.name) is not None
-    source, _, revision = (base.name if registered else base.source).partition("@")
-    with new_folder(folder) as work:
-        write_peft(handle, work, base_name=source, revision=revision or None)
-        rows = probe_rows(base)
-        wanted = logits_of(base.model, rows, on_progress=on_progress)
-        with handle.disabled():
-            reader, found = _read_again(base.model, work, rows, on_progress, form=form_for(handle.method))
-        parity = require_parity(wanted, found, reader=reader)
-        base.tokenizer.save_pretrained(work)
-        write_record(work, form="peft", parity=parity, provenance=facts)
-        card = model_card(
-            title=f"Adapter '{handle.name}' for {base.name}",
-            library="peft",
-            tags=["addenda", handle.method.name],
-            usage=_usage(handle, registered=registered).format(source=source),
-            provenance=facts,
-            parity=parity,
-        )
-        (work / "README.md").write_text(card, encoding="utf-8")
-    return parity
-
-
-def _usage(handle: Handle, *, registered: bool) -> str:
-    usage = _USAGE_REGISTERED if registered else _USAGE
-    if not handle.method.mixes():
-        return usage
-    before, _, _ = usage.partition("model = PeftModel")
-    before = before.replace("import PeftModel", "import PeftConfig, PeftModel")
-    return before + _USAGE_MIXED.format(model="base.model" if registered else "base")
-
-
-def _read_again(
-    model: nn.Module,
-    folder: Path,
-    rows: list[Tensor],
-    on_progress: OnProgress | None,
-    *,
-    form: Form | None,
-) -> tuple[str, list[Tensor]]:
-    """Load the folder onto the bare model, run it, and take it off again."""
-    why_not = "peft is not installed" if importlib.util.find_spec("peft") is None else ""
-    if form is not None and form.why_unasked:
-        why_not = form.why_unasked
-    if why_not:
-        again = import_peft(model, folder, name="export-gate")
-        try:
-            return f"addenda's own reader ({why_not})", logits_of(model, rows, on_progress=on_progress)
-        finally:
-            for name in (again.name, *again.method.mixes()):
-                handles(model)[name].detach()
-    import peft
-
-    with warnings.catch_warnings():
-        # PEFT asks transformers for properties that transformers has renamed; nothing the user can act on.
-        warnings.simplefilter("ignore", FutureWarning)
-        theirs = peft.PeftModel.from_pretrained(model, folder)
-    try:
-        found = logits_of(theirs, rows, on_progress=on_progress)
-        # PEFT scores virtual positions too.
-        return f"peft {peft.__version__}", [
-            each[-row.numel() :] for each, row in zip(found, rows, strict=True)
-        ]
-    finally:
-        _take_off(form, theirs)
-
-
-def _take_off(form: Form | None, theirs: Any) -> None:
-    """Give the model back as it was; a prompt has changed nothing of it, and adaption prompts go as they came."""
-    if form is not None and form.of_model:
-        return
-    if hasattr(theirs.base_model, "unload"):
-        theirs.unload()
-    else:
-        theirs.base_model.delete_adapter("default")
+__all__ = ["layers_without", "write_peft"]
 
 
 def write_peft(

@@ -1,1 +1,1 @@
-"""Programs that run exported files, one file each, asked what they answer."""
+"""One file for each program that runs exported files, and loads them to prove them."""

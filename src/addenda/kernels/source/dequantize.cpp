@@ -2,6 +2,7 @@
 // The bits are those of the PyTorch forms in bases/formats. A fused multiply-add changes none of them: a half-precision
 // scale times a group's integer scale times a code needs at most 24 bits, so each product is exact before the sum.
 #include "common.h"
+#include "normal.h"
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -232,12 +233,6 @@ struct IQ4_XS {
         }
     }
 };
-
-// Quantiles of the normal distribution (Dettmers et al. 2023, appendix E).
-static const float NORMAL[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
 struct NF4 {
     enum { WEIGHTS = 64, BYTES = 36 };

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from addenda.evals import interval
-from addenda.evals.interval import (
+from addenda import intervals as interval
+from addenda.intervals import (
     interval_of_difference,
     interval_of_mean,
     interval_of_ratio,

@@ -1,0 +1,44 @@
+"""What is to be exported, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from addenda.bases import LoadedBase
+from addenda.core.handle import Handle
+from addenda.core.progress import OnProgress, Progress
+from addenda.export.probes import Probes
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter on its model, on the way into one format."""
+
+    model: nn.Module
+    """In evaluation mode, best in float32, with the adapter at work."""
+    handle: Handle
+    probes: Probes
+    """What the written file and the model are both asked."""
+    base: LoadedBase | None = None
+    """What the model was loaded as; None for a module that somebody built."""
+    type: str | None = None
+    """One of the format's types; None where it has none."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """What the adapter's manifest says of its training."""
+    on_progress: OnProgress | None = None
+
+    @property
+    def title(self) -> str:
+        """Name of what the adapter stands on."""
+        return self.base.name if self.base else type(self.model).__name__
+
+    def say(self, task: str, done: float, total: float, unit: str) -> None:
+        """Report progress to whoever watches."""
+        if self.on_progress:
+            self.on_progress(Progress(task, done, total, unit))

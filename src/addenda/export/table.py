@@ -1,0 +1,49 @@
+"""The gate's findings as a Markdown table."""
+
+from __future__ import annotations
+
+from addenda.export.parity import Closeness, Parity
+from addenda.intervals import Interval
+
+__all__ = ["gate_table"]
+
+
+def gate_table(parity: Parity) -> str:
+    """Return the verdict and, where there is one, the table of what was measured."""
+    told = {name: each for name, each in (("exact twin", parity.twin), ("the file", parity.real)) if each}
+    if parity.twin is parity.real:
+        told.pop("exact twin", None)
+    lines = [f"**{parity.verdict}**: {parity.words}"]
+    if told:
+        lines += ["", f"| | {' | '.join(told)} |", f"|---{'|---' * len(told)}|"]
+        columns = [_figures(each) for each in told.values()]
+        lines += [f"| {name} | {' | '.join(column[name] for column in columns)} |" for name in columns[0]]
+        lines += ["", f"The adapter changes an answer by up to {parity.effect:.3g}."]
+    if parity.chat:
+        chat = parity.chat
+        lines += [
+            "",
+            f"Of {chat.conversations} conversations the template writes {chat.same_text} alike, and the "
+            f"tokenizer reads {chat.same_tokens} alike.",
+        ]
+    return "\n".join(lines)
+
+
+def _figures(each: Closeness) -> dict[str, str]:
+    return {
+        "loaded with": each.runtime,
+        "positions": str(each.positions),
+        "largest difference": f"{each.largest_difference:.2g}",
+        "KL from the trained model, nats": _interval(each.kl, ".2g"),
+        "same first choice": "" if each.top1_agreement is None else f"{each.top1_agreement:.1%}",
+        "the adapter's change, size kept": _interval(each.effect_size, ".1%"),
+        "the adapter's change, cosine": _interval(each.effect_cosine, ".4f"),
+    }
+
+
+def _interval(found: Interval | None, form: str) -> str:
+    if found is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"{found.value:{form}}"
+    return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"

@@ -1,0 +1,176 @@
+// Numbers to packed weights: whole rows to raw blocks, for GGUF's formats with one scale for 32 weights, and NF4.
+// The bytes are those of ggml's reference, which rounds every product before it adds: nothing here may be contracted.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+#include "common.h"
+#include "normal.h"
+
+typedef uint8_t b16 __attribute__((vector_size(16), aligned(1)));
+
+// To half precision: nearest, ties to even; beyond its range infinity.
+static inline void half(uint8_t* p, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff, made;
+    if (size >= 0x477ff000) {
+        made = 0x7c00;
+    } else if (size < 0x38800000) {  // subnormal: one half has as its last place what such a number counts in
+        float shifted;
+        std::memcpy(&shifted, &size, 4);
+        shifted += 0.5f;
+        std::memcpy(&made, &shifted, 4);
+        made -= 0x3f000000;
+    } else {
+        made = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
+    }
+    made |= sign;
+    p[0] = uint8_t(made);
+    p[1] = uint8_t(made >> 8);
+}
+static inline v16 size(v16 x) { return (v16)((u16v)x & 0x7fffffff); }
+static inline v16 choose(i16v mask, v16 yes, v16 no) { return (v16)((mask & (i16v)yes) | (~mask & (i16v)no)); }
+// What a number is multiplied by in place of being divided; zero where nothing is to be told apart.
+static inline float inverse(float d) { return d == 0.0f ? 0.0f : 1.0f / d; }
+// A code: its whole part, up to `most`; zero where the product overflowed.
+static inline u16v code(v16 x, float most) {
+    v16 held = choose(x < 256.0f, x, all(0.0f));
+    return (u16v)__builtin_convertvector(smallest(held, all(most)), i16v);
+}
+static inline void bytes(uint8_t* p, u16v x) { *reinterpret_cast<b16*>(p) = __builtin_convertvector(x, b16); }
+static inline void fours(uint8_t* p, u16v a, u16v b) { bytes(p, (a & 15) | (b & 15) << 4); }
+// The fifth bit of 32 codes, one bit each.
+static inline void fifths(uint8_t* p, u16v a, u16v b) {
+    const u16v lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    u16v each = (a >> 4 & 1) << lane | (b >> 4 & 1) << (lane + 16);
+    uint32_t total = 0;
+    for (int i = 0; i < 16; i++) total |= each[i];
+    std::memcpy(p, &total, 4);
+}
+static inline float largest_of(v16 a, v16 b) { return highest(largest(a, b)); }
+// The number of largest magnitude with its sign; of several the first.
+static inline float extreme(const float* x, v16 a, v16 b) {
+    float amax = largest_of(size(a), size(b));
+    for (int i = 0; i < 32; i++)
+        if (std::fabs(x[i]) == amax) return x[i];
+    return 0.0f;
+}
+
+// Codes about zero: the extreme number gets the lowest code, -HALF.
+template <int HALF>
+struct Centred {
+    u16v low, high;
+    Centred(const float* x, uint8_t* p) {
+        v16 a = load(x), b = load(x + 16);
+        float d = extreme(x, a, b) / -HALF, by = inverse(d);
+        half(p, d);
+        low = code(a * by + (HALF + 0.5f), 2 * HALF - 1);
+        high = code(b * by + (HALF + 0.5f), 2 * HALF - 1);
+    }
+};
+// Codes from the least number up to the greatest, MOST.
+template <int MOST>
+struct Ranged {
+    u16v low, high;
+    Ranged(const float* x, uint8_t* p) {
+        v16 a = load(x), b = load(x + 16);
+        float least = -largest_of(-a, -b), d = (largest_of(a, b) - least) / MOST, by = inverse(d);
+        half(p, d);
+        half(p + 2, least);
+        low = code((a - least) * by + 0.5f, MOST);
+        high = code((b - least) * by + 0.5f, MOST);
+    }
+};
+
+struct Q4_0 {
+    enum { WEIGHTS = 32, BYTES = 18 };
+    static inline void block(const float* x, uint8_t* p) {
+        Centred<8> q(x, p);
+        fours(p + 2, q.low, q.high);
+    }
+};
+struct Q4_1 {
+    enum { WEIGHTS = 32, BYTES = 20 };
+    static inline void block(const float* x, uint8_t* p) {
+        Ranged<15> q(x, p);
+        fours(p + 4, q.low, q.high);
+    }
+};
+struct Q5_0 {
+    enum { WEIGHTS = 32, BYTES = 22 };
+    static inline void block(const float* x, uint8_t* p) {
+        Centred<16> q(x, p);
+        fifths(p + 2, q.low, q.high);
+        fours(p + 6, q.low, q.high);
+    }
+};
+struct Q5_1 {
+    enum { WEIGHTS = 32, BYTES = 24 };
+    static inline void block(const float* x, uint8_t* p) {
+        Ranged<31> q(x, p);
+        fifths(p + 4, q.low, q.high);
+        fours(p + 8, q.low, q.high);
+    }
+};
+struct Q8_0 {
+    enum { WEIGHTS = 32, BYTES = 34 };
+    // Halves away from zero.
+    static inline u16v rounded(v16 x) {
+        v16 part = size(x);
+        part = choose(part < 256.0f, part, all(0.0f));
+        i16v whole = __builtin_convertvector(part, i16v);
+        whole -= (part - __builtin_convertvector(whole, v16)) >= 0.5f;
+        return (u16v)choose(x < 0.0f, (v16)-whole, (v16)whole);
+    }
+    static inline void block(const float* x, uint8_t* p) {
+        v16 a = load(x), b = load(x + 16);
+        float d = largest_of(size(a), size(b)) / 127.0f, by = inverse(d);
+        half(p, d);
+        bytes(p + 2, rounded(a * by));
+        bytes(p + 18, rounded(b * by));
+    }
+};
+
+struct NF4 {
+    enum { WEIGHTS = 64, BYTES = 36 };
+    // The nearest level: as many as there are middles between two levels below the number.
+    static inline u16v nearest(v16 x) {
+        i16v found = {};
+#pragma GCC unroll 15
+        for (int i = 0; i < 15; i++) found -= x > (NORMAL[i + 1] + NORMAL[i]) / 2;
+        return (u16v)found;
+    }
+    static inline void block(const float* x, uint8_t* p) {
+        v16 part[4];
+        for (int i = 0; i < 4; i++) part[i] = size(load(x + 16 * i));
+        float absmax = largest_of(largest(part[0], part[1]), largest(part[2], part[3]));
+        std::memcpy(p, &absmax, 4);
+        v16 by = all(absmax == 0.0f ? 1.0f : absmax);
+        for (int i = 0; i < 4; i++) {
+            u16v code = nearest(load(x + 16 * i) / by);
+            for (int k = 0; k < 8; k++) p[4 + 8 * i + k] = uint8_t(code[2 * k] << 4 | code[2 * k + 1]);
+        }
+    }
+};
+
+template <class Format>
+static void blocks(const float* x, uint8_t* raw, long rows, long row_bytes, long d_in) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++)
+        for (long i = 0; i < d_in / Format::WEIGHTS; i++)
+            Format::block(x + row * d_in + i * Format::WEIGHTS, raw + row * row_bytes + i * Format::BYTES);
+}
+
+#define EXPORT(NAME)                                                                                                  \
+    extern "C" void quantize_##NAME##_float32(const float* x, uint8_t* raw, int64_t rows, int64_t row_bytes,          \
+                                              int64_t d_in) {                                                         \
+        blocks<NAME>(x, raw, rows, row_bytes, d_in);                                                                  \
+    }
+EXPORT(Q4_0)
+EXPORT(Q4_1)
+EXPORT(Q5_0)
+EXPORT(Q5_1)
+EXPORT(Q8_0)
+EXPORT(NF4)
