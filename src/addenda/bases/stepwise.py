@@ -73,8 +73,7 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
 def _tensors(cache: Any) -> list[Tensor]:
     """Return keys and values of each layer in turn; nothing where a layer keeps something else."""
     kept = [
-        (getattr(layer, "keys", None), getattr(layer, "values", None))
-        for layer in getattr(cache, "layers", ())
+        getattr(layer, part, None) for layer in getattr(cache, "layers", ()) for part in ("keys", "values")
     ]
-    flat = [tensor for pair in kept for tensor in pair]
-    return flat if all(isinstance(tensor, Tensor) for tensor in flat) else []
+    found = [tensor for tensor in kept if isinstance(tensor, Tensor)]
+    return found if len(found) == len(kept) else []

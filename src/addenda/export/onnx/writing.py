@@ -13,7 +13,8 @@ from addenda.bases.stepwise import CachedDecoder, cache_shapes
 from addenda.errors import ExportError
 from addenda.export.onnx.graph import tidy
 from addenda.export.onnx.packages import require
-from addenda.export.onnx.tracing import dynamic_dims, main_output, trace
+from addenda.export.onnx.tracing import dynamic_dims, trace
+from addenda.export.probes import named_output
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -38,7 +39,7 @@ class Positional(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """Run the model on its inputs in the order of the names."""
-        return main_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
+        return named_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
 
 
 def graph_of(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> ir.Model:
@@ -58,7 +59,7 @@ def graph_of(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> ir.Model
     longest = max(rows, key=lambda row: sum(value.numel() for value in row.values()))
     example = {name: _several(value, dims[name]) for name, value in longest.items()}
     with torch.no_grad():
-        output, _ = main_output(model(**example))
+        output, _ = named_output(model(**example))
     made = trace(Positional(model, list(example)), example, dims, [output])
     tidy(made, prefix=_PREFIX, dims=dims)
     return made
@@ -93,7 +94,7 @@ def decoder_graph(model: nn.Module) -> ir.Model:
     for layer, (heads, features) in enumerate(cache_shapes(model)):
         for part in ("key", "value"):
             cached[f"{PAST}.{layer}.{part}"] = torch.zeros(batch, heads, past, features, device=device)
-    dims |= dict.fromkeys(cached, {0: "batch", 2: "past"})
+    dims |= {name: {0: "batch", 2: "past"} for name in cached}
     outputs = ["logits", *(name.replace(PAST, PRESENT) for name in cached)]
     made = trace(module, {**example, **cached}, dims, outputs)
     tidy(made, prefix=_PREFIX, dims=dims)

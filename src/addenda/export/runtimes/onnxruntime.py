@@ -81,7 +81,7 @@ class Decoder:
         return found["logits"][0]
 
     def answer(self, ids: Tensor, *, stop: Collection[int], max_new_tokens: int) -> list[int]:
-        """Read a prompt, ids (n,), and return the likeliest token after each, up to one of ``stop``, itself left out."""
+        """Read a prompt, ids (n,), and return the likeliest token after each, up to one of ``stop``."""
         answer: list[int] = []
         logits = self.read(ids)
         while len(answer) < max_new_tokens and (token := int(logits[-1].argmax())) not in stop:
