@@ -86,11 +86,19 @@ def trace(
     except Exception as problem:  # the exporter raises whatever the model's code does
         raise ExportError(
             f"PyTorch cannot trace {type(module).__name__}",
-            where={"because": (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]},
+            where={"because": _reason(problem)},
             hint="its forward must not branch on the values or sizes of its inputs",
         ) from problem
     assert made is not None
     return made.model
+
+
+def _reason(problem: BaseException) -> str:
+    """Return what began a chain of exceptions, in a line: those on top tell how to report it to PyTorch."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    text = str(problem).strip() or type(problem).__name__
+    return text.splitlines()[0][:300]
 
 
 @contextlib.contextmanager

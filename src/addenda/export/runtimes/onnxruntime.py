@@ -12,8 +12,10 @@ from torch import Tensor
 from addenda.errors import ExportError
 from addenda.export.onnx.packages import require
 from addenda.export.onnx.writing import PAST, PRESENT
+from addenda.export.probes import Kind, Row, scored
+from addenda.export.runtime import Runtime
 
-__all__ = ["Decoder", "Session"]
+__all__ = ["Decoder", "ONNXRuntime", "Session"]
 
 
 class Session:
@@ -88,3 +90,22 @@ class Decoder:
             answer.append(token)
             logits = self.read(torch.tensor([token]))
         return answer
+
+
+class ONNXRuntime(Runtime):
+    """ONNX Runtime with one file; a decoder reads a row in pieces, so that its cache takes part in every answer."""
+
+    def __init__(self, session: Session) -> None:
+        self.name, self._session = session.name, session
+
+    def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:
+        if not any(name.startswith(PAST) for name in self._session.inputs):
+            return scored(next(iter(self._session.run(row).values())), kind)
+        decoder = Decoder(self._session)
+        return scored(torch.cat([decoder.read(piece) for piece in _pieces(row["input_ids"][0])]), kind)
+
+
+def _pieces(ids: Tensor) -> list[Tensor]:
+    """Cut a sequence as a prompt and what is generated after it: some tokens at once, the last ones by themselves."""
+    prompt, rest = ids[: max(1, len(ids) - 4)], ids[max(1, len(ids) - 4) :]
+    return [*prompt.split(32), *rest.split(1)]
