@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,9 @@ from addenda.bases import load_base
 from addenda.core import registry
 from addenda.errors import ExportError
 from addenda.export.format import format_of
+from addenda.export.job import Job
+from addenda.export.onnx.writing import save
+from addenda.export.probes import Probes
 from addenda.export.run import export_adapter
 
 pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
@@ -87,6 +94,162 @@ def test_packed_weights_are_unpacked_and_come_with_their_tokenizer(tmp_path: Pat
     unfoldable = addenda.plan(base.model, registry.get("bottleneck")())
     [problem] = format_of("onnx").problems(unfoldable, base.model, base)
     assert problem == "method 'bottleneck' cannot be folded into weights, and the base's are packed"
+
+
+@pytest.mark.parametrize("type", ["float16", "int8"])
+def test_rounded_files_are_smaller_and_say_what_they_lost(type: str, tmp_path: Path) -> None:
+    model = encoder()
+    handle, rows = trained(model), sentences()
+    parity = export_adapter(
+        model, handle, "onnx", tmp_path / "out", type=type, inputs=rows, kind="classes", allow_drift=True
+    )
+    assert parity.twin is not None
+    assert parity.real is not None
+    assert parity.twin.exact
+    assert parity.real.largest_difference > parity.twin.largest_difference
+    assert parity.real.effect_cosine.value > 0.9
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "out" / "model.onnx").stat().st_size < weights
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+QUERY, OTHER = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    torch.manual_seed(0)
+    model = encoder()
+    handle = trained(model)
+    job = Job(model, handle, Probes(tuple(sentences()), "classes"), type="float32")
+    folder = tmp_path_factory.mktemp("written")
+    format_of("onnx").write(job, folder)
+    return job, folder
+
+
+def edited(written: tuple[Job, Path], folder: Path, change: Callable[[Any], None]) -> list[str]:
+    """Change a copy of the written graph, and return what reading it back finds."""
+    import onnx_ir
+
+    model = onnx_ir.load(written[1] / "model.onnx")
+    change(model.graph)
+    onnx_ir.save(model, folder / "model.onnx")
+    return format_of("onnx").audit(written[0], folder)
+
+
+def put(graph: Any, name: str, tensor: torch.Tensor) -> None:
+    import onnx_ir
+
+    graph.initializers[name].const_value = onnx_ir.tensor(tensor.contiguous().numpy(), name=name)
+
+
+def values(graph: Any, name: str) -> torch.Tensor:
+    return torch.from_numpy(graph.initializers[name].const_value.numpy().copy())
+
+
+def test_an_untouched_file_reads_back_as_meant(written: tuple[Job, Path], tmp_path: Path) -> None:
+    assert edited(written, tmp_path, lambda graph: None) == []
+
+
+def test_one_changed_number_is_found(written: tuple[Job, Path], tmp_path: Path) -> None:
+    name = f"{QUERY}.weight.T"
+
+    def change(graph: Any) -> None:
+        weight = values(graph, name)
+        weight[3, 4] += 1e-6
+        put(graph, name, weight)
+
+    assert edited(written, tmp_path, change) == [
+        f"'{QUERY}.weight' holds other values than the trained model"
+    ]
+
+
+def test_swapped_layers_are_found(written: tuple[Job, Path], tmp_path: Path) -> None:
+    def change(graph: Any) -> None:
+        first, second = (values(graph, f"{path}.weight.T") for path in (QUERY, OTHER))
+        put(graph, f"{QUERY}.weight.T", second)
+        put(graph, f"{OTHER}.weight.T", first)
+
+    assert sorted(edited(written, tmp_path, change)) == [
+        f"'{path}.weight' holds other values than the trained model" for path in (QUERY, OTHER)
+    ]
+
+
+def test_a_layer_that_computes_with_another_ones_weight_is_found(
+    written: tuple[Job, Path], tmp_path: Path
+) -> None:
+    def change(graph: Any) -> None:
+        first, second = (graph.initializers[f"{path}.weight.T"] for path in (QUERY, OTHER))
+        [(node, index)], [(other, place)] = (list(value.uses()) for value in (first, second))
+        node.replace_input_with(index, second)
+        other.replace_input_with(place, first)
+
+    assert sorted(edited(written, tmp_path, change)) == [
+        f"'{QUERY}' computes with '{OTHER}.weight'",
+        f"'{OTHER}' computes with '{QUERY}.weight'",
+    ]
+
+
+def test_a_target_that_was_not_folded_is_found(written: tuple[Job, Path], tmp_path: Path) -> None:
+    bare = dict(written[0].model.named_parameters())[f"{QUERY}.weight"].detach()
+    found = edited(written, tmp_path, lambda graph: put(graph, f"{QUERY}.weight.T", bare.T))
+    assert found == [f"'{QUERY}.weight' holds other values than the trained model"]
+
+
+def test_a_truncated_file_is_found(written: tuple[Job, Path], tmp_path: Path) -> None:
+    content = (written[1] / "model.onnx").read_bytes()
+    (tmp_path / "model.onnx").write_bytes(content[:-4000])
+    [found] = format_of("onnx").audit(written[0], tmp_path)
+    assert found.startswith("'model.onnx' cannot be read")
+
+
+def test_a_scale_that_was_changed_is_found(written: tuple[Job, Path], tmp_path: Path) -> None:
+    import onnx_ir
+
+    job = dataclasses.replace(written[0], type="int8")
+    format_of("onnx").write(job, tmp_path)
+    assert format_of("onnx").audit(job, tmp_path) == []
+    model = onnx_ir.load(tmp_path / "model.onnx")
+    name = f"{QUERY}.weight.T.scale"
+    put(model.graph, name, values(model.graph, name) * 1.02)
+    onnx_ir.save(model, tmp_path / "changed.onnx")
+    (tmp_path / "changed.onnx").rename(tmp_path / "model.onnx")
+    assert format_of("onnx").audit(job, tmp_path) == [
+        f"'{QUERY}.weight' holds other values than the trained model"
+    ]
+
+
+def test_what_reading_back_finds_stops_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from addenda.export.formats import onnx
+
+    def spoilt(graph: Any, folder: Path) -> None:
+        put(graph.graph, "classifier.bias", torch.zeros(3) + 0.5)
+        save(graph, folder)
+
+    monkeypatch.setattr(onnx, "save", spoilt)
+    model = encoder()
+    with pytest.raises(ExportError, match=r"'classifier\.bias' holds other values"):
+        export_adapter(model, trained(model), "onnx", tmp_path / "out", inputs=sentences(), kind="classes")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_a_decoder_cannot_carry_is_said_beforehand() -> None:
+    config = transformers.LlamaConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=2)
+    base = SimpleNamespace(model=transformers.LlamaForCausalLM(config).eval(), kind="causal-lm")
+    said = {
+        name: format_of("onnx").problems(addenda.plan(base.model, registry.get(name)()), base.model, base)
+        for name in ("prefix-tuning", "lily", "reft", "lora", "bottleneck")
+    }
+    assert "acts on a sequence where it begins" in said["prefix-tuning"][0]
+    assert "averages over a sequence" in said["lily"][0]
+    assert "ONNX has no operator" in said["reft"][0]
+    assert said["lora"] == said["bottleneck"] == []
 
 
 def test_nothing_is_left_behind_where_it_cannot_be_traced(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,57 +13,91 @@ from addenda.bases import LoadedBase
 from addenda.bases.packed_layers import packed_layers
 from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
-from addenda.errors import BaseModelError, ExportError
+from addenda.errors import ExportError
 from addenda.export.format import Format
 from addenda.export.job import Job
 from addenda.export.onnx.folding import folded
+from addenda.export.onnx.graph import own_name
+from addenda.export.onnx.reading import findings, tensors_of
+from addenda.export.onnx.rounding import to_half, to_int8
 from addenda.export.onnx.writing import FILE, decoder_graph, graph_of, save
 from addenda.export.runtime import Runtime
 from addenda.export.runtimes.onnxruntime import ONNXRuntime, Session
 
 __all__ = ["FORMAT", "ONNX"]
 
+_UNTRACED = {"reft": "orthogonalizes as it runs, for which ONNX has no operator"}
+
 
 class ONNX(Format):
     """``model.onnx``: any batch, any length; decoders with their key-value cache."""
 
-    types: ClassVar[tuple[str, ...]] = ("float32",)
+    types: ClassVar[tuple[str, ...]] = ("float32", "float16", "int8")
     extra = "onnx"
     library = "onnx"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
-        found = []
-        if packed_layers(model) and not planned.method.mergeable:
-            found.append(
-                f"method '{planned.method.name}' cannot be folded into weights, and the base's are packed"
-            )
+        method, found = planned.method, []
+        if why := _UNTRACED.get(method.name):
+            found.append(f"method '{method.name}' {why}")
+        if not method.mergeable:
+            if packed_layers(model):
+                found.append(
+                    f"method '{method.name}' cannot be folded into weights, and the base's are packed"
+                )
+            if getattr(base, "kind", "") == "causal-lm" and (why := _against_cache(planned)):
+                found.append(f"method '{method.name}' {why}, and a decoder reads it in pieces")
         if getattr(model, "is_quantized", False):
             found.append("the base keeps weights that another library quantized, which no graph can hold")
         return found
 
     def space(self, job: Job) -> int:
         numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
-        return 4 * numbers + 2**26
+        return (4 if job.type == "float32" else 8) * numbers + 2**26
+
+    def drifts(self, job: Job) -> bool:
+        return job.type != "float32"
 
     def write(self, job: Job, folder: Path) -> None:
         _require_float32(job.model)
-        with folded(job.handle):
-            job.say("trace the model", 0, 1, "models")
-            graph = _graph(job)
-            job.say("trace the model", 1, 1, "models")
-            save(graph, folder)
+        _write(job, folder, str(job.type))
         if job.base:
             job.base.tokenizer.save_pretrained(folder)
             job.base.model.config.save_pretrained(folder)
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
-        return ONNXRuntime(Session(folder / FILE))
+        if not exact or not self.drifts(job):
+            return ONNXRuntime(Session(folder / FILE))
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
+            _write(job, Path(twin), "float32")
+            return ONNXRuntime(Session(Path(twin) / FILE))
+
+    def audit(self, job: Job, folder: Path) -> list[str]:
+        with folded(job.handle):
+            return findings(folder / FILE, job.model)
 
 
-def _graph(job: Job) -> object:
-    if job.probes.kind == "next-token":
-        return decoder_graph(job.model)
-    return graph_of(job.model, job.probes.rows)
+def _against_cache(planned: Plan) -> str:
+    """Return what an adapter does with a sequence as a whole; empty where each token is treated by itself."""
+    method = planned.method
+    if any(row.kind == "transformer" for row in planned.rows):
+        return "acts on a sequence where it begins"
+    if method.reads_tokens() or method.looks_ahead():
+        return "acts by what was read before"
+    return "averages over a sequence" if "rows" in method.exceptions else ""
+
+
+def _write(job: Job, folder: Path, numbers: str) -> None:
+    """Trace the model and write its file, with the weights rounded to ``numbers``."""
+    with folded(job.handle):
+        job.say("write the graph", 0, 1, "graphs")
+        decodes = job.probes.kind == "next-token"
+        made = decoder_graph(job.model) if decodes else graph_of(job.model, job.probes.rows)
+        if numbers != "float32":
+            names = [name for name in made.graph.initializers if own_name(name) in tensors_of(job.model)]
+            (to_half if numbers == "float16" else to_int8)(made.graph, names)
+        save(made, folder)
+        job.say("write the graph", 1, 1, "graphs")
 
 
 def _require_float32(model: nn.Module) -> None:

@@ -20,11 +20,16 @@ from addenda.export.onnx.packages import require
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["TRANSPOSED", "tidy"]
+__all__ = ["TRANSPOSED", "own_name", "tidy"]
 
 TRANSPOSED = ".T"
 """What is added to the name of a matrix that is kept transposed, ready for a product from the right."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def own_name(name: str | None) -> str:
+    """Return the PyTorch name of a parameter in a graph."""
+    return (name or "").removesuffix(TRANSPOSED)
 
 
 def tidy(model: ir.Model, *, prefix: str, dims: Mapping[str, Mapping[int, str]]) -> None:
