@@ -244,9 +244,10 @@ def test_what_a_decoder_cannot_carry_is_said_beforehand() -> None:
     base = SimpleNamespace(model=transformers.LlamaForCausalLM(config).eval(), kind="causal-lm")
     said = {
         name: format_of("onnx").problems(addenda.plan(base.model, registry.get(name)()), base.model, base)
-        for name in ("prefix-tuning", "lily", "reft", "lora", "bottleneck")
+        for name in ("prefix-tuning", "shadow", "lily", "reft", "lora", "bottleneck")
     }
-    assert "acts on a sequence where it begins" in said["prefix-tuning"][0]
+    assert "positions in front of each sequence" in said["prefix-tuning"][0]
+    assert "acts on a sequence as a whole" in said["shadow"][0]
     assert "averages over a sequence" in said["lily"][0]
     assert "ONNX has no operator" in said["reft"][0]
     assert said["lora"] == said["bottleneck"] == []

@@ -40,12 +40,16 @@ class ONNX(Format):
         method, found = planned.method, []
         if why := _UNTRACED.get(method.name):
             found.append(f"method '{method.name}' {why}")
+        if method.positions:
+            found.append(
+                f"method '{method.name}' puts {method.positions} positions in front of each sequence"
+            )
         if not method.mergeable:
             if packed_layers(model):
                 found.append(
                     f"method '{method.name}' cannot be folded into weights, and the base's are packed"
                 )
-            if getattr(base, "kind", "") == "causal-lm" and (why := _against_cache(planned)):
+            elif getattr(base, "kind", "") == "causal-lm" and (why := _against_cache(planned)):
                 found.append(f"method '{method.name}' {why}, and a decoder reads it in pieces")
         if getattr(model, "is_quantized", False):
             found.append("the base keeps weights that another library quantized, which no graph can hold")
@@ -81,7 +85,7 @@ def _against_cache(planned: Plan) -> str:
     """Return what an adapter does with a sequence as a whole; empty where each token is treated by itself."""
     method = planned.method
     if any(row.kind == "transformer" for row in planned.rows):
-        return "acts on a sequence where it begins"
+        return "acts on a sequence as a whole"
     if method.reads_tokens() or method.looks_ahead():
         return "acts by what was read before"
     return "averages over a sequence" if "rows" in method.exceptions else ""

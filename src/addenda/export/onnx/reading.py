@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ def findings(path: Path, model: nn.Module) -> list[str]:
     try:
         graph = require("onnx_ir").load(path).graph
         return [*_other_values(graph, model), *_other_places(graph, model)]
-    except Exception as problem:  # a damaged file fails in whichever library comes upon it
+    except Exception as problem:  # noqa: BLE001  (a damaged file fails in whichever library comes upon it)
         return [
             f"'{path.name}' cannot be read: {(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         ]

@@ -107,6 +107,7 @@ def _initializer(
     like: Any,
     dtype: type,
     make: Callable[[], np.ndarray],
+    *,
     shape: Any = None,
 ) -> ir.Value:
     """Register a weight that is computed when it is written."""
@@ -146,7 +147,7 @@ def _plain(node: ir.Node) -> bool:
 
 
 def _product(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
-    """x W -> (round(x) W) scales."""
+    """Let x W be (round(x) W) scales."""
     x, *_ = node.inputs
     codes, step, zero = _nodes(graph, node, "DynamicQuantizeLinear", [x], outputs=3)
     whole = _node(graph, node, "MatMulInteger", [codes, weight, zero])
@@ -166,7 +167,7 @@ def _tied(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -> 
 
 
 def _lookup(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
-    """Rows W[ids] -> W[ids] scales[ids]."""
+    """Let W[ids] be W[ids] scales[ids]."""
     ids, ir_ = node.inputs[1], require("onnx_ir")
     rows = _node(
         graph, node, "Cast", [_node(graph, node, "Gather", [weight, ids])], {"to": int(ir_.DataType.FLOAT)}
@@ -193,7 +194,7 @@ def _node(
     return _nodes(graph, before, kind, inputs, attributes, layer=layer)[0]
 
 
-def _nodes(  # noqa: PLR0917
+def _nodes(
     graph: ir.Graph,
     before: ir.Node,
     kind: str,
