@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,23 +17,33 @@ from addenda.core.planning import Plan
 from addenda.errors import ExportError
 from addenda.export.format import Format
 from addenda.export.job import Job
+from addenda.export.onnx.adapters import (
+    SUFFIX,
+    adapter_findings,
+    make_switchable,
+    meant_by,
+    require_switchable,
+    write_adapter,
+)
 from addenda.export.onnx.folding import folded
 from addenda.export.onnx.graph import own_name
 from addenda.export.onnx.reading import findings, tensors_of
 from addenda.export.onnx.rounding import to_half, to_int8
 from addenda.export.onnx.writing import FILE, decoder_graph, graph_of, save
 from addenda.export.runtime import Runtime
-from addenda.export.runtimes.onnxruntime import ONNXRuntime, Session
+from addenda.export.runtimes.onnxruntime import AdapterFile, ONNXRuntime, Session, SwitchedRuntime
 
 __all__ = ["FORMAT", "ONNX"]
 
+SWITCHABLE = "float32-adapter"
+"""The type whose adapter is a file of its own, which ONNX Runtime takes or leaves with each call."""
 _UNTRACED = {"reft": "orthogonalizes as it runs, for which ONNX has no operator"}
 
 
 class ONNX(Format):
     """``model.onnx``: any batch, any length; decoders with their key-value cache."""
 
-    types: ClassVar[tuple[str, ...]] = ("float32", "float16", "int8")
+    types: ClassVar[tuple[str, ...]] = ("float32", "float16", "int8", SWITCHABLE)
     extra = "onnx"
     library = "onnx"
 
@@ -60,16 +71,21 @@ class ONNX(Format):
         return (4 if job.type == "float32" else 8) * numbers + 2**26
 
     def drifts(self, job: Job) -> bool:
-        return job.type != "float32"
+        return job.type in {"float16", "int8"}
 
     def write(self, job: Job, folder: Path) -> None:
         _require_float32(job.model)
+        if job.type == SWITCHABLE:
+            require_switchable(job.handle)
         _write(job, folder, str(job.type))
         if job.base:
             job.base.tokenizer.save_pretrained(folder)
             job.base.model.config.save_pretrained(folder)
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
+        if job.type == SWITCHABLE:
+            adapter = AdapterFile(folder / f"{job.handle.name}{SUFFIX}")
+            return SwitchedRuntime(Session(folder / FILE), adapter)
         if not exact or not self.drifts(job):
             return ONNXRuntime(Session(folder / FILE))
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
@@ -77,8 +93,11 @@ class ONNX(Format):
             return ONNXRuntime(Session(Path(twin) / FILE))
 
     def audit(self, job: Job, folder: Path) -> list[str]:
+        if job.type == SWITCHABLE:
+            of_adapter = adapter_findings(folder / f"{job.handle.name}{SUFFIX}", job.handle)
+            return [*findings(folder / FILE, meant_by(job.handle)), *of_adapter]
         with folded(job.handle):
-            return findings(folder / FILE, job.model)
+            return findings(folder / FILE, tensors_of(job.model))
 
 
 def _against_cache(planned: Plan) -> str:
@@ -91,17 +110,20 @@ def _against_cache(planned: Plan) -> str:
     return "averages over a sequence" if "rows" in method.exceptions else ""
 
 
-def _write(job: Job, folder: Path, numbers: str) -> None:
-    """Trace the model and write its file, with the weights rounded to ``numbers``."""
-    with folded(job.handle):
-        job.say("write the graph", 0, 1, "graphs")
+def _write(job: Job, folder: Path, type: str) -> None:
+    """Trace the model and write its file in one of the format's types."""
+    job.say("write the graph", 0, 1, "graphs")
+    with nullcontext() if type == SWITCHABLE else folded(job.handle):
         decodes = job.probes.kind == "next-token"
         made = decoder_graph(job.model) if decodes else graph_of(job.model, job.probes.rows)
-        if numbers != "float32":
+        if type == SWITCHABLE:
+            values = make_switchable(made, job.handle)
+            write_adapter(values, folder / f"{job.handle.name}{SUFFIX}")
+        elif type != "float32":
             names = [name for name in made.graph.initializers if own_name(name) in tensors_of(job.model)]
-            (to_half if numbers == "float16" else to_int8)(made.graph, names)
+            (to_half if type == "float16" else to_int8)(made.graph, names)
         save(made, folder)
-        job.say("write the graph", 1, 1, "graphs")
+    job.say("write the graph", 1, 1, "graphs")
 
 
 def _require_float32(model: nn.Module) -> None:

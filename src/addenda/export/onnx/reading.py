@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,24 +22,23 @@ _CARRIERS = {"Cast", "DequantizeLinear", "Identity", "Transpose"}
 """Operators that hand a weight on as what it is."""
 
 
-def findings(path: Path, model: nn.Module) -> list[str]:
+def findings(path: Path, meant: Mapping[str, Tensor]) -> list[str]:
     """Return what a file holds other than meant, each layer named; nothing where all is right.
 
     Args:
         path: the file.
-        model: as it was traced, the adapter folded where it was.
+        meant: every tensor of the model as it was traced, under all names that it has; see `tensors_of`.
     """
     try:
         graph = require("onnx_ir").load(path).graph
-        return [*_other_values(graph, model), *_other_places(graph, model)]
+        return [*_other_values(graph, meant), *_other_places(graph, meant)]
     except Exception as problem:  # noqa: BLE001  (a damaged file fails in whichever library comes upon it)
         return [
             f"'{path.name}' cannot be read: {(str(problem).strip() or type(problem).__name__).splitlines()[0]}"
         ]
 
 
-def _other_values(graph: ir.Graph, model: nn.Module) -> Iterator[str]:
-    meant = tensors_of(model)
+def _other_values(graph: ir.Graph, meant: Mapping[str, Tensor]) -> Iterator[str]:
     for name, value in graph.initializers.items():
         own = own_name(name)
         if own not in meant:
@@ -74,9 +73,8 @@ def _read(graph: ir.Graph, name: str) -> Tensor:
     return torch.from_numpy(kept.numpy().copy())
 
 
-def _other_places(graph: ir.Graph, model: nn.Module) -> Iterator[str]:
+def _other_places(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     owners: dict[int, set[str]] = {}
-    tensors = tensors_of(model)
     for name, tensor in tensors.items():
         owners.setdefault(tensor.data_ptr(), set()).add(_layer(name.rpartition(".")[0]))
     for node in graph:
@@ -102,7 +100,7 @@ def _source(value: ir.Value | None) -> str:
 
 def _layer(path: str) -> str:
     """Return the path of the layer that an adapter's module stands on; other paths as they are."""
-    return path.partition(".adapters.")[0]
+    return path.partition(".adapter")[0]
 
 
 def _within(path: str, outer: str) -> bool:
