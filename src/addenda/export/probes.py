@@ -16,7 +16,7 @@ from addenda.errors import ConfigError
 from addenda.export.conversations import CONVERSATIONS
 from addenda.templates import TemplateRefusal, render, tokens_of
 
-__all__ = ["Kind", "Probes", "Row", "answer", "probes_of", "scored"]
+__all__ = ["Kind", "Probes", "Row", "answer", "named_output", "probes_of", "scored"]
 
 Kind = Literal["next-token", "classes", "features"]
 Row = Mapping[str, Tensor]
@@ -82,7 +82,7 @@ def answer(model: nn.Module, row: Row, kind: Kind) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
         output: Any = model(**{name: tensor.to(device) for name, tensor in row.items()})
-    return scored(_tensor_of(output), kind)
+    return scored(named_output(output)[1], kind)
 
 
 def scored(output: Tensor, kind: Kind) -> Tensor:
@@ -96,14 +96,19 @@ def scored(output: Tensor, kind: Kind) -> Tensor:
     return flat if kind == "features" else flat.log_softmax(-1)
 
 
-def _tensor_of(output: Any) -> Tensor:
+def named_output(output: Any) -> tuple[str, Tensor]:
+    """Return the tensor that a model is asked for, with its name: logits, the last hidden states, or the only output.
+
+    Raises:
+        ConfigError: there is none.
+    """
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
-            return found
+            return name, found
     found = next(iter(output)) if isinstance(output, tuple | list) else output
     if not isinstance(found, Tensor):
         raise ConfigError(
             f"the model gives a {type(output).__name__}, of which it is not known what is compared",
             hint="wrap it in a module that gives one tensor",
         )
-    return found
+    return "output", found
