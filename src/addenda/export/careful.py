@@ -176,8 +176,8 @@ def compensated(weight: Tensor, gram: Tensor, entry: WeightFormat, *, like: Tens
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix: row j is what an error in column j costs later
-    ones."""
+    """The upper Cholesky factor of the inverse of the damped Gram matrix: row j is what an error in column j costs
+    later ones."""
     damped = gram.double()
     damped = damped + _DAMPING * damped.diagonal().mean().clamp(min=1e-12) * torch.eye(
         len(gram), dtype=torch.float64

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
@@ -17,10 +16,12 @@ from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_origin import gguf_of
 from addenda.bases.gguf_ways import Way, ways_of
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
+from addenda.core.layers import layer_at
+from addenda.core.planning import Plan
 from addenda.errors import ExportError
 from addenda.export.gguf.copying import Changes, pack
 
-__all__ = ["Exact", "Origin", "dense", "origin_of", "why_no_origin"]
+__all__ = ["Exact", "Origin", "dense", "origin_of", "tied_ends", "why_no_origin"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,14 @@ def why_no_origin(base: LoadedBase | None) -> str:
     if base.kind != "causal-lm":
         return f"'{base.name}' is no causal language model, and llama.cpp is asked for those only"
     return ""
+
+
+def tied_ends(planned: Plan, model: nn.Module) -> list[str]:
+    """Return the adapted layers among an embedding and an output head that hold one and the same weight."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return []
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
 
 
 def origin_of(base: LoadedBase | None) -> Origin:
@@ -127,5 +136,5 @@ class Exact(Changes):
         parameter = self._origin.parameters.get(tensor.name)
         if parameter is None:
             return None
-        weight = dense(self._model, parameter).to(torch.float32)
+        weight = dense(self._model, parameter).float()
         return pack(self._origin.ways[parameter].back(weight), "F32", tensor.name)
