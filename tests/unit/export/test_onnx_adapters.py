@@ -50,7 +50,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]
         model, handle, "onnx", out, type="float32-adapter", inputs=rows(), kind="next-token"
     )
     assert parity.verdict == "passed"
-    assert (out / "law.onnx_adapter").is_file()
+    card = (out / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(card.replace("this folder", str(out)), made := {})
+    assert len(made["answer"]) == 64
     handle.disable()
     return model, out
 
