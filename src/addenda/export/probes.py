@@ -22,7 +22,7 @@ Kind = Literal["next-token", "classes", "features"]
 Row = Mapping[str, Tensor]
 """The keyword arguments of one forward, batch first."""
 
-_CHATS = 6
+_CHATS, _LONGEST = 3, 34
 _TEXTS = Path(__file__).with_name("texts.json")
 """Texts of several kinds that nobody trains on."""
 
@@ -38,14 +38,14 @@ class Probes:
 
 
 def probes_of(base: LoadedBase) -> Probes:
-    """Return texts and conversations as token rows, about six hundred positions, as long as the context allows."""
+    """Return texts and conversations as token rows: five or six hundred positions, as the context allows."""
     texts = [
         base.tokenizer(text, return_tensors="pt") for text in json.loads(_TEXTS.read_text(encoding="utf-8"))
     ]
     if base.kind == "encoder":
         return Probes(tuple(_cut(dict(row), base.room) for row in texts), "features")
-    rows = [{"input_ids": row["input_ids"]} for row in texts] + list(_chats(base))
-    return Probes(tuple(_cut(row, base.room) for row in rows), "next-token")
+    rows = [_cut({"input_ids": row["input_ids"]}, min(base.room, _LONGEST)) for row in texts]
+    return Probes((*rows, *(_cut(row, base.room) for row in _chats(base))), "next-token")
 
 
 def _chats(base: LoadedBase) -> Iterable[dict[str, Tensor]]:
