@@ -64,10 +64,11 @@ class _Packed(nn.Module):
         """Shape of the weight: ``(rows, width)``."""
         return len(self.raw), self.width
 
-    def dequantized(self, rows: Tensor | None = None) -> Tensor:
-        """Return the weight, ``(rows, width)`` in the dtype to compute in, or the rows of an index ``(n,)`` alone."""
+    def dequantized(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight, ``(rows, width)`` in a dtype or `compute_dtype`, or the rows of an index ``(n,)``."""
         raw = self.raw if rows is None else self.raw[rows]
-        return self.weight_format.dequantize(raw, self.width, self._like.new_empty(len(raw), self.width))
+        out = self._like.new_empty(len(raw), self.width, dtype=dtype)
+        return self.weight_format.dequantize(raw, self.width, out)
 
     def extra_repr(self) -> str:
         """Shape and format, for ``print(model)``."""

@@ -50,9 +50,9 @@ class Int8Linear(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.scale.dtype
 
-    def dequantized(self, rows: Tensor | None = None) -> Tensor:
+    def dequantized(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.codes * self.scale
-        return weight if rows is None else weight[rows]
+        return (weight if rows is None else weight[rows]).to(dtype or self.compute_dtype)
 
     def linear(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.dequantized(), self.bias)

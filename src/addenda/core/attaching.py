@@ -21,6 +21,7 @@ from addenda.core.preview import Preview
 from addenda.core.probe import Probe, prove, prove_by_own_batch
 from addenda.core.progress import OnProgress
 from addenda.core.targets import Targets
+from addenda.core.through import rounding_of, train_through
 from addenda.core.tokens import TokenWatch
 from addenda.core.views import LayerView
 from addenda.errors import MethodError, NotFoundError, TargetError
@@ -40,6 +41,7 @@ def attach(
     seed: int = 0,
     probe: Probe | None = None,
     observed: Observed | None = None,
+    through: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Handle:
     """Put a new adapter on a model, in place, and freeze the base.
@@ -59,6 +61,9 @@ def attach(
         probe: a batch that reaches every target: keyword arguments, a tensor, or a function of the model. With it,
             every adapter is proved to be called and to get a gradient. transformers models carry a batch of their own.
         observed: what :func:`addenda.observe` found out about this model for this method, if its start needs that.
+        through: a packed format such as ``"q4_1"``: every layer then computes with the weight that a file in this
+            format will hold once the adapter is folded in, so that the file answers as the model that is trained. None
+            trains beside the weight as it is.
         on_progress: told how many adapters are made; some starts decompose each weight.
 
     Returns:
@@ -66,7 +71,8 @@ def attach(
 
     Raises:
         TargetError: a target matches nothing, the name is taken, or the probe shows an adapter that does not work.
-        MethodError: the method cannot stand on one of the layers, or needs to have observed them.
+        MethodError: the method cannot stand on one of the layers, needs to have observed them, or cannot be trained
+            through the format.
         NotFoundError: it mixes adapters that the model does not carry.
 
     Example:
@@ -79,10 +85,19 @@ def attach(
         >>> type(model[0]).__name__
         'Linear'
     """
-    paths = [row.path for row in plan(model, method, targets).rows]
+    planned = plan(model, method, targets, through=through)
+    paths = [row.path for row in planned.rows]
     _require_observed(method, paths, observed)
     return attach_paths(
-        model, method, paths, name=name, seed=seed, probe=probe, observed=observed, on_progress=on_progress
+        model,
+        method,
+        paths,
+        name=name,
+        seed=seed,
+        probe=probe,
+        observed=observed,
+        through=planned.through,
+        on_progress=on_progress,
     )
 
 
@@ -96,6 +111,7 @@ def attach_paths(
     probe: Probe | None = None,
     fill: Callable[[Handle], None] | None = None,
     observed: Observed | None = None,
+    through: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Handle:
     """Attach to exactly these layers; for callers that have resolved the targets already.
@@ -110,6 +126,10 @@ def attach_paths(
     for path, view in views.items():
         view.observed = observed.layers[path] if observed is not None else None
     adapters = build_adapters(method, views, on_progress=on_progress)
+    if through is not None:
+        rounding = rounding_of(through)
+        for adapter in adapters.values():
+            train_through(adapter, rounding)
     handle = install_adapters(model, method, name, views, adapters)
     try:
         if fill is not None:

@@ -21,7 +21,18 @@ from addenda.core.contract import Adapter, Base
 from addenda.core.terms import Addend
 from addenda.errors import ConfigError, MethodError, TargetError
 
-__all__ = ["Composition", "Once", "Rows", "Stack", "Stacked", "Sum", "average", "parallel", "require_names"]
+__all__ = [
+    "Composition",
+    "Once",
+    "Rows",
+    "Stack",
+    "Stacked",
+    "Sum",
+    "average",
+    "bare_of",
+    "parallel",
+    "require_names",
+]
 
 
 class Composition(ABC):
@@ -351,9 +362,7 @@ class Stacked(_Over):
         return self._adapter(x, self._base)
 
     def add_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        bare: Any = self._base
-        while isinstance(bare, _Over):
-            bare = bare._base
+        bare = bare_of(self._base)
         change: Tensor = bare.add_weight(x, weight, bias) - bare(x)
         return self(x) + change
 
@@ -368,6 +377,14 @@ class Once(_Over):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.output if x is self._x else self._base(x)
+
+
+def bare_of(base: Base) -> Base:
+    """Return the layer itself, without what stands on it."""
+    bare: Any = base
+    while isinstance(bare, _Over):
+        bare = bare._base
+    return cast(Base, bare)
 
 
 _Folded = tuple[Tensor, Tensor | None]

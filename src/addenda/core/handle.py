@@ -85,6 +85,12 @@ class Handle:
         return sum(p.numel() for p in self.parameters())
 
     @property
+    def through(self) -> str | None:
+        """The packed format through which it is trained and answers; None where it stands beside the weight."""
+        rounding = next((getattr(adapter, "rounding", None) for adapter in self.adapters.values()), None)
+        return None if rounding is None else str(rounding.name)
+
+    @property
     def active(self) -> bool:
         """Whether the adapter changes what the model computes, by running or by being merged."""
         return self.merged or (bool(self._hosts) and self.name in self._selection.composition.names)
@@ -302,7 +308,7 @@ class Handle:
                 f"method '{self.method.name}' cannot be merged",
                 hint="keep the adapter beside its base, or use 'lora'",
             )
-        packed = [path for path in self._hosts if not self._view(path).writable]
+        packed = [path for path in self._hosts if not self.view(path).writable]
         if packed:
             raise MethodError(
                 f"'{packed[0]}' ({self._host(packed[0]).original_class.__name__}) keeps a quantized weight: "
@@ -310,7 +316,7 @@ class Handle:
                 where={"layers": len(packed)},
                 hint="keep the adapter beside its base; '--to peft' writes it for other programs",
             )
-        made = [path for path in self._hosts if self._view(path).weight_place().parameter is None]
+        made = [path for path in self._hosts if self.view(path).weight_place().parameter is None]
         if made or any(p.is_meta for p in self.parameters()):
             raise MethodError(
                 f"the weight of '{made[0]}' is computed from other tensors: there is no place to fold into"
@@ -320,7 +326,7 @@ class Handle:
                 if made
                 else "load the base's values before attaching",
             )
-        more = [path for path in self._hosts if not self._view(path).is_plain()]
+        more = [path for path in self._hosts if not self.view(path).is_plain()]
         if more:
             raise MethodError(
                 f"'{more[0]}' ({self._host(more[0]).original_class.__name__}) does more than apply its weight: "
@@ -328,7 +334,7 @@ class Handle:
                 where={"layers": len(more)},
                 hint="leave such layers out of the targets, or keep the adapter beside its base",
             )
-        views = {path: self._view(path) for path in self._hosts}
+        views = {path: self.view(path) for path in self._hosts}
         shared = [f"'{path}' with '{other}'" for path, other in tied(self.model, views).items()]
         if shared:
             raise MethodError(
@@ -397,13 +403,15 @@ class Handle:
     def _host(self, path: str) -> Host:
         return cast(Host, self._hosts[path])
 
-    def _view(self, path: str) -> LayerView:
+    def view(self, path: str) -> LayerView:
+        """Return one of its layers as the adapter sees it."""
         return self._host(path)._addenda.view
 
     def __repr__(self) -> str:
+        through = f", through {self.through}" if self.through else ""
         state = "merged" if self.merged else "active" if self.active else "disabled"
         count = f"{len(self._hosts)} layers, {self.trainable_parameters:,} parameters"
-        return f"<Handle '{self.name}': {self.method.name}, {count}, {state}>"
+        return f"<Handle '{self.name}': {self.method.name}, {count}{through}, {state}>"
 
 
 class Registry:

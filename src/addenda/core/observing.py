@@ -25,7 +25,7 @@ from addenda.core.targets import Targets
 from addenda.core.views import LayerView
 from addenda.errors import MethodError, TargetError
 
-__all__ = ["Batch", "observe"]
+__all__ = ["Batch", "observe", "watch"]
 
 Batch = Probe | tuple[Probe, Tensor]
 """A batch, or a batch and which of its positions count: ``(positions,)`` bool. Positions after those do not count."""
@@ -86,7 +86,15 @@ def observe(
     if original is not None:
         _compare(views, observers, original, on_progress)
     else:
-        _watch(model, method, views, observers, batches=batches, on_progress=on_progress)
+        watch(
+            model,
+            method,
+            views,
+            observers,
+            gradients=method.needs() == "gradients",
+            batches=batches,
+            on_progress=on_progress,
+        )
     layers = {path: observer.found() for path, observer in observers.items()}
     _require_finite(layers)
     return Observed(method.settled(layers), layers)
@@ -151,16 +159,30 @@ def _counting(rows: Tensor, keep: Tensor | None) -> Tensor:
     return rows[: len(keep)][keep.to(rows.device)]
 
 
-def _watch(
+def watch(
     model: nn.Module,
     method: Method,
     views: Mapping[str, LayerView],
     observers: Mapping[str, Observer],
     *,
+    gradients: bool = False,
     batches: Iterable[Batch],
-    on_progress: OnProgress | None,
+    on_progress: OnProgress | None = None,
 ) -> None:
-    gradients = method.needs() == "gradients"
+    """Run batches, and let an observer see the inputs of each layer, or the gradients of its weight.
+
+    Args:
+        model: the adapters on it that are active run.
+        method: whose layers they are.
+        views: the layers by path.
+        observers: one for each.
+        gradients: whether it is gradients that they are to see.
+        batches: as for `observe`.
+        on_progress: told how many batches are done.
+
+    Raises:
+        TargetError: a layer was not reached.
+    """
     require_free(model, _NAME, {path: view.module for path, view in views.items()})
     watchers = {path: _Watcher(observers[path], view, gradients=gradients) for path, view in views.items()}
     handle = install_adapters(model, method, _NAME, dict(views), dict(watchers))

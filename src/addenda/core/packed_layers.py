@@ -31,8 +31,11 @@ class PackedLinear(FrozenLinear, Protocol):
     def compute_dtype(self) -> torch.dtype:
         """The dtype of inputs and outputs."""
 
-    def dequantized(self, rows: Tensor | None = None) -> Tensor:
-        """Return the weight as a dense (out_features, in_features) matrix, made anew; or the rows of an index alone."""
+    def dequantized(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight as a dense (out_features, in_features) matrix, made anew; or the rows of an index alone.
+
+        In ``compute_dtype`` where no ``dtype`` is given.
+        """
 
 
 def packed_numel(model: nn.Module) -> int:
@@ -60,6 +63,10 @@ class PackedView(CompressedView):
 
     def weight(self) -> Tensor:
         weight: Tensor = self.module.dequantized()
+        return weight.detach()
+
+    def exact_weight(self) -> Tensor:
+        weight: Tensor = self.module.dequantized(dtype=torch.promote_types(self.dtype, torch.float32))
         return weight.detach()
 
     def linear(self, x: Tensor) -> Tensor:

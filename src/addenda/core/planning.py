@@ -20,6 +20,7 @@ from addenda.core.mixing import paths_of_all, require_mixable
 from addenda.core.packed_layers import packed_numel
 from addenda.core.parts import Part
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve, why_unknown
+from addenda.core.through import require_roundable, rounding_of
 from addenda.core.views import LayerView
 from addenda.core.whole import exact_layers, is_whole, whole_layers, whole_problems
 from addenda.errors import MethodError, TargetError
@@ -39,6 +40,8 @@ class PlannedLayer:
     """Trainable numbers the adapter adds, without those that it shares."""
     bytes: int
     """Size of what it adds in memory, frozen tensors too."""
+    low_rank: bool = False
+    """Whether all that the adapter does is to add a product of two thin factors."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Plan:
     """Trainable numbers that the layers share."""
     shared_bytes: int = 0
     """Size of what they share in memory, frozen tensors too."""
+    through: str | None = None
+    """The packed format through which it is to be trained."""
 
     @property
     def parameters(self) -> int:
@@ -76,6 +81,7 @@ class Plan:
         share = 100 * self.parameters / max(1, self.base_parameters)
         head = f"{self.method.name} on {len(self.rows)} layers: {self.parameters:,} trainable parameters"
         head += f" ({share:.2f}% of {self.base_parameters:,}), {self.bytes / 2**20:.1f} MiB"
+        head += f", through {self.through}" if self.through else ""
         groups = Counter(
             (r.path.rpartition(".")[2], r.kind, r.weight_shape[1], r.weight_shape[0], r.parameters)
             for r in self.rows
@@ -89,17 +95,22 @@ class Plan:
         return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Plan:
+def plan(
+    model: nn.Module, method: Method, targets: Targets | None = None, *, through: str | None = None
+) -> Plan:
     """Return what ``attach`` with the same arguments would do; the model is only read.
 
     Args:
         model: any module.
         method: the method with its settings.
         targets: as for :func:`addenda.attach`.
+        through: likewise.
 
     Raises:
         TargetError: a target matches nothing, or something that cannot be adapted.
-        MethodError: the method cannot stand on one of the layers; all of them are reported.
+        MethodError: the method cannot stand on one of the layers, or cannot be trained through the format; all of
+            them are reported.
+        NotFoundError: there is no such format.
 
     Example:
         >>> import addenda
@@ -120,6 +131,9 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
     targeted = resolve(model, wanted, why_not) if named else exact_layers(model, method, list(wanted))
     layers = {p: m for p, (m, _) in adaptable(model).items() if p in targeted or p in whole}
     views = _possible_views(method, layers, whole_problems(model, method))
+    rounding = None if through is None else rounding_of(through)
+    if rounding is not None:
+        require_roundable(model, method, views, rounding)
     rows, shared = _planned(method, views)
     notes = _left_out(model, method) if "all-linear" in listed(wanted) else _uneven(list(targeted))
     notes += [
@@ -132,16 +146,23 @@ def plan(model: nn.Module, method: Method, targets: Targets | None = None) -> Pl
         and type(method).default_targets is not Method.default_targets
     ):
         notes.insert(0, f"no layer has a name that {method.name} goes by: all linear layers instead")
-    return Plan(method, rows, _base_parameters(model), tuple(notes[:20]), *shared)
+    return Plan(
+        method,
+        rows,
+        _base_parameters(model),
+        tuple(notes[:20]),
+        *shared,
+        None if rounding is None else rounding.name,
+    )
 
 
-def require_possible(method: Method, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers on which the method cannot stand.
+def require_possible(method: Method, layers: Mapping[str, nn.Module]) -> dict[str, LayerView]:
+    """Refuse layers on which the method cannot stand; return the others as it sees them.
 
     Raises:
         MethodError: the method cannot stand on one of them; all problems are reported.
     """
-    _possible_views(method, layers)
+    return _possible_views(method, layers)
 
 
 def _possible_views(
@@ -215,7 +236,13 @@ def _planned(
     adapters = build_adapters(method, views)
     shared = next((adapter.common for adapter in adapters.values() if adapter.common is not None), None)
     rows = tuple(
-        PlannedLayer(view.path, view.kind, (view.d_out, view.d_in), *_size(adapters[path], without=shared))
+        PlannedLayer(
+            view.path,
+            view.kind,
+            (view.d_out, view.d_in),
+            *_size(adapters[path], without=shared),
+            low_rank=adapters[path].eval().low_rank_term() is not None,
+        )
         for path, view in views.items()
     )
     return rows, (0, 0) if shared is None else _size(shared)

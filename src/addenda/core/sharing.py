@@ -7,10 +7,12 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from addenda.core.composition import Stack
 from addenda.core.contract import Adapter
 from addenda.core.host import Host, compositions_on, count_call
 from addenda.core.packed_layers import PackedLinear, PackedView
 from addenda.core.terms import Term, linear_with_terms
+from addenda.core.through import Through
 from addenda.core.views import LinearView
 
 __all__ = ["shared_linear", "term_of"]
@@ -28,7 +30,11 @@ def term_of(module: nn.Module, x: Tensor) -> Term | None:
         return Term(view, host=module)
     if len(acting) > 1:
         return None
-    parts = acting[0].parts(cast(Mapping[str, Adapter], module.adapters), x, view.path)
+    adapters = cast(Mapping[str, Adapter], module.adapters)
+    alone = [adapters[name] for name in acting[0].names if name in adapters]
+    if len(alone) == 1 and isinstance(alone[0], Through) and isinstance(acting[0], Stack):
+        return alone[0].term(view, x, host=module)
+    parts = acting[0].parts(adapters, x, view.path)
     return None if parts is None else Term(view, parts, host=module)
 
 

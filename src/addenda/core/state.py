@@ -23,12 +23,15 @@ from addenda.core.fingerprints import fingerprint
 from addenda.core.handle import Handle, handles
 from addenda.core.host import require_module
 from addenda.core.planning import require_possible
+from addenda.core.through import require_roundable, rounding_of
 from addenda.core.whole import exact_layers
 from addenda.errors import CheckpointError, ConfigError, MethodError, NotFoundError, TargetError
 
 __all__ = ["FORMAT_VERSION", "load", "publish", "read_manifest", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 came with adapters that are trained through a rounding: what reads 1 alone would answer with another weight. All
+others are written as 1."""
 _TENSORS, _MANIFEST = "adapter.safetensors", "adapter.json"
 _MANIFEST_LIMIT = 16 * 2**20
 
@@ -119,7 +122,10 @@ def load(
         method = registry.get(manifest["method"]).from_settings(manifest["settings"])
         _require_same_mixed(model, method, manifest, source)
         layers = exact_layers(model, method, manifest["layers"])
-        require_possible(method, layers)
+        through = manifest.get("through")
+        views = require_possible(method, layers)
+        if through is not None:
+            require_roundable(model, method, views, rounding_of(through))
     except (ConfigError, MethodError, NotFoundError, TargetError) as problem:
         raise CheckpointError(
             f"the adapter's settings do not fit: {problem.message}",
@@ -131,6 +137,7 @@ def load(
         method,
         list(layers),
         name=name or manifest["name"],
+        through=through,
         fill=lambda made: _fill(made, tensors, source),
     )
     for parameter in handle.parameters():
@@ -180,6 +187,8 @@ def _require_form(manifest: Any, path: Path) -> None:
     _refuse(f"'{path}' is not an adapter's manifest", path, unless=isinstance(manifest, dict))
     if "mixes" in manifest:
         shape["mixes"] = dict
+    if "through" in manifest:
+        shape["through"] = str
     wrong = [key for key, kind in shape.items() if not isinstance(manifest.get(key), kind)]
     _refuse(f"'{path}' lacks or misstates {', '.join(wrong)}", path, unless=not wrong)
     _refuse(
@@ -225,7 +234,7 @@ def _tensors(handle: Handle) -> dict[str, Tensor]:
 
 def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
     manifest = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if handle.through is None else FORMAT_VERSION,
         "method": handle.method.name,
         "settings": handle.method.settings(),
         "name": handle.name,
@@ -234,6 +243,8 @@ def _manifest(handle: Handle, tensors: Path, provenance: Mapping[str, Any]) -> d
         "files": {_TENSORS: {"sha256": _sha256(tensors), "bytes": tensors.stat().st_size}},
         "provenance": dict(provenance),
     }
+    if handle.through is not None:
+        manifest["through"] = handle.through
     if handle.method.mixes():
         manifest["mixes"] = _digests(handle.model, handle.method)
     return manifest

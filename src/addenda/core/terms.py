@@ -48,28 +48,38 @@ class Addend(NamedTuple):
 
 @dataclass(frozen=True)
 class Term:
-    """One frozen layer and the low-rank terms on it: y = W x + b + scaling B A x."""
+    """One frozen layer and the low-rank terms on it: y = W x + b + scaling B A x.
+
+    Where the layer's weight holds them already, rounded, they are not added: the rounding passes their gradient on.
+    """
 
     base: FrozenLinear
     parts: tuple[Addend, ...] = ()
     host: Any = None
     """The layer as a host, if it is one."""
+    within: bool = False
+    """Whether the terms are in the weight of ``base`` already."""
 
 
 class _Span(NamedTuple):
-    """The parts of several terms that hold for the same rows, their ranks side by side."""
+    """The parts of several terms that hold for the same rows, their ranks side by side.
+
+    First those that are added to the layer's output, then those that are within its weight.
+    """
 
     rows: slice
     parts: tuple[tuple[int, Addend, slice], ...]
     """Place of the term, its part, and where its ranks lie."""
+    added: int
+    """The sum of the ranks that are added."""
 
     @property
     def rank(self) -> int:
         return int(self.parts[-1][2].stop)
 
-    def stacked(self, dtype: torch.dtype) -> Tensor:
-        """The A of all parts, one under another, (sum of ranks, d_in)."""
-        every = [part.A for _, part, _ in self.parts]
+    def stacked(self, dtype: torch.dtype, ranks: int) -> Tensor:
+        """The A of the parts with the first ranks, one under another, (ranks, d_in)."""
+        every = [part.A for _, part, place in self.parts if place.stop <= ranks]
         return (every[0] if len(every) == 1 else torch.cat(every)).to(dtype)
 
 
@@ -80,11 +90,15 @@ class Terms(tuple[Term, ...]):
     def spans(self) -> list[_Span]:
         """The parts of all terms by the rows for which they hold."""
         by_rows: dict[tuple[int, int] | None, list[tuple[int, Addend]]] = {}
-        for place, term in enumerate(self):
+        for place, term in sorted(enumerate(self), key=lambda each: each[1].within):
             for part in term.parts:
                 by_rows.setdefault(part.rows, []).append((place, part))
         return [
-            _Span(slice(*rows) if rows else slice(None), _side_by_side(parts))
+            _Span(
+                slice(*rows) if rows else slice(None),
+                _side_by_side(parts),
+                sum(len(part.A) for place, part in parts if not self[place].within),
+            )
             for rows, parts in by_rows.items()
         ]
 
@@ -110,11 +124,12 @@ def terms_forward(rows: Tensor, terms: Terms) -> tuple[list[Tensor], Tensor]:
     whole = len(spans) == 1 and spans[0].rows == slice(None)
     h = None if whole else rows.new_zeros(len(rows), max(span.rank for span in spans))
     for span in spans:
-        inner = product(rows[span.rows], span.stacked(rows.dtype).t())
+        inner = product(rows[span.rows], span.stacked(rows.dtype, span.rank).t())
         if h is not None:
             h[span.rows, : span.rank] = inner
         for place, part, ranks in span.parts:
-            add_scaled(outputs[place][span.rows], inner[:, ranks], part.B.to(rows.dtype), part.scaling)
+            if not terms[place].within:
+                add_scaled(outputs[place][span.rows], inner[:, ranks], part.B.to(rows.dtype), part.scaling)
         if h is None:
             h = inner
     assert h is not None
@@ -147,7 +162,9 @@ def terms_input_grad(
             total = term.base.grad_input(g) if total is None else term.base.add_grad_input(total, g)
     if total is not None:
         for span in spans:
-            total[span.rows].addmm_(inner[span.rows, : span.rank], span.stacked(inner.dtype))
+            if span.added:
+                added = inner[span.rows, : span.added]
+                total[span.rows].addmm_(added, span.stacked(inner.dtype, span.added))
     return total, inner
 
 

@@ -99,6 +99,10 @@ class LayerView(Base):
     def weight(self) -> Tensor:
         return self.to_matrix(self.stored().detach())
 
+    def exact_weight(self) -> Tensor:
+        """The weight, (d_out, d_in), in float32 at least, not rounded to the dtype the layer computes in; detached."""
+        return self.weight().to(torch.promote_types(self.dtype, torch.float32))
+
     def bias(self) -> Tensor | None:
         return self.module.bias.detach() if self.has_bias else None
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from addenda.bases import LoadedBase
-from addenda.core import Progress, activate, activated, handles, plan
+from addenda.core import Progress, activate, activated, handles
 from addenda.core.sequence import SequenceMethod
 from addenda.errors import AddendaError, TrainingError
 from addenda.recipe.folder import (
@@ -25,7 +25,7 @@ from addenda.recipe.folder import (
     logged_events,
     run_prepared,
 )
-from addenda.recipe.planner import Setup, choose_setup, row_sizes
+from addenda.recipe.planner import Setup, choose_setup, plan_of, row_sizes
 from addenda.recipe.prepare import (
     Note,
     OnRunEvent,
@@ -147,7 +147,8 @@ def _engine_key(recipe: Recipe) -> str:
 
 def _cost_key(recipe: Recipe) -> str:
     """What decides the cost of a step, but for how large the adapter is: it is timed with the largest."""
-    return repr((recipe.method.name, recipe.targets, recipe.train.optimizer, _engine_key(recipe)))
+    own = (recipe.method.name, recipe.targets, recipe.train.optimizer, recipe.train.through)
+    return repr((*own, _engine_key(recipe)))
 
 
 def open_shared(recipes: Sequence[Recipe], on_event: OnRunEvent, *, begun: Recipe | None = None) -> Shared:
@@ -193,7 +194,7 @@ def _largest(
     for recipe in recipes:
         try:
             one = with_tokens(dataclasses.replace(recipe, base=settled.base), rows.base)
-            size = plan(rows.base.model, one.method, one.targets).parameters
+            size = plan_of(one, rows.base).parameters
         except AddendaError as error:
             failed.append(error)
             continue

@@ -29,7 +29,7 @@ from addenda.train.machine import calibrating, run_flop, use_machine
 from addenda.train.memory import MemoryModel, memory_limit
 from addenda.train.parallel import Parallel
 
-__all__ = ["USUAL_ROW", "Setup", "choose_setup", "row_sizes", "weight_bytes"]
+__all__ = ["USUAL_ROW", "Setup", "choose_setup", "plan_of", "row_sizes", "weight_bytes"]
 
 LEFT_BY_LOADING = 64 * 2**20
 """Bytes that remain in the heap when dense weights have been read; 50 to 90 MiB were seen."""
@@ -72,6 +72,11 @@ class Setup:
 
     def __str__(self) -> str:
         return str(self.forecast) if self.forecast else self.reason
+
+
+def plan_of(recipe: Recipe, base: LoadedBase) -> Plan:
+    """Return what the recipe would put on a base."""
+    return plan(base.model, recipe.method, recipe.targets, through=recipe.train.through)
 
 
 def row_sizes(rows: Encoded) -> list[RowSize]:
@@ -118,7 +123,7 @@ def choose_setup(
     )
 
     def tried(candidate: LoadedBase) -> Setup:
-        planned = plan(candidate.model, recipe.method, recipe.targets)
+        planned = plan_of(recipe, candidate)
         budget = recipe.train.tokens_per_micro_batch or token_budgets(on_gpu=device.type == "cuda")[0]
         try:
             with machine.running(), calibrating(recipe.train.threads):

@@ -11,7 +11,7 @@ import torch
 
 from addenda.bases import LoadedBase
 from addenda.bases.packed import PackedModel
-from addenda.core import Handle, Method, Observed, Plan, Progress, load, plan
+from addenda.core import Handle, Method, Observed, Plan, Progress, load
 from addenda.core.attaching import attach_paths
 from addenda.data import Dataset, Encoded, Encoder, Rows, Split, encode_rows, read_dataset, split
 from addenda.errors import ConfigError, DataError
@@ -19,7 +19,7 @@ from addenda.evals.suite import BaseScores
 from addenda.export.format import require_formats
 from addenda.recipe.bases import load_causal
 from addenda.recipe.observing import observe_base, settle_method
-from addenda.recipe.planner import Setup, choose_setup, row_sizes
+from addenda.recipe.planner import Setup, choose_setup, plan_of, row_sizes
 from addenda.settings import BaseSettings, DataSettings, Recipe
 from addenda.templates import tokens_of
 from addenda.train import Device, Event, Precision, choose_device, choose_precision
@@ -141,7 +141,7 @@ def attach_run(
     from_elsewhere = bool(recipe.method.needs()) and (begun or not parallel.first)
     observed = None if from_elsewhere else observe_base(base, recipe, rows.train, on_event)
     recipe = settle_method(recipe, observed, parallel)
-    planned = plan(base.model, recipe.method, recipe.targets)
+    planned = plan_of(recipe, base)
     on_event(Note(str(planned)))
     if from_elsewhere and resume is not None and begun:
         handle = load(base.model, resume / START, trainable=True)
@@ -201,8 +201,7 @@ def _require_exports(recipe: Recipe, base: LoadedBase) -> None:
         ConfigError: all that stands against it, and the formats that can.
     """
     if recipe.train.export_to:
-        planned = plan(base.model, recipe.method, recipe.targets)
-        require_formats(recipe.train.export_to, planned, base.model, base)
+        require_formats(recipe.train.export_to, plan_of(recipe, base), base.model, base)
 
 
 @dataclass(frozen=True)
@@ -434,6 +433,7 @@ def _attach(
         seed=recipe.train.seed,
         probe=probe,
         observed=observed,
+        through=planned.through,
         fill=_nothing if empty else None,
         on_progress=on_event,
     )

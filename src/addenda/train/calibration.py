@@ -260,7 +260,9 @@ class _Trial:
         paths = [here for row in planned.rows for here in small.paths_of(row.path)]
         # What a start would compute from the weight, or from data, changes no time; computing it would.
         fill = _small_values if planned.method.needs() else None
-        self._handle = attach_paths(small.model, planned.method, paths, name="trial", fill=fill)
+        self._handle = attach_paths(
+            small.model, planned.method, paths, name="trial", fill=fill, through=planned.through
+        )
         self.packed = PackedModel(small.model)
         with training_mode(small.model, self._handle):
             self.memory = measure_memory(self._handle, self.packed)

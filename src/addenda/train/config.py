@@ -16,6 +16,11 @@ SCHEDULES = ("cosine", "linear", "constant")
 SHARDINGS = ("none", "full")
 KERNELS = ("auto", "off")
 OFFLOADS = ("auto", "none", "activations")
+ROUNDINGS = (
+    *("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "NF4", "INT8"),
+)
+"""The packed formats; named here too, since settings are read without loading PyTorch."""
 HARMLESS = (
     "save_every_steps",
     "save_every_minutes",
@@ -101,6 +106,10 @@ class TrainConfig:
     offload: Literal["auto", "none", "activations"] = "auto"
     """On a GPU, whether what the forward pass keeps waits in the machine's memory for its backward; ``auto``: where it
     would not fit otherwise, even with every block run again. It changes no number of the result."""
+    through: str | None = None
+    """Packed format through which the adapter is trained, such as ``q4_1``: every step computes with the weights that a
+    merged file in this format will hold, so that the file answers as what was trained. One of GGUF's (the K and IQ
+    types need the extra ``llamacpp``), ``nf4`` or ``int8``; None trains beside the weights as they are."""
     export_to: str | tuple[str, ...] = ()
     """Formats that the adapter is to be exported to afterwards, as ``addenda export --to`` names them: what one of them
     cannot carry is refused before training."""
@@ -151,6 +160,8 @@ class TrainConfig:
         }
         if not isinstance(self.export_to, tuple) or not all(isinstance(each, str) for each in self.export_to):
             found.append(f"export_to must be names of formats, got {self.export_to!r}")
+        if self.through is not None and str(self.through).upper() not in ROUNDINGS:
+            found.append(f"through must be one of {' '.join(ROUNDINGS).lower()}, got {self.through!r}")
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 found.append(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

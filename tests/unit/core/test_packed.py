@@ -29,9 +29,9 @@ class Halved(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return self.first.dtype
 
-    def dequantized(self, rows: Tensor | None = None) -> Tensor:
+    def dequantized(self, rows: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.first + self.second
-        return weight if rows is None else weight[rows]
+        return (weight if rows is None else weight[rows]).to(dtype or self.compute_dtype)
 
     def linear(self, x: Tensor) -> Tensor:
         self.products += 1

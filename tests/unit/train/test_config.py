@@ -5,8 +5,16 @@ import inspect
 
 import pytest
 
+from addenda.bases import formats
 from addenda.errors import ConfigError
-from addenda.train.config import HARMLESS, TrainConfig
+from addenda.train.config import HARMLESS, ROUNDINGS, TrainConfig
+
+
+def test_the_formats_to_train_through_are_those_that_are_packed():
+    assert sorted(ROUNDINGS) == formats.names()
+    assert TrainConfig(through="q4_1").through == "q4_1"
+    with pytest.raises(ConfigError, match=r"through must be one of f32 f16 .*, got 'q4'"):
+        TrainConfig(through="q4")
 
 
 def test_defaults_are_valid_and_every_field_is_described():
@@ -71,7 +79,7 @@ def test_identity_changes_with_every_setting_that_changes_the_result():
         "batch_size": 5, "tokens_per_micro_batch": 5, "evals_per_epoch": 5, "eval_every_steps": 5, "patience": None,
         "save_every_steps": 5, "save_every_minutes": None, "keep_checkpoints": 5, "seed": 5, "threads": 5,
         "seeds": 5, "sharding": "full", "kernels": "off", "memory_gib": 5.0, "optimizer": "adamw8bit",
-        "offload": "none",
+        "offload": "none", "through": "q4_1",
         "export_to": "peft",
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(TrainConfig)}

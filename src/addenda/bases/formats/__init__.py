@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from addenda.bases.formats.registry import WeightFormat, find, get, names, register
+from addenda.bases.formats.registry import Grid, WeightFormat, find, get, names, register
 
-__all__ = ["WeightFormat", "find", "get", "names", "register"]
+__all__ = ["Grid", "WeightFormat", "find", "get", "names", "register"]

@@ -6,11 +6,13 @@ afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from addenda.bases.formats.bits import as_halves, halves, nibbles, signed
-from addenda.bases.formats.registry import WeightFormat, register
+from addenda.bases.formats.registry import Grid, WeightFormat, register
 
 __all__: list[str] = []
 
@@ -53,17 +55,15 @@ def _inverse(d: Tensor) -> Tensor:
     return torch.where(d == 0, 0.0, 1 / d)
 
 
-def _centred(blocks: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Return the scale (n, 1) and codes (n, 32) of 0 to 2 half - 1: the number of largest magnitude has code 0."""
-    d = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -half
-    return d, _codes(blocks * _inverse(d) + (half + 0.5), 2 * half - 1)
+def _centred(blocks: Tensor, half: int) -> Tensor:
+    """The scale (n, 1) by which the number of largest magnitude has code 0, and zero the code ``half``."""
+    return blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -half
 
 
-def _ranged(blocks: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the scale and the least number, (n, 1) each, and codes (n, 32) of 0 to ``most`` above that."""
+def _ranged(blocks: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The scale and the least number, (n, 1) each: codes go from that, 0, to the greatest, ``most``."""
     least = blocks.amin(1, keepdim=True)
-    d = (blocks.amax(1, keepdim=True) - least) / most
-    return d, least, _codes((blocks - least) * _inverse(d) + 0.5, most)
+    return (blocks.amax(1, keepdim=True) - least) / most, least
 
 
 def _fours(codes: Tensor) -> Tensor:
@@ -76,38 +76,64 @@ def _fifths(codes: Tensor) -> Tensor:
     return ((codes >> 4).view(-1, 4, 8) << by).sum(2, dtype=torch.uint8)
 
 
-def _to_q4_0(blocks: Tensor) -> Tensor:
-    d, codes = _centred(blocks, 8)
-    return torch.cat([as_halves(d), _fours(codes)], dim=1)
-
-
-def _to_q4_1(blocks: Tensor) -> Tensor:
-    d, least, codes = _ranged(blocks, 15)
-    return torch.cat([as_halves(d), as_halves(least), _fours(codes)], dim=1)
-
-
-def _to_q5_0(blocks: Tensor) -> Tensor:
-    d, codes = _centred(blocks, 16)
-    return torch.cat([as_halves(d), _fifths(codes), _fours(codes)], dim=1)
-
-
-def _to_q5_1(blocks: Tensor) -> Tensor:
-    d, least, codes = _ranged(blocks, 31)
-    return torch.cat([as_halves(d), as_halves(least), _fifths(codes), _fours(codes)], dim=1)
-
-
-def _to_q8_0(blocks: Tensor) -> Tensor:
-    d = blocks.abs().amax(1, keepdim=True) / 127
+def _whole(blocks: Tensor, d: Tensor) -> Tensor:
+    """Whole numbers of scales, halves away from zero: (n, 32) int8."""
     scaled = (blocks * _inverse(d)).nan_to_num(0.0, 0.0, 0.0)
     whole = scaled.trunc()
-    codes = whole + ((scaled - whole).abs() >= 0.5) * scaled.sign()  # halves away from zero
-    return torch.cat([as_halves(d), codes.to(torch.int8).view(torch.uint8)], dim=1)
+    return (whole + ((scaled - whole).abs() >= 0.5) * scaled.sign()).to(torch.int8)
+
+
+def _centred_format(name: str, size: int, decode: Callable[[Tensor], Tensor], half: int) -> WeightFormat:
+    def scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        d = _centred(blocks, half)
+        return d, -half * d
+
+    def pack(d: Tensor, _least: Tensor, codes: Tensor) -> Tensor:
+        high = [_fifths(codes)] if half > 8 else []
+        return torch.cat([as_halves(d), *high, _fours(codes)], dim=1)
+
+    def encode(blocks: Tensor) -> Tensor:
+        d, least = scales(blocks)
+        return pack(d, least, _codes(blocks * _inverse(d) + (half + 0.5), 2 * half - 1))
+
+    return WeightFormat(name, 32, size, decode, encode, _SOURCE, Grid(2 * half - 1, half, scales, pack))
+
+
+def _ranged_format(name: str, size: int, decode: Callable[[Tensor], Tensor], most: int) -> WeightFormat:
+    def scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        return _ranged(blocks, most)
+
+    def pack(d: Tensor, least: Tensor, codes: Tensor) -> Tensor:
+        high = [_fifths(codes)] if most > 15 else []
+        return torch.cat([as_halves(d), as_halves(least), *high, _fours(codes)], dim=1)
+
+    def encode(blocks: Tensor) -> Tensor:
+        d, least = scales(blocks)
+        return pack(d, least, _codes((blocks - least) * _inverse(d) + 0.5, most))
+
+    return WeightFormat(name, 32, size, decode, encode, _SOURCE, Grid(most, None, scales, pack))
+
+
+def _bytes_format() -> WeightFormat:
+    def scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        d = blocks.abs().amax(1, keepdim=True) / 127
+        return d, -127 * d
+
+    def pack(d: Tensor, _least: Tensor, codes: Tensor) -> Tensor:
+        signed_codes = (codes.to(torch.int16) - 127).to(torch.int8)
+        return torch.cat([as_halves(d), signed_codes.view(torch.uint8)], dim=1)
+
+    def encode(blocks: Tensor) -> Tensor:
+        d, _ = scales(blocks)
+        return torch.cat([as_halves(d), _whole(blocks, d).view(torch.uint8)], dim=1)
+
+    return WeightFormat("Q8_0", 32, 34, _q8_0, encode, _SOURCE, Grid(254, 127, scales, pack))
 
 
 register(
-    WeightFormat("Q4_0", 32, 18, _q4_0, _to_q4_0, _SOURCE),
-    WeightFormat("Q4_1", 32, 20, _q4_1, _to_q4_1, _SOURCE),
-    WeightFormat("Q5_0", 32, 22, _q5_0, _to_q5_0, _SOURCE),
-    WeightFormat("Q5_1", 32, 24, _q5_1, _to_q5_1, _SOURCE),
-    WeightFormat("Q8_0", 32, 34, _q8_0, _to_q8_0, _SOURCE),
+    _centred_format("Q4_0", 18, _q4_0, 8),
+    _ranged_format("Q4_1", 20, _q4_1, 15),
+    _centred_format("Q5_0", 22, _q5_0, 16),
+    _ranged_format("Q5_1", 24, _q5_1, 31),
+    _bytes_format(),
 )

@@ -14,7 +14,22 @@ from torch import Tensor
 from addenda.errors import BaseModelError, NotFoundError, nearest
 from addenda.kernels import calls
 
-__all__ = ["WeightFormat", "find", "get", "names", "register"]
+__all__ = ["Grid", "WeightFormat", "find", "get", "names", "register"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the numbers of a block are: ``scale * code + least``, for codes from 0 on; the scale is one for a block."""
+
+    most: int
+    """The highest code."""
+    centre: int | None
+    """The code that stands for zero, so that the least number follows from the scale; None where it is kept too."""
+    scales: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """``(n, block)`` float32 -> the scale and the least number that the writer takes, ``(n, 1)`` each, in float32."""
+    pack: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Scale and least number ``(n, 1)``, codes ``(n, block)`` uint8 -> ``(n, bytes)``; both are kept in half
+    precision."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +48,8 @@ class WeightFormat:
     """``(blocks, weights)`` finite float32 -> ``(blocks, bytes)`` uint8, likewise; where the whole row is one, rows."""
     source: str
     """What defines the layout."""
+    grid: Grid | None = None
+    """How codes may be chosen by somebody else; None where they are not evenly spaced, or their scales are searched."""
 
     def row_bytes(self, d_in: int) -> int:
         """Bytes of a row of ``d_in`` weights.

@@ -55,6 +55,10 @@ class PEFTFolder(Format):
             return [f"PEFT has no method '{method.name}'"]
         own = [row.path for row in planned.rows if not is_whole(method, row.path)]
         found = []
+        if planned.through is not None:
+            found.append(
+                f"PEFT adds to the weight as it is, and what is trained through {planned.through} to a rounded one"
+            )
         if other := layers_without(form, model, own):
             found.append(
                 f"PEFT's {form.peft_type} has no form for {len(other)} of the layers, first '{other[0]}'"

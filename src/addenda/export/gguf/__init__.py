@@ -1,1 +1,1 @@
-"""GGUF files, as llama.cpp and what is built on it load them, from models that transformers runs."""
+"""llama.cpp's files, written and read: adapters, and whole models like another one with some tensors changed."""

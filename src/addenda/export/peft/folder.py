@@ -69,8 +69,13 @@ def _require_expressible(handle: Handle) -> Form:
     """Return the form of the adapter.
 
     Raises:
-        ExportError: PEFT has no form for the method, or for one of its layers.
+        ExportError: PEFT has no form for the method, or for one of its layers, or it is trained through a rounding.
     """
+    if handle.through is not None:
+        raise ExportError(
+            f"'{handle.name}' is trained through {handle.through}: added to the weight as it is, it answers otherwise",
+            hint="'--to merged' writes the weights that it is trained with",
+        )
     method, form = handle.method, form_for(handle.method)
     if form is None:
         reason = (

@@ -1,0 +1,318 @@
+"""A merge into few bits for adapters that were trained without them: codes that make up for each other's errors.
+
+Rounding every number to the nearest code loses most of an adapter, whose changes are smaller than half a step. Here
+the weights of a row are rounded one after another, and those to come take over what the rounding did to the layer's
+output on calibration rows (Frantar et al. 2022, arXiv:2210.17323). Within a byte budget the layers that lose most are
+kept at Q8_0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from addenda.bases import formats
+from addenda.bases.formats import Grid, WeightFormat
+from addenda.core.attaching import install_adapters
+from addenda.core.composition import bare_of
+from addenda.core.contract import Adapter, Base
+from addenda.core.handle import Handle
+from addenda.core.observations import Observer
+from addenda.core.observing import Batch, watch
+from addenda.core.progress import OnProgress, Progress
+from addenda.core.through import merged_rows
+from addenda.errors import ConfigError
+
+__all__ = [
+    "MergedLayer",
+    "answering_as",
+    "careful_merge",
+    "compensated",
+    "kept_wide",
+    "mean_kl",
+    "plain_merge",
+]
+
+_DAMPING = 0.01
+"""Share of the mean square of an input that is added to each, so that inputs never seen leave the rest alone."""
+_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Scales that are tried for a block, as shares of the writer's own."""
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """A layer's weight with the adapter folded in, as a file holds it."""
+
+    format: str
+    rows: Tensor
+    """``(d_out, bytes of a row)`` uint8, in the model's order of rows."""
+    bias: Tensor | None
+    """``(d_out,)``, or None."""
+
+    def weight(self, d_in: int) -> Tensor:
+        """Return what is read back, ``(d_out, d_in)`` float32."""
+        return formats.get(self.format).dequantize(self.rows, d_in)
+
+
+def plain_merge(handle: Handle, to: str) -> dict[str, MergedLayer]:
+    """Return each layer rounded as the format's writer rounds; an adapter trained through the format loses nothing.
+
+    Args:
+        handle: an adapter, not merged.
+        to: name of the format.
+    """
+    name = formats.get(to.upper()).name
+    return {
+        path: MergedLayer(name, merged_rows(handle, path, name), _bias(handle, path)) for path in handle.paths
+    }
+
+
+def careful_merge(
+    handle: Handle, to: str, batches: Sequence[Batch], *, on_progress: OnProgress | None = None
+) -> dict[str, MergedLayer]:
+    """Return each layer rounded so that its outputs on calibration rows change least.
+
+    Each layer keeps the (d_in, d_in) products of its inputs meanwhile.
+
+    Args:
+        handle: an active adapter, trained beside the weights as they are.
+        to: name of a format with evenly spaced codes: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+        batches: of the data, as for `addenda.observe`; some thousand tokens.
+        on_progress: told how many batches and layers are done.
+
+    Raises:
+        ConfigError: the format's codes are not evenly spaced, or the adapter was trained through a rounding.
+    """
+    entry = formats.get(to.upper())
+    if entry.grid is None:
+        able = ", ".join(name for name in formats.names() if formats.get(name).grid)
+        raise ConfigError(
+            f"the codes of {entry.name} are not evenly spaced", hint=f"a careful merge writes {able}"
+        )
+    if handle.through is not None:
+        raise ConfigError(
+            f"'{handle.name}' is trained through {handle.through}: its merge is exact as it is",
+            hint="merge it plainly, into that format",
+        )
+    views = {path: handle.view(path) for path in handle.paths}
+    grams = {path: _Gram(view.d_in) for path, view in views.items()}
+    watch(handle.model, handle.method, views, grams, batches=batches, on_progress=on_progress)
+    made: dict[str, MergedLayer] = {}
+    for path, view in views.items():
+        own = view.exact_weight()
+        with torch.no_grad():
+            folded, _ = handle.adapters[path].fold(own, view.bias())
+        rows = compensated(folded, grams.pop(path).total, entry, like=own)
+        made[path] = MergedLayer(entry.name, rows, _bias(handle, path))
+        if on_progress:
+            on_progress(Progress("round with compensation", len(made), len(views), "layers"))
+    return made
+
+
+def _bias(handle: Handle, path: str) -> Tensor | None:
+    view = handle.view(path)
+    with torch.no_grad():
+        return handle.adapters[path].fold(view.exact_weight(), view.bias())[1]
+
+
+class _Gram(Observer):
+    """The sum of x x^T over a layer's inputs."""
+
+    def __init__(self, d_in: int) -> None:
+        self.total = torch.zeros(d_in, d_in)
+
+    def see(self, seen: Tensor) -> None:
+        self.total.addmm_(seen.t(), seen)
+
+    def found(self) -> dict[str, Tensor]:
+        return {"gram": self.total}
+
+
+# ------------------------------------------------------------------------------------------------------ compensation
+
+
+def compensated(weight: Tensor, gram: Tensor, entry: WeightFormat, *, like: Tensor | None = None) -> Tensor:
+    """Round a weight so that (W - Q) X is small rather than W - Q.
+
+    Args:
+        weight: ``(d_out, d_in)`` float32.
+        gram: ``(d_in, d_in)``, the sum of x x^T over the inputs x.
+        entry: a format with a grid.
+        like: ``(d_out, d_in)`` whose own scales are tried too: the weight before the merge, which lies on its grid
+            where it comes from a file of that format, so that nothing but the change has to be rounded.
+
+    Returns:
+        Raw rows, ``(d_out, bytes)`` uint8.
+    """
+    grid, width = entry.grid, entry.block
+    assert grid is not None
+    assert width is not None
+    entry.row_bytes(weight.shape[1])
+    left, factor = weight.clone(), _inverse_factor(gram)
+    scales, leasts, codes = [], [], torch.empty_like(weight, dtype=torch.uint8)
+    for start in range(0, weight.shape[1], width):
+        span = slice(start, start + width)
+        inner = factor[span, span]
+        old = None if like is None else like[:, span].contiguous()
+        scale, least = _scales(left[:, span].contiguous(), old, inner.diagonal(), grid)
+        errors = torch.empty_like(left[:, span])
+        for place in range(width):
+            column = left[:, start + place]
+            code = _nearest(column[:, None], scale, least, grid)[:, 0]
+            codes[:, start + place] = code.to(torch.uint8)
+            error = (column - (scale[:, 0] * code + least[:, 0])) / inner[place, place]
+            left[:, start + place : span.stop].sub_(torch.outer(error, inner[place, place:]))
+            errors[:, place] = error
+        left[:, span.stop :].addmm_(errors, factor[span, span.stop :], alpha=-1)
+        scales.append(scale)
+        leasts.append(least)
+    each, low = (torch.cat(found, dim=1).view(-1, 1) for found in (scales, leasts))
+    return grid.pack(each, low, codes.view(-1, width)).view(len(weight), -1)
+
+
+def _inverse_factor(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped Gram matrix: row j is what an error in column j costs later
+    ones."""
+    damped = gram.double()
+    damped = damped + _DAMPING * damped.diagonal().mean().clamp(min=1e-12) * torch.eye(
+        len(gram), dtype=torch.float64
+    )
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _scales(blocks: Tensor, old: Tensor | None, diagonal: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Of some scales for each block the one with the least error, weighed by what an error costs: (n, 1) each."""
+    scale, least = grid.scales(blocks)
+    tried = [_shrunk(scale, least, share, grid) for share in _SHRUNK]
+    tried += [] if old is None else [grid.scales(old)]
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for scale, least in tried:
+        scale, least = scale.half().float(), least.half().float()
+        if grid.centre is not None:
+            least = -grid.centre * scale
+        error = blocks - (scale * _nearest(blocks, scale, least, grid) + least)
+        cost = (error / diagonal).square().sum(1, keepdim=True)
+        if best is None:
+            best = cost, scale, least
+        else:
+            better = cost < best[0]
+            best = (
+                torch.where(better, cost, best[0]),
+                torch.where(better, scale, best[1]),
+                torch.where(better, least, best[2]),
+            )
+    assert best is not None
+    return best[1], best[2]
+
+
+def _shrunk(scale: Tensor, least: Tensor, share: float, grid: Grid) -> tuple[Tensor, Tensor]:
+    """A scale of a smaller range about the same middle."""
+    return share * scale, least + (1 - share) / 2 * grid.most * scale
+
+
+def _nearest(x: Tensor, scale: Tensor, least: Tensor, grid: Grid) -> Tensor:
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    return ((x - least) * inverse).round().clamp(0, grid.most)
+
+
+# ------------------------------------------------------------------------------------------------- keeping some at Q8_0
+
+
+def kept_wide(
+    handle: Handle,
+    merged: Mapping[str, MergedLayer],
+    cost: Callable[[], float],
+    budget: int,
+    *,
+    on_progress: OnProgress | None = None,
+) -> dict[str, MergedLayer]:
+    """Return a merge in which some layers are at Q8_0 instead: those that lose most for each byte more.
+
+    Each layer is tried at Q8_0 while all others are as merged.
+
+    Args:
+        handle: the adapter that was merged.
+        merged: what `plain_merge` or `careful_merge` gave.
+        cost: measures what the merged model has lost, such as its KL from the adapted one on calibration rows.
+        budget: bytes that the file may grow by.
+        on_progress: told how many layers were tried.
+    """
+    wide = plain_merge(handle, "Q8_0")
+    more = {path: wide[path].rows.numel() - layer.rows.numel() for path, layer in merged.items()}
+    gains: dict[str, float] = {}
+    with answering_as(handle, merged) as use:
+        before = cost()
+        for path in merged:
+            use({path: wide[path]})
+            gains[path] = before - cost()
+            use({path: merged[path]})
+            if on_progress:
+                on_progress(Progress("try layers at Q8_0", len(gains), len(merged), "layers"))
+    chosen = dict(merged)
+    for path in sorted(gains, key=lambda path: gains[path] / max(1, more[path]), reverse=True):
+        if gains[path] > 0 and more[path] <= budget:
+            chosen[path] = wide[path]
+            budget -= more[path]
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------ answering as a merge
+
+Use = Callable[[Mapping[str, MergedLayer]], None]
+
+
+@contextlib.contextmanager
+def answering_as(handle: Handle, merged: Mapping[str, MergedLayer]) -> Iterator[Use]:
+    """Let the model compute with merged layers inside a ``with`` block, in place of layer and adapter.
+
+    Args:
+        handle: the adapter that was merged.
+        merged: its layers by path.
+
+    Yields:
+        What puts other merged layers in the place of some.
+    """
+    views = {path: handle.view(path) for path in merged}
+    stand_ins = {path: _StandIn(layer, views[path].d_in) for path, layer in merged.items()}
+    standing = install_adapters(handle.model, handle.method, "merged-rows", dict(views), dict(stand_ins))
+
+    def use(layers: Mapping[str, MergedLayer]) -> None:
+        for path, layer in layers.items():
+            stand_ins[path].put(layer)
+
+    try:
+        yield use
+    finally:
+        standing.detach()
+
+
+class _StandIn(Adapter):
+    """Computes with a merged layer, whatever else is on the layer."""
+
+    def __init__(self, layer: MergedLayer, d_in: int) -> None:
+        super().__init__()
+        self.d_in = d_in
+        self.put(layer)
+
+    def put(self, layer: MergedLayer) -> None:
+        self.weight, self.bias = layer.weight(self.d_in), layer.bias
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(base.dtype)
+        return bare_of(base).apply(x, self.weight.to(base.dtype), bias)
+
+
+def mean_kl(logits: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """Return the mean over positions of KL(wanted || logits), nats; rows of ``(T, vocabulary)`` each."""
+    total, count = 0.0, 0
+    for found, target in zip(logits, wanted, strict=True):
+        ours, theirs = functional.log_softmax(found.float(), -1), functional.log_softmax(target.float(), -1)
+        total += float((theirs.exp() * (theirs - ours)).sum())
+        count += len(target)
+    return total / count
