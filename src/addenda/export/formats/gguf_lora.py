@@ -61,7 +61,7 @@ class GGUFLoRA(Format):
         return super().space(job) + 4 * numbers + 2**26
 
     def write(self, job: Job, folder: Path) -> None:
-        write_adapter(job.handle, origin_of(job.base), folder / FILE, name=f"{job.title} {job.handle.name}")
+        write_adapter(job.handle, origin_of(job.base), folder / FILE, base_name=job.title)
         job.say("write the adapter", 1, 1, "files")
 
     def drifts(self, job: Job) -> bool:
