@@ -159,7 +159,9 @@ def merged_audit(handle: Handle, folder: Path, dtype: torch.dtype) -> list[str]:
     for path, name in names.items():
         wanted = handle.folded(path)[0].to(dtype)
         if not torch.equal(files[name].get_tensor(name), wanted.cpu()):
-            owner = next((o for o, key in names.items() if torch.equal(files[key].get_tensor(key), wanted)), None)
+            owner = next(
+                (o for o, key in names.items() if torch.equal(files[key].get_tensor(key), wanted)), None
+            )
             where = f"; '{owner}' holds them" if owner else ""
             wrong.append(f"'{path}' does not hold its weights with the adapter folded in{where}")
     return wrong

@@ -113,9 +113,7 @@ def _tensors(source: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _factors(
-    tensors: Mapping[str, Tensor], rank: int, source: Path
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(tensors: Mapping[str, Tensor], rank: int, source: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """lora_a and lora_b by the layer's path."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -158,5 +156,7 @@ def _fill(handle: Handle, factors: Mapping[str, tuple[Tensor, Tensor]], source: 
 
 def _unfit(problem: str, source: Path) -> CheckpointError:
     return CheckpointError(
-        problem, where={"folder": source}, hint="export it anew for this base, with settings that are read here"
+        problem,
+        where={"folder": source},
+        hint="export it anew for this base, with settings that are read here",
     )
