@@ -1,13 +1,14 @@
 """A tokenizer as a GGUF file holds it: tokens, merges or scores, and the name of the way text is split before.
 
 llama.cpp knows ways of splitting by name, and has no place for another; which one a tokenizer follows is told from the
-structure of its ``tokenizer.json``. Texts come out as the same ids, but for two things that no key can say: text is
-not composed first (``NFC``), so letters written as two code points may be tokenized otherwise; and where SentencePiece
-begins a text with a blank, llama.cpp begins every stretch of text after a control token with one.
+structure of its ``tokenizer.json``. Texts come out as the same ids, but for what no key can say: text is not composed
+first (``NFC``), so letters written as two code points may be tokenized otherwise; and where a text gets a blank before
+it, so does every stretch of text after a control token, also one that begins with a blank.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -130,11 +131,13 @@ def _pieces(parts: dict[str, Any]) -> dict[str, Value]:
     vocabulary: dict[str, int] = parts["model"]["vocab"]
     if missing := [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]:
         raise _unknown(f"it has no token for byte {missing[0]}")
-    size = 1 + max(vocabulary.values())
-    scores = [_UNREACHED] * size
-    ranks: dict[str, int] = {}
-    for left, right in _merges(parts["model"]):
-        ranks.setdefault(left + right, len(ranks))
+    pairs = _merges(parts["model"])
+    _require_all_pairs(vocabulary, pairs, {entry["content"] for entry in parts["added_tokens"]})
+    made = [piece for piece, _ in itertools.groupby(left + right for left, right in pairs)]
+    ranks = {piece: rank for rank, piece in enumerate(made)}
+    if len(ranks) < len(made):
+        raise _unknown("its merges into one piece are of several ranks")
+    scores = [_UNREACHED] * (1 + max(vocabulary.values()))
     for piece, rank in ranks.items():
         scores[vocabulary[piece]] = -float(rank)
     for piece, token in vocabulary.items():
@@ -146,6 +149,16 @@ def _pieces(parts: dict[str, Any]) -> dict[str, Value]:
         "tokenizer.ggml.add_space_prefix": _begins_with_a_blank(parts),
         "tokenizer.ggml.scores": scores,
     }
+
+
+def _require_all_pairs(vocabulary: dict[str, int], pairs: list[tuple[str, str]], apart: set[str]) -> None:
+    """Refuse merges that leave out two neighbours that make a piece; by scores, any two that do are merged."""
+    known = set(pairs)
+    for piece in vocabulary.keys() - apart:
+        for cut in range(1, len(piece)):
+            pair = piece[:cut], piece[cut:]
+            if pair not in known and pair[0] in vocabulary and pair[1] in vocabulary:
+                raise _unknown(f"it does not merge '{pair[0]}' and '{pair[1]}', which make a token")
 
 
 def _begins_with_a_blank(parts: dict[str, Any]) -> bool:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from addenda.bases import LoadedBase, formats
 from addenda.core.progress import OnProgress, Progress
-from addenda.errors import ConfigError, ExportError
+from addenda.errors import ConfigError
 from addenda.export.gguf.architectures import Value
 from addenda.export.gguf.layout import Layout, layout_of
 from addenda.export.gguf.metadata import base_keys
+from addenda.export.gguf.own import OwnTensors
 
 __all__ = ["add_key", "write_base", "written_kinds"]
 
@@ -63,7 +64,7 @@ def write_base(
     whatever else is no matrix stay float32, and so do matrices whose rows are not whole blocks of the kind.
 
     Args:
-        base: a causal model with dense weights.
+        base: a causal model; adapters on it are left out, and packed weights unpacked.
         target: the file; one that is there is replaced.
         kind: one of `written_kinds`.
         state: other tensors under the names and in the shapes of the model's own, e.g. with an adapter folded in;
@@ -80,16 +81,10 @@ def write_base(
             where={"known": ", ".join(_FILE_TYPES)},
             hint="take one of those",
         )
-    if base.weights != "dense":
-        raise ExportError(
-            "the weights are packed, and a GGUF file is written from dense ones",
-            where={"base": base.name},
-            hint="load the base dense: --set base.weights=dense",
-        )
     layout = layout_of(base.model.config)
     keys = base_keys(base, layout)
     keys |= {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": 2}
-    tensors = _Tensors(layout, base.model.state_dict() if state is None else state, formats.get(kind))
+    tensors = _Tensors(layout, OwnTensors(base.model) if state is None else state, formats.get(kind))
     work = target.with_name(f".{target.name}.part")
     try:
         _write(work, keys, tensors, on_progress)
