@@ -108,7 +108,7 @@ def test_reading_and_writing_again_changes_no_byte(base: addenda.LoadedBase, tmp
     write_adapter(handle, places[0], base_name="tiny")
     handle.detach()
     again = import_mlx(base.model, places[0])
-    torch.testing.assert_close(logits(base, ids), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(base, ids), wanted, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in again.parameters())
     write_adapter(again, places[1], base_name="tiny")
     for name in (CONFIG, TENSORS):

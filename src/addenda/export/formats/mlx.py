@@ -31,7 +31,7 @@ _ADAPTER = """```python
 from mlx_lm import generate, load
 
 model, tokenizer = load({source!r}, adapter_path="this folder")
-print(generate(model, tokenizer, prompt="..."))
+answer = generate(model, tokenizer, prompt="...")
 ```
 
 The base has to be a model folder whose `config.json` states `rope_theta` at the top level if its model has one:
@@ -41,7 +41,7 @@ _MERGED = """```python
 from mlx_lm import generate, load
 
 model, tokenizer = load("this folder")
-print(generate(model, tokenizer, prompt="..."))
+answer = generate(model, tokenizer, prompt="...")
 ```"""
 
 
@@ -82,9 +82,7 @@ class MLX(Format):
         return job.type in {"bfloat16", "float16"}
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
-        if not self.drifts(job) and job.type != "adapter":
-            return MLXRuntime(folder)
-        if not exact:
+        if job.type != "adapter" and (not exact or not self.drifts(job)):
             return MLXRuntime(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as place:
             _write_model(job, Path(place), "float32", adapted=job.type != "adapter")

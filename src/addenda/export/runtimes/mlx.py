@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,14 +49,8 @@ class MLXRuntime(Runtime):
         with self._mx.stream(self._mx.cpu):
             found: Any = self._model(ids).astype(self._mx.float32)
             self._mx.eval(found)
-        return scored(torch.from_numpy(_array(found)), kind)
+        return scored(torch.from_numpy(np.array(found)), kind)
 
     def close(self) -> None:
         """Let go of the weights."""
         del self._model
-
-
-def _array(found: Any) -> Any:
-    import numpy as np
-
-    return np.array(found)
