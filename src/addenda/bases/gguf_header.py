@@ -31,6 +31,8 @@ MAX_ITEMS = 16_000_000
 MAX_NAME = 256
 """Bytes of a key or a tensor name; the format allows 64 for names and keys of 65,535."""
 MAX_DIMENSIONS = 4
+METADATA_START = 24
+"""Before it: magic number, version, and how many tensors and keys there are."""
 
 _MAGIC = b"GGUF"
 _DAMAGED = "fetch the file again, and compare its SHA-256 with the one its source states"
@@ -88,6 +90,13 @@ class GGUFHeader:
     metadata: dict[str, Any]
     """Scalars and strings by key; an array is kept only as its `Array` length."""
     tensors: tuple[GGUFTensor, ...]
+    metadata_end: int = 0
+    """First byte after the metadata, which begins at byte `METADATA_START`."""
+
+    @property
+    def alignment(self) -> int:
+        """Of which number of bytes each tensor's place is a multiple."""
+        return int(self.metadata.get("general.alignment", 32))
 
     @property
     def architecture(self) -> str:
@@ -112,7 +121,7 @@ def read_header(path: Path) -> GGUFHeader:
         UnsafeError: it claims sizes past the bounds, or data outside itself. Both name the byte.
     """
     size = path.stat().st_size
-    if size < 24:
+    if size < METADATA_START:
         raise BaseModelError(
             "not a GGUF file: shorter than its header", where={"file": path, "bytes": size}, hint=_DAMAGED
         )
@@ -165,8 +174,9 @@ class _Reader:
         tensors = self.count(MAX_TENSORS, "tensors")
         keys = self.count(MAX_KEYS, "metadata keys")
         metadata = self.metadata(keys)
+        metadata_end = self.at
         table = self.table(tensors, metadata)
-        header = GGUFHeader(version, metadata, table)
+        header = GGUFHeader(version, metadata, table, metadata_end)
         self.consistent(header)
         return header
 
@@ -283,6 +293,8 @@ class _Reader:
             raise self.damaged("'general.architecture' is missing", 24)
         if not header.tensors:
             raise self.damaged("it holds no tensor", 8)
+        if header.metadata.get("general.type") == "adapter":
+            return
         blocks = header.metadata.get(f"{architecture}.block_count")
         if type(blocks) is not int or not 0 < blocks <= len(header.tensors):
             raise self.damaged(

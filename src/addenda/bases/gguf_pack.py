@@ -6,7 +6,7 @@ their new order, hold what transformers would make of it; the dense model never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-__all__ = ["DENSE_TYPES", "packing_problem", "read_packed"]
+__all__ = ["DENSE_TYPES", "Process", "packing_problem", "read_packed", "transformers_ways"]
 
 DENSE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """GGUF's formats that are no packing, and their dtypes."""
@@ -48,8 +48,10 @@ def read_packed(path: Path, header: GGUFHeader, model: nn.Module) -> tuple[dict[
         ValueError: a packed tensor is no plain linear or embedding weight, or is more than reordered on the way.
     """
     import gguf
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    name_of, process_of = _transformers_ways(path, header.architecture, model)
+    config = load_gguf_checkpoint(str(path))["config"]
+    name_of, process_of = transformers_ways(header.architecture, model, config)
     tensors: dict[str, Tensor] = {}
     packed: dict[str, str] = {}
     for tensor in gguf.GGUFReader(str(path)).tensors:
@@ -67,14 +69,13 @@ def read_packed(path: Path, header: GGUFHeader, model: nn.Module) -> tuple[dict[
     return tensors, packed
 
 
-def _transformers_ways(
-    path: Path, architecture: str, model: nn.Module
+def transformers_ways(
+    architecture: str, model: nn.Module, config: Mapping[str, Any]
 ) -> tuple[dict[str, str], Callable[[str], Process]]:
     """Return the model's name of each of the file's tensors, and what transformers does to a tensor's values."""
     from transformers import modeling_gguf_pytorch_utils as ways
 
-    parsed = ways.load_gguf_checkpoint(str(path))
-    processor = ways.TENSOR_PROCESSORS.get(architecture, ways.TensorProcessor)(config=parsed["config"])
+    processor = ways.TENSOR_PROCESSORS.get(architecture, ways.TensorProcessor)(config=dict(config))
     names: dict[str, str] = ways.get_gguf_hf_weights_map(model, processor)
 
     def process_of(name: str) -> Process:

@@ -40,6 +40,8 @@ class PlannedLayer:
     """Trainable numbers the adapter adds, without those that it shares."""
     bytes: int
     """Size of what it adds in memory, frozen tensors too."""
+    low_rank: bool = False
+    """Whether all that the adapter does is to add a product of two thin factors."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,13 @@ def _planned(
     adapters = build_adapters(method, views)
     shared = next((adapter.common for adapter in adapters.values() if adapter.common is not None), None)
     rows = tuple(
-        PlannedLayer(view.path, view.kind, (view.d_out, view.d_in), *_size(adapters[path], without=shared))
+        PlannedLayer(
+            view.path,
+            view.kind,
+            (view.d_out, view.d_in),
+            *_size(adapters[path], without=shared),
+            low_rank=adapters[path].eval().low_rank_term() is not None,
+        )
         for path, view in views.items()
     )
     return rows, (0, 0) if shared is None else _size(shared)

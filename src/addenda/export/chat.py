@@ -87,9 +87,9 @@ def _plain(base: LoadedBase, chat: Chat) -> list[str]:
 
 def _ending(base: LoadedBase, chat: Chat) -> list[str]:
     wanted = stop_ids(base, [{"role": "user", "content": "a"}]) if base.chat_template else set()
-    missing = sorted(wanted - chat.stops())
+    missing = [token for token in sorted(wanted) if not chat.ends(token)]
     names = ", ".join(repr(base.tokenizer.decode([token])) for token in missing)
-    return [f"the end-of-answer token {names} is missing"] if missing else []
+    return [f"the runtime does not stop at {names}, which ends an answer"] if missing else []
 
 
 def _where(wanted: str, found: str) -> str:

@@ -16,13 +16,13 @@ from addenda.errors import ConfigError
 from addenda.export.conversations import CONVERSATIONS
 from addenda.templates import TemplateRefusal, render, tokens_of
 
-__all__ = ["Kind", "Probes", "Row", "answer", "probes_of", "scored"]
+__all__ = ["Kind", "Probes", "Row", "answer", "named_output", "probes_of", "scored"]
 
 Kind = Literal["next-token", "classes", "features"]
 Row = Mapping[str, Tensor]
 """The keyword arguments of one forward, batch first."""
 
-_CHATS = 6
+_CHATS, _LONGEST = 3, 34
 _TEXTS = Path(__file__).with_name("texts.json")
 """Texts of several kinds that nobody trains on."""
 
@@ -38,14 +38,14 @@ class Probes:
 
 
 def probes_of(base: LoadedBase) -> Probes:
-    """Return texts and conversations as token rows, about six hundred positions, as long as the context allows."""
+    """Return texts and conversations as token rows: five or six hundred positions, as the context allows."""
     texts = [
         base.tokenizer(text, return_tensors="pt") for text in json.loads(_TEXTS.read_text(encoding="utf-8"))
     ]
     if base.kind == "encoder":
         return Probes(tuple(_cut(dict(row), base.room) for row in texts), "features")
-    rows = [{"input_ids": row["input_ids"]} for row in texts] + list(_chats(base))
-    return Probes(tuple(_cut(row, base.room) for row in rows), "next-token")
+    rows = [_cut({"input_ids": row["input_ids"]}, min(base.room, _LONGEST)) for row in texts]
+    return Probes((*rows, *(_cut(row, min(base.room, 2 * _LONGEST)) for row in _chats(base))), "next-token")
 
 
 def _chats(base: LoadedBase) -> Iterable[dict[str, Tensor]]:
@@ -82,7 +82,7 @@ def answer(model: nn.Module, row: Row, kind: Kind) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
         output: Any = model(**{name: tensor.to(device) for name, tensor in row.items()})
-    return scored(_tensor_of(output), kind)
+    return scored(named_output(output)[1], kind)
 
 
 def scored(output: Tensor, kind: Kind) -> Tensor:
@@ -96,14 +96,19 @@ def scored(output: Tensor, kind: Kind) -> Tensor:
     return flat if kind == "features" else flat.log_softmax(-1)
 
 
-def _tensor_of(output: Any) -> Tensor:
+def named_output(output: Any) -> tuple[str, Tensor]:
+    """Return the tensor that a model is asked for, with its name: logits, the last hidden states, or the only output.
+
+    Raises:
+        ConfigError: there is none.
+    """
     for name in ("logits", "last_hidden_state"):
         if isinstance(found := getattr(output, name, None), Tensor):
-            return found
+            return name, found
     found = next(iter(output)) if isinstance(output, tuple | list) else output
     if not isinstance(found, Tensor):
         raise ConfigError(
             f"the model gives a {type(output).__name__}, of which it is not known what is compared",
             hint="wrap it in a module that gives one tensor",
         )
-    return found
+    return "output", found

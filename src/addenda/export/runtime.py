@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ class Chat(Protocol):
     def begin(self, text: str) -> list[int]:
         """Return the token ids of a plain text, with what the runtime puts before it."""
 
-    def stops(self) -> set[int]:
-        """Return the token ids that end an answer."""
+    def ends(self, token: int) -> bool:
+        """Return whether this token ends an answer."""
 
 
 class Runtime(ABC):
@@ -51,6 +51,10 @@ class Runtime(ABC):
             kind: what the output means.
             adapted: False asks for the base alone; only of runtimes with `has_base`.
         """
+
+    def answers(self, rows: Sequence[Row], kind: Kind, *, adapted: bool = True) -> Iterator[Tensor]:
+        """Run rows, in their order; several at once where that is faster."""
+        return (self.answer(row, kind, adapted=adapted) for row in rows)
 
     def close(self) -> None:  # noqa: B027  (most hold nothing that Python does not free)
         """Give back what is held."""
@@ -103,5 +107,5 @@ class TokenizerChat:
     def begin(self, text: str) -> list[int]:
         return list(self._tokenizer(text)["input_ids"])
 
-    def stops(self) -> set[int]:
-        return self._stops
+    def ends(self, token: int) -> bool:
+        return token in self._stops

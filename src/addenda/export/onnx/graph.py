@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,16 @@ from addenda.export.onnx.packages import require
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["TRANSPOSED", "tidy"]
+__all__ = ["TRANSPOSED", "own_name", "tidy"]
 
 TRANSPOSED = ".T"
 """What is added to the name of a matrix that is kept transposed, ready for a product from the right."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def own_name(name: str | None) -> str:
+    """Return the PyTorch name of a parameter in a graph."""
+    return (name or "").removesuffix(TRANSPOSED)
 
 
 def tidy(model: ir.Model, *, prefix: str, dims: Mapping[str, Mapping[int, str]]) -> None:
@@ -136,6 +142,7 @@ def _name_dims(model: ir.Model, dims: Mapping[str, Mapping[int, str]]) -> None:
             if value.is_graph_output() and value.shape is not None:
                 for dim, symbol in enumerate(value.shape):
                     if not isinstance(symbol, int):
-                        value.shape[dim] = ir_.SymbolicDim(names.get(symbol.value, symbol.value))
+                        spelled = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), symbol.value)
+                        value.shape[dim] = ir_.SymbolicDim(spelled)
             else:
                 value.shape = None

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +17,10 @@ from addenda.export.onnx.packages import require
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["OPSET", "dynamic_dims", "main_output", "trace"]
+__all__ = ["OPSET", "dynamic_dims", "trace"]
 
 OPSET = 20
 """Version of the operator set; the first with a Gelu of its own."""
-_OUTPUTS = ("logits", "last_hidden_state")
-
-
-def main_output(output: Any) -> tuple[str, Tensor]:
-    """Return name and value of what a forward is asked for: logits, else the last hidden states, else the first tensor.
-
-    Raises:
-        ExportError: there is no tensor in it.
-    """
-    for name in _OUTPUTS:
-        if isinstance(value := getattr(output, name, None), Tensor):
-            return name, value
-    values = (
-        output.values()
-        if isinstance(output, Mapping)
-        else output
-        if isinstance(output, tuple | list)
-        else (output,)
-    )
-    for value in values:
-        if isinstance(value, Tensor):
-            return "output", value
-    raise ExportError(
-        f"the model's forward gives a {type(output).__name__}, in which there is no tensor",
-        hint="wrap the model in a module whose forward returns the tensor that is wanted",
-    )
 
 
 def dynamic_dims(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, dict[int, str]]:
@@ -112,11 +86,19 @@ def trace(
     except Exception as problem:  # the exporter raises whatever the model's code does
         raise ExportError(
             f"PyTorch cannot trace {type(module).__name__}",
-            where={"because": (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]},
+            where={"because": _reason(problem)},
             hint="its forward must not branch on the values or sizes of its inputs",
         ) from problem
     assert made is not None
     return made.model
+
+
+def _reason(problem: BaseException) -> str:
+    """Return what began a chain of exceptions, in a line: those on top tell how to report it to PyTorch."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    text = str(problem).strip() or type(problem).__name__
+    return text.splitlines()[0][:300]
 
 
 @contextlib.contextmanager

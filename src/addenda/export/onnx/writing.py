@@ -9,20 +9,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from addenda.bases.stepwise import CachedDecoder, cache_shapes
 from addenda.errors import ExportError
 from addenda.export.onnx.graph import tidy
 from addenda.export.onnx.packages import require
-from addenda.export.onnx.tracing import dynamic_dims, main_output, trace
+from addenda.export.onnx.tracing import dynamic_dims, trace
+from addenda.export.probes import named_output
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DATA", "FILE", "graph_of", "require_finite", "save"]
+__all__ = ["DATA", "FILE", "PAST", "PRESENT", "decoder_graph", "graph_of", "require_finite", "save"]
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 _ONE_FILE = 1 << 30
 """Up to so many bytes of weights the graph's own file holds them; the format ends at twice as many."""
 _PREFIX = "model."
+PAST, PRESENT = "past_key_values", "present"
+"""What the names of the cache's tensors begin with, as inputs and as outputs; ``.0.key`` and so on follow."""
 
 
 class Positional(nn.Module):
@@ -35,7 +39,7 @@ class Positional(nn.Module):
 
     def forward(self, *values: Tensor) -> Tensor:
         """Run the model on its inputs in the order of the names."""
-        return main_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
+        return named_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
 
 
 def graph_of(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> ir.Model:
@@ -55,8 +59,44 @@ def graph_of(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> ir.Model
     longest = max(rows, key=lambda row: sum(value.numel() for value in row.values()))
     example = {name: _several(value, dims[name]) for name, value in longest.items()}
     with torch.no_grad():
-        output, _ = main_output(model(**example))
+        output, _ = named_output(model(**example))
     made = trace(Positional(model, list(example)), example, dims, [output])
+    tidy(made, prefix=_PREFIX, dims=dims)
+    return made
+
+
+def decoder_graph(model: nn.Module) -> ir.Model:
+    """Trace a causal language model with its key-value cache, adapters that are not merged included.
+
+    Inputs are ``input_ids`` (batch, length), ``attention_mask`` (batch, past + length), ``position_ids`` (batch,
+    length) where the model takes such, and ``past_key_values.<layer>.key`` and ``.value`` (batch, heads, past,
+    features); ``past`` is 0 at first. Outputs are ``logits`` and ``present.<layer>.key`` and ``.value``, to be given
+    as the next call's past.
+
+    Args:
+        model: in evaluation mode, in float32.
+
+    Raises:
+        BaseModelError: it keeps no key-value cache.
+        ExportError: it cannot be traced, or a weight is not finite.
+        MissingDependencyError: the packages of the extra ``onnx`` are not installed.
+    """
+    require_finite(model)
+    batch, length, past = 2, 3, 4
+    module, device = CachedDecoder(model), next(model.parameters()).device
+    ids = torch.zeros(batch, length, dtype=torch.long, device=device)
+    example = {"input_ids": ids, "attention_mask": ids.new_ones(batch, past + length)}
+    dims = {"input_ids": {0: "batch", 1: "length"}, "attention_mask": {0: "batch", 1: "past + length"}}
+    if module.takes_positions:
+        example["position_ids"] = torch.arange(past, past + length, device=device).repeat(batch, 1)
+        dims["position_ids"] = dims["input_ids"]
+    cached = {}
+    for layer, (heads, features) in enumerate(cache_shapes(model)):
+        for part in ("key", "value"):
+            cached[f"{PAST}.{layer}.{part}"] = torch.zeros(batch, heads, past, features, device=device)
+    dims |= {name: {0: "batch", 2: "past"} for name in cached}
+    outputs = ["logits", *(name.replace(PAST, PRESENT) for name in cached)]
+    made = trace(module, {**example, **cached}, dims, outputs)
     tidy(made, prefix=_PREFIX, dims=dims)
     return made
 

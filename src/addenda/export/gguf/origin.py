@@ -1,0 +1,140 @@
+"""The GGUF file of the base that an export goes by: what its tensors are called, ordered and packed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from addenda.bases import LoadedBase
+from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
+from addenda.bases.gguf_origin import from_gguf, gguf_of
+from addenda.bases.gguf_ways import Way, ways_of
+from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
+from addenda.core.layers import layer_at
+from addenda.core.planning import Plan
+from addenda.core.progress import OnProgress
+from addenda.errors import ExportError
+from addenda.export.gguf.copying import Changes, pack
+from addenda.export.gguf.made import made_gguf, ways_by_layout, why_not_made
+
+__all__ = ["Exact", "Origin", "dense", "origin_of", "tied_ends", "why_no_origin"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A base's GGUF file."""
+
+    path: Path
+    header: GGUFHeader
+    ways: Mapping[str, Way]
+    """By the parameters' names in the model."""
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, str]:
+        """The model's parameter of each tensor."""
+        return {way.tensor: name for name, way in self.ways.items()}
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, GGUFTensor]:
+        """The file's tensors by name."""
+        return {tensor.name: tensor for tensor in self.header.tensors}
+
+    def way(self, path: str, last: str = "weight") -> Way:
+        """Return the way of a layer's weight or bias.
+
+        Raises:
+            ExportError: the file has no such tensor.
+        """
+        way = self.ways.get(f"{path}.{last}")
+        if way is None:
+            raise ExportError(
+                f"the GGUF file of the base has no tensor for '{path}.{last}'",
+                where={"architecture": self.header.architecture, "file": self.path.name},
+                hint="leave the layer out of the targets; a tied output head has none either",
+            )
+        return way
+
+
+def why_no_origin(base: LoadedBase | None) -> str:
+    """Return why a base cannot be had as a GGUF file, or ""."""
+    if base is None:
+        return "a module that was not loaded as a base has no GGUF form"
+    if base.kind != "causal-lm":
+        return f"'{base.name}' is no causal language model, and llama.cpp is asked for those only"
+    return "" if from_gguf(base) else why_not_made(base)
+
+
+def tied_ends(planned: Plan, model: nn.Module) -> list[str]:
+    """Return the adapted layers among an embedding and an output head that hold one and the same weight."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return []
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
+
+
+def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None) -> Origin:
+    """Return the GGUF file that a base was made from; of one that came without, the file that is made of it.
+
+    Raises:
+        ExportError: llama.cpp runs no such model.
+    """
+    if base is None or (problem := why_no_origin(base)):
+        raise ExportError(
+            problem if base else why_no_origin(base), hint="take another format: see addenda export --help"
+        )
+    path = gguf_of(base)
+    if path is None:
+        path = made_gguf(base, on_progress=on_progress)
+        return Origin(path, read_header(path), ways_by_layout(base))
+    config = base.model.config
+    return _origin(path, json.dumps(config.to_dict(), sort_keys=True, default=str), _Held(config))
+
+
+class _Held:
+    """A value that takes no part in whether two calls are the same."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.lru_cache(maxsize=2)
+def _origin(path: Path, _key: str, config: _Held) -> Origin:
+    return Origin(path, read_header(path), ways_of(path, config.value))
+
+
+def dense(model: nn.Module, parameter: str) -> Tensor:
+    """Return a parameter of the base as numbers, unpacked where it is packed."""
+    path, _, last = parameter.rpartition(".")
+    layer = model.get_submodule(path)
+    if isinstance(layer, PackedLinear | PackedEmbedding) and last == "weight":
+        return layer.dequantized()
+    return model.get_parameter(parameter).detach()
+
+
+class Exact(Changes):
+    """The base as it is in memory, in float32: what an adapter was trained on, whatever the file held."""
+
+    def __init__(self, model: nn.Module, origin: Origin) -> None:
+        self._model, self._origin = model, origin
+
+    def type_of(self, tensor: GGUFTensor) -> str:
+        return "F32"
+
+    def rows_of(self, tensor: GGUFTensor) -> Tensor | None:
+        parameter = self._origin.parameters.get(tensor.name)
+        if parameter is None:
+            return None
+        weight = dense(self._model, parameter).float()
+        return pack(self._origin.ways[parameter].back(weight), "F32", tensor.name)
