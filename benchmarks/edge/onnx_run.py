@@ -185,7 +185,7 @@ def render(document: dict[str, Any]) -> str:
         f"{document['versions']['torch']}{', ' + document['note'] if document['note'] else ''}. Median of 40 calls, the "
         "fastest and the slowest; peak of the whole process.",
         "",
-        "| model, asked | form | on disk, MB | a call, ms | load and first call, s | peak, MB | largest difference, nats | "
+        "| model, asked | form | on disk, MB | a call, ms of the processor | load and first call, s | peak, MB | largest difference, nats | "
         "adapter's change kept |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
