@@ -19,13 +19,12 @@ STUDENT = {2: 12.706, 3: 4.303}
 
 
 def spread(values: Sequence[float], places: int) -> str:
-    """Return the mean and half the width of its 95 % interval."""
-    half = (
-        STUDENT.get(len(values), math.nan) * statistics.stdev(values) / math.sqrt(len(values))
-        if len(values) > 1
-        else math.nan
-    )
-    return f"{statistics.fmean(values):.{places}f} ± {half:.{places}f}"
+    """Return the mean and half the width of its 95 % interval; the value alone where there is one."""
+    mean = f"{statistics.fmean(values):.{places}f}"
+    if len(values) < 2:
+        return mean
+    half = STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {half:.{places}f}"
 
 
 def models(runs: Sequence[dict[str, Any]]) -> str:
@@ -55,13 +54,13 @@ def models(runs: Sequence[dict[str, Any]]) -> str:
 def costs(found: dict[str, Any]) -> str:
     """Return the table of what a step costs."""
     lines = [
-        "| weights | tokens at once | layers | through | processor time, s | of a plain step |",
+        "| weights | tokens at once | layers | through | seconds | of a plain step |",
         "|---|---:|---|---|---:|---:|",
     ]
     for step in found["steps"]:
         lines.append(
             f"| {step['weights']} | {step['tokens']:,} | {step['targets']} | {step['through']} | "
-            f"{step['cpu_seconds']:.2f} | {step['ratio']:.2f} |"
+            f"{step['seconds']:.2f} | {step['ratio']:.2f} |"
         )
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ __all__ = [
     "plain_merge",
 ]
 
-_DAMPING = 0.001
+_DAMPING = 0.01
 """Share of the mean square of an input that is added to each, so that inputs never seen leave the rest alone."""
 _NARROWER = (0.75, 1.5, 2.25, 3.0)
 """By how many steps the range of a block's codes is made narrower than the writer makes it; all are tried. The writer's
