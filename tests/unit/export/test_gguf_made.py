@@ -18,6 +18,7 @@ from addenda.bases import formats, load_base
 from addenda.bases.gguf_header import read_header
 from addenda.bases.packed_layers import pack_linears
 from addenda.errors import ConfigError
+from addenda.export.bundle import write_bundle
 from addenda.export.format import format_of, require_formats
 from addenda.export.gguf.made import made_gguf
 from addenda.export.gguf.origin import dense, origin_of
@@ -134,6 +135,13 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0.02)
     write_base(base, tmp_path / "model.gguf")
     assert read_header(tmp_path / "model.gguf").elements == sum(tensor.numel() for tensor in state.values())
+
+
+@installed
+def test_a_bundle_takes_the_made_file_along(tmp_path: Path) -> None:
+    base = load_base(saved(tmp_path / "base", "llama"))
+    write_bundle(base, adapted(base), [("gguf-lora", None)], tmp_path / "bundle", with_base=True)
+    assert (tmp_path / "bundle" / "base.gguf").read_bytes() == made_gguf(base).read_bytes()
 
 
 def test_what_llama_cpp_has_no_place_for_is_refused_before_training(tmp_path: Path) -> None:
