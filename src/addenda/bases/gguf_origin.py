@@ -16,8 +16,14 @@ __all__ = ["from_gguf", "gguf_of"]
 
 def from_gguf(base: LoadedBase) -> bool:
     """Return whether a base was loaded from a GGUF file."""
-    card = find(base.name)
+    card = _card_of(base)
     return (card.file if card else base.source).endswith(".gguf")
+
+
+def _card_of(base: LoadedBase) -> ModelCard | None:
+    """The registered model that it is; a folder may bear the name of one."""
+    card = find(base.name)
+    return card if card and not Path(base.source).is_absolute() else None
 
 
 def gguf_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path | None:
@@ -30,7 +36,7 @@ def gguf_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path 
     """
     if not from_gguf(base):
         return None
-    card = find(base.name)
+    card = _card_of(base)
     if card:
         return _registered(card, on_progress)
     path = Path(base.source)
