@@ -135,9 +135,14 @@ def _rounded(program: torch.export.ExportedProgram, rows: Sequence[Sequence[Tens
     quantizer = require_executorch("backends.xnnpack.quantizer.xnnpack_quantizer")
     pt2e = require("executorch", _WHAT, "torchao.quantization.pt2e.quantize_pt2e")
     dynamic = not any(value.is_floating_point() for value in rows[0])
-    chosen = quantizer.XNNPACKQuantizer().set_global(
-        quantizer.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
-    )
+    numbers = quantizer.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=dynamic)
+    chosen = quantizer.XNNPACKQuantizer()
+    if dynamic:
+        chosen.set_operator_type(torch.ops.aten.linear.default, numbers)
+        # It would turn every number in the graph into a float tensor, those that are added to indices too.
+        chosen.transform_for_annotation = lambda graph: graph
+    else:
+        chosen.set_global(numbers)
     prepared = pt2e.prepare_pt2e(program.module(), chosen)
     for row in rows:
         prepared(*row)

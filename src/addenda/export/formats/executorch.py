@@ -131,8 +131,9 @@ def _heard(job: Job) -> set[str]:
         with torch.enable_grad():
             total = named_output(job.model(**row))[1].sum()
         every = [p for each in adapters.values() for p in each]
-        found = iter(torch.autograd.grad(total, every, allow_unused=True))
-        return {path for path, each in adapters.items() if any([next(found) is not None for _ in each])}
+        found = torch.autograd.grad(total, every, allow_unused=True)
+        heard = {id(p) for p, gradient in zip(every, found, strict=True) if gradient is not None}
+        return {path for path, each in adapters.items() if any(id(p) in heard for p in each)}
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
