@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +113,7 @@ def _weights(job: Job) -> dict[str, Tensor]:
     """The weights of the adapted linear layers; those of a convolution take in the norm behind it."""
     if not job.handle.method.mergeable:
         return {}
-    layers = {path: layer_at(job.model, path) for path in job.handle.paths}
+    layers: dict[str, Any] = {path: layer_at(job.model, path) for path in job.handle.paths}
     linear = {
         path: layer for path, layer in layers.items() if getattr(kind_of(layer), "name", "") == "linear"
     }
