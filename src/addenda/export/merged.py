@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from addenda.bases import LoadedBase
@@ -16,7 +17,7 @@ from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
 
-__all__ = ["write_merged"]
+__all__ = ["merged_audit", "write_merged"]
 
 
 def write_merged(
@@ -25,6 +26,7 @@ def write_merged(
     folder: Path,
     dtype: torch.dtype,
     *,
+    adapted: bool = True,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Write base and adapter as one model folder: safetensors, configuration, tokenizer and chat template.
@@ -37,6 +39,7 @@ def write_merged(
         handle: the adapter.
         folder: an empty folder.
         dtype: of the written weights.
+        adapted: False writes the base alone.
         on_progress: told of the steps.
 
     Raises:
@@ -44,7 +47,7 @@ def write_merged(
         ExportError: the architecture has no place for a merged weight.
     """
     _say(on_progress, 0)
-    _write_weights(base, handle, folder, dtype)
+    _write_weights(base, handle, folder, dtype, adapted=adapted)
     _say(on_progress, 1)
     base.tokenizer.save_pretrained(folder)
 
@@ -54,13 +57,15 @@ def _say(on_progress: OnProgress | None, done: int) -> None:
         on_progress(Progress("write the merged weights", done, 1, "models"))
 
 
-def _write_weights(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype) -> None:
-    if base.weights != "dense":
-        state = _unpacked_state(base, handle)
+def _write_weights(
+    base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype, *, adapted: bool
+) -> None:
+    if base.weights == "dense" and adapted:
+        _merge_and_write(base, handle, work, dtype)
+    else:
+        state = _unpacked_state(base, handle, handle.paths if adapted else [])
         with quiet_transformers():
             base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
-    else:
-        _merge_and_write(base, handle, work, dtype)
     config = work / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = str(dtype).removeprefix("torch.")
@@ -89,8 +94,8 @@ def _require_place(base: LoadedBase, new: list[str]) -> None:
         )
 
 
-def _unpacked_state(base: LoadedBase, handle: Handle) -> dict[str, Tensor]:
-    """The dense model's tensors: packed weights unpacked, the adapter folded into those that it stands on."""
+def _unpacked_state(base: LoadedBase, handle: Handle, paths: Sequence[str]) -> dict[str, Tensor]:
+    """The dense model's tensors: packed weights unpacked, the adapter folded into those at ``paths``."""
     layers, state = packed_layers(base.model), base.model.state_dict()
     made = {key: state[key] for key in _own_keys(state, handle) if key.removesuffix(".raw") not in layers}
     unpacked: dict[int, Tensor] = {}
@@ -99,7 +104,7 @@ def _unpacked_state(base: LoadedBase, handle: Handle) -> dict[str, Tensor]:
         if place not in unpacked:
             unpacked[place] = layer.dequantized()
         made[f"{path}.weight"] = unpacked[place]
-    for path in handle.paths:
+    for path in paths:
         _require_own(path, layers)
         weight, bias = handle.folded(path)
         _require_place(base, [f"{path}.bias"] if bias is not None and f"{path}.bias" not in made else [])
@@ -136,3 +141,27 @@ def _rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
             made[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         rounded[key] = made[place]
     return rounded
+
+
+def merged_audit(handle: Handle, folder: Path, dtype: torch.dtype) -> list[str]:
+    """Return which layers of a written model hold other weights than those with the adapter folded in."""
+    try:
+        files = {
+            key: file
+            for path in sorted(folder.glob("*.safetensors"))
+            for file in [safe_open(path, framework="pt")]
+            for key in file.keys()  # noqa: SIM118  (it is no mapping)
+        }
+    except (OSError, SafetensorError) as problem:
+        return [f"the weights cannot be read: {problem}"]
+    names = {path: f"{path}.weight" for path in handle.paths if f"{path}.weight" in files}
+    wrong = []
+    for path, name in names.items():
+        wanted = handle.folded(path)[0].to(dtype)
+        if not torch.equal(files[name].get_tensor(name), wanted.cpu()):
+            owner = next(
+                (o for o, key in names.items() if torch.equal(files[key].get_tensor(key), wanted)), None
+            )
+            where = f"; '{owner}' holds them" if owner else ""
+            wrong.append(f"'{path}' does not hold its weights with the adapter folded in{where}")
+    return wrong

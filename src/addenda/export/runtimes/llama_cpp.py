@@ -20,11 +20,13 @@ import orjson
 import torch
 from torch import Tensor
 
+from addenda.bases.loaded import vocabulary_of
 from addenda.errors import ExportError, MissingDependencyError
+from addenda.export.job import Job
 from addenda.export.probes import Kind, Row
 from addenda.export.runtime import Runtime
 
-__all__ = ["LlamaCpp", "LlamaCppWithAdapter", "require_llama_cpp"]
+__all__ = ["LlamaCpp", "LlamaCppWithAdapter", "require_llama_cpp", "run_in_llama_cpp"]
 
 TOLD = 1024
 """Likeliest tokens whose log-probabilities are asked for at most positions; at the last of each row it is all."""
@@ -204,6 +206,20 @@ class LlamaCppWithAdapter(LlamaCpp):
     """The same, where the adapter can be switched off."""
 
     has_base = True
+
+
+def run_in_llama_cpp(job: Job, model: Path, adapter: Path | None = None, *, exact: bool) -> LlamaCpp:
+    """Load the files of an export, with room for what it is asked."""
+    assert job.base is not None
+    make = LlamaCppWithAdapter if adapter else LlamaCpp
+    return make(
+        model,
+        [adapter] if adapter else [],
+        exact=exact,
+        context=max(row["input_ids"].shape[1] for row in job.probes.rows) + 8,
+        vocabulary=vocabulary_of(job.model),
+        tools="tools" in (job.base.chat_template or ""),
+    )
 
 
 class _Chat:
