@@ -68,7 +68,7 @@ def of_torch(path: str, inputs: dict[str, np.ndarray]) -> Callable[[int], Any]:
     model = torch.load(path, weights_only=False, mmap=True)  # a file that onnx_run.py has just written
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
 
-    def run(number: int) -> Any:
+    def run(_number: int) -> Any:
         with torch.inference_mode():
             return model(**tensors)
 
