@@ -11,7 +11,13 @@ from addenda.bases.registry import ModelCard, find
 from addenda.core.progress import OnProgress
 from addenda.errors import NotFoundError
 
-__all__ = ["gguf_of"]
+__all__ = ["from_gguf", "gguf_of"]
+
+
+def from_gguf(base: LoadedBase) -> bool:
+    """Return whether a base was loaded from a GGUF file."""
+    card = find(base.name)
+    return (card.file if card else base.source).endswith(".gguf")
 
 
 def gguf_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path | None:
@@ -22,11 +28,11 @@ def gguf_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path 
     Raises:
         NotFoundError: the file that it was loaded from is gone, or has been changed.
     """
-    card = find(base.name)
-    if card and card.file.endswith(".gguf"):
-        return _registered(card, on_progress)
-    if not base.source.endswith(".gguf"):
+    if not from_gguf(base):
         return None
+    card = find(base.name)
+    if card:
+        return _registered(card, on_progress)
     path = Path(base.source)
     known = base.folder.name.rpartition("-v")[0].removesuffix("-packed").rpartition("-")[2]
     if not path.is_file() or not sha256_of(path).startswith(known):

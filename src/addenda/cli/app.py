@@ -29,6 +29,8 @@ VERBS = {
     "eval": "Measure a model, with or without an adapter, on data.",
     "chat": "Talk to a model, with or without an adapter.",
     "export": "Write an adapter in a form other tools load.",
+    "bundle": "Put exports, their proof and a self-test into one folder.",
+    "verify": "Run the self-test of a bundle or an export.",
     "models": "List the models that load by name.",
     "methods": "List the adaptation methods and their settings.",
     "doctor": "Check this machine and installation.",

@@ -20,7 +20,7 @@ from addenda.core.mixing import paths_of_all, require_mixable
 from addenda.core.packed_layers import packed_numel
 from addenda.core.parts import Part
 from addenda.core.targets import Targets, adaptable, bypass_of, listed, resolve, why_unknown
-from addenda.core.through import require_roundable, rounding_of
+from addenda.core.through import Rounding, require_roundable, rounding_of, train_through
 from addenda.core.views import LayerView
 from addenda.core.whole import exact_layers, is_whole, whole_layers, whole_problems
 from addenda.errors import MethodError, TargetError
@@ -134,7 +134,7 @@ def plan(
     rounding = None if through is None else rounding_of(through)
     if rounding is not None:
         require_roundable(model, method, views, rounding)
-    rows, shared = _planned(method, views)
+    rows, shared = _planned(method, views, rounding)
     notes = _left_out(model, method) if "all-linear" in listed(wanted) else _uneven(list(targeted))
     notes += [
         f"'{path}' shares its weight with '{other}', which goes on with the weight as it is"
@@ -230,10 +230,13 @@ def _some(paths: list[str]) -> str:
 
 
 def _planned(
-    method: Method, views: Mapping[str, LayerView]
+    method: Method, views: Mapping[str, LayerView], rounding: Rounding | None
 ) -> tuple[tuple[PlannedLayer, ...], tuple[int, int]]:
     """Return the row of each layer, and the parameters and bytes of what all share."""
     adapters = build_adapters(method, views)
+    if rounding is not None:
+        for adapter in adapters.values():
+            train_through(adapter, rounding)
     shared = next((adapter.common for adapter in adapters.values() if adapter.common is not None), None)
     rows = tuple(
         PlannedLayer(

@@ -40,8 +40,9 @@ __all__ = [
 
 _DAMPING = 0.01
 """Share of the mean square of an input that is added to each, so that inputs never seen leave the rest alone."""
-_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Scales that are tried for a block, as shares of the writer's own."""
+_NARROWER = (0.75, 1.5, 2.25, 3.0)
+"""By how many steps the range of a block's codes is made narrower than the writer makes it; all are tried. The writer's
+own range is left out: where the base came from a file of that format, it rounds each weight to the code that it had."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,9 @@ def careful_merge(
     watch(handle.model, handle.method, views, grams, batches=batches, on_progress=on_progress)
     made: dict[str, MergedLayer] = {}
     for path, view in views.items():
-        own = view.exact_weight()
         with torch.no_grad():
-            folded, _ = handle.adapters[path].fold(own, view.bias())
-        rows = compensated(folded, grams.pop(path).total, entry, like=own)
-        made[path] = MergedLayer(entry.name, rows, _bias(handle, path))
+            folded, bias = handle.adapters[path].fold(view.exact_weight(), view.bias())
+        made[path] = MergedLayer(entry.name, compensated(folded, grams.pop(path).total, entry), bias)
         if on_progress:
             on_progress(Progress("round with compensation", len(made), len(views), "layers"))
     return made
@@ -136,15 +135,13 @@ class _Gram(Observer):
 # ------------------------------------------------------------------------------------------------------ compensation
 
 
-def compensated(weight: Tensor, gram: Tensor, entry: WeightFormat, *, like: Tensor | None = None) -> Tensor:
+def compensated(weight: Tensor, gram: Tensor, entry: WeightFormat) -> Tensor:
     """Round a weight so that (W - Q) X is small rather than W - Q.
 
     Args:
         weight: ``(d_out, d_in)`` float32.
         gram: ``(d_in, d_in)``, the sum of x x^T over the inputs x.
         entry: a format with a grid.
-        like: ``(d_out, d_in)`` whose own scales are tried too: the weight before the merge, which lies on its grid
-            where it comes from a file of that format, so that nothing but the change has to be rounded.
 
     Returns:
         Raw rows, ``(d_out, bytes)`` uint8.
@@ -154,30 +151,18 @@ def compensated(weight: Tensor, gram: Tensor, entry: WeightFormat, *, like: Tens
     assert width is not None
     entry.row_bytes(weight.shape[1])
     left, factor = weight.clone(), _inverse_factor(gram)
-    scales, leasts, codes = [], [], torch.empty_like(weight, dtype=torch.uint8)
+    found = []
     for start in range(0, weight.shape[1], width):
         span = slice(start, start + width)
-        inner = factor[span, span]
-        old = None if like is None else like[:, span].contiguous()
-        scale, least = _scales(left[:, span].contiguous(), old, inner.diagonal(), grid)
-        errors = torch.empty_like(left[:, span])
-        for place in range(width):
-            column = left[:, start + place]
-            code = _nearest(column[:, None], scale, least, grid)[:, 0]
-            codes[:, start + place] = code.to(torch.uint8)
-            error = (column - (scale[:, 0] * code + least[:, 0])) / inner[place, place]
-            left[:, start + place : span.stop].sub_(torch.outer(error, inner[place, place:]))
-            errors[:, place] = error
+        block, errors = _rounded_block(left[:, span].contiguous(), factor[span, span], grid)
         left[:, span.stop :].addmm_(errors, factor[span, span.stop :], alpha=-1)
-        scales.append(scale)
-        leasts.append(least)
-    each, low = (torch.cat(found, dim=1).view(-1, 1) for found in (scales, leasts))
-    return grid.pack(each, low, codes.view(-1, width)).view(len(weight), -1)
+        found.append(block)
+    scale, least, codes = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*found, strict=True))
+    return grid.pack(scale, least, codes).view(len(weight), -1)
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix: row j is what an error in column j costs later
-    ones."""
+    """The upper Cholesky factor of the damped Gram matrix's inverse: row j spreads column j's error over later ones."""
     damped = gram.double()
     damped = damped + _DAMPING * damped.diagonal().mean().clamp(min=1e-12) * torch.eye(
         len(gram), dtype=torch.float64
@@ -186,39 +171,41 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _scales(blocks: Tensor, old: Tensor | None, diagonal: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Of some scales for each block the one with the least error, weighed by what an error costs: (n, 1) each."""
-    scale, least = grid.scales(blocks)
-    tried = [_shrunk(scale, least, share, grid) for share in _SHRUNK]
-    tried += [] if old is None else [grid.scales(old)]
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for scale, least in tried:
-        scale, least = scale.half().float(), least.half().float()
-        if grid.centre is not None:
-            least = -grid.centre * scale
-        error = blocks - (scale * _nearest(blocks, scale, least, grid) + least)
-        cost = (error / diagonal).square().sum(1, keepdim=True)
-        if best is None:
-            best = cost, scale, least
-        else:
-            better = cost < best[0]
-            best = (
-                torch.where(better, cost, best[0]),
-                torch.where(better, scale, best[1]),
-                torch.where(better, least, best[2]),
-            )
-    assert best is not None
-    return best[1], best[2]
+def _rounded_block(block: Tensor, factor: Tensor, grid: Grid) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Round the columns of a block one after another with each of some scales, and keep for each row the best.
 
+    Args:
+        block: ``(rows, width)``.
+        factor: ``(width, width)``, its part of the inverse factor.
+        grid: of the format.
 
-def _shrunk(scale: Tensor, least: Tensor, share: float, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A scale of a smaller range about the same middle."""
-    return share * scale, least + (1 - share) / 2 * grid.most * scale
-
-
-def _nearest(x: Tensor, scale: Tensor, least: Tensor, grid: Grid) -> Tensor:
+    Returns:
+        Scale and least number ``(rows, 1)`` and codes ``(rows, width)`` uint8; and the errors ``(rows, width)``, each
+        in units of what it costs.
+    """
+    scale, least = _scales(block, grid)
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    return ((x - least) * inverse).round().clamp(0, grid.most)
+    left = block.t()[:, None].repeat(1, len(scale), 1)  # (width, scales, rows): a column lies in one piece
+    errors, codes = torch.empty_like(left), torch.empty_like(left, dtype=torch.uint8)
+    for place in range(len(left)):
+        code = ((left[place] - least) * inverse).round_().clamp_(0, grid.most)
+        codes[place] = code
+        errors[place] = (left[place] - (scale * code + least)) / factor[place, place]
+        left[place + 1 :].addcmul_(factor[place, place + 1 :, None, None], errors[place], value=-1)
+    best = errors.square().sum(0).argmin(0, keepdim=True)
+    wide = best.expand(len(left), 1, -1)
+    chosen, lost = (each.gather(1, wide)[:, 0].t().contiguous() for each in (codes, errors))
+    return (scale.gather(0, best).t(), least.gather(0, best).t(), chosen), lost
+
+
+def _scales(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scales to try, and the least number that goes with each, as half precision holds them: (scales, rows)."""
+    scale, least = (each[:, 0] for each in grid.scales(block))
+    share = 1 - torch.tensor(_NARROWER)[:, None] / grid.most
+    narrower = (share * scale).half().float()
+    if grid.centre is not None:
+        return narrower, -grid.centre * narrower
+    return narrower, (least + (1 - share) / 2 * grid.most * scale).half().float()
 
 
 # ------------------------------------------------------------------------------------------------- keeping some at Q8_0

@@ -45,7 +45,7 @@ def probes_of(base: LoadedBase) -> Probes:
     if base.kind == "encoder":
         return Probes(tuple(_cut(dict(row), base.room) for row in texts), "features")
     rows = [_cut({"input_ids": row["input_ids"]}, min(base.room, _LONGEST)) for row in texts]
-    return Probes((*rows, *(_cut(row, base.room) for row in _chats(base))), "next-token")
+    return Probes((*rows, *(_cut(row, min(base.room, 2 * _LONGEST)) for row in _chats(base))), "next-token")
 
 
 def _chats(base: LoadedBase) -> Iterable[dict[str, Tensor]]:

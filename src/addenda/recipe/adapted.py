@@ -11,10 +11,7 @@ import torch
 from addenda.bases import LoadedBase, with_chat_template
 from addenda.core import Handle, load, read_manifest
 from addenda.errors import NotFoundError
-from addenda.export.mlx import import_mlx, is_mlx
-from addenda.export.mlx.reading import read_config as read_mlx_config
-from addenda.export.peft import CONFIG as PEFT_CONFIG
-from addenda.export.peft import import_peft, read_config
+from addenda.export.foreign import foreign_adapter
 from addenda.recipe.folder import ADAPTER
 from addenda.recipe.prepare import Note, OnRunEvent, prepare_base
 from addenda.settings import BaseSettings
@@ -33,7 +30,7 @@ def load_adapted(
     """Load an adapter with the base it was trained on.
 
     Args:
-        folder: an adapter folder of ours, the run folder around one, or a folder of PEFT or mlx-lm.
+        folder: an adapter folder of ours, the run folder around one, a folder of PEFT or mlx-lm.
         source: the base; None takes the one the adapter names.
         dtype: of the base's weights; None keeps the stored one.
         device: where it runs, as ``base.device`` in a recipe.
@@ -47,16 +44,10 @@ def load_adapted(
     """
     place = Path(folder)
     place = place / ADAPTER if (place / ADAPTER / "adapter.json").is_file() else place
-    if (place / PEFT_CONFIG).is_file() and not (place / "adapter.json").is_file():
-        foreign = is_mlx(place)
-        named = (
-            read_mlx_config(place).get("model")
-            if foreign
-            else read_config(place).get("base_model_name_or_path")
-        )
-        settings = BaseSettings(_require_source(source or named, place), device=device)
+    if not (place / "adapter.json").is_file() and (foreign := foreign_adapter(place)):
+        settings = BaseSettings(_require_source(source or foreign.base, place), device=device)
         base = prepare_base(settings, dtype, on_event)
-        return base, (import_mlx if foreign else import_peft)(base.model, place), {}
+        return base, foreign.attach(base), {}
     provenance = dict(read_manifest(place).get("provenance") or {})
     known = provenance.get("base") or {}
     # The same weights, to the bit: unpacked and rounded ones have another fingerprint than packed ones.

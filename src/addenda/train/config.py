@@ -123,6 +123,8 @@ class TrainConfig:
             object.__setattr__(self, "export_to", named)
         elif isinstance(self.export_to, list):
             object.__setattr__(self, "export_to", tuple(self.export_to))
+        if isinstance(self.through, str):
+            object.__setattr__(self, "through", self.through.lower())
         found = self._problems()
         if found:
             raise ConfigError("; ".join(found), where={"section": "train"}, hint="see 'addenda train --help'")

@@ -212,6 +212,7 @@ def test_it_is_not_written_for_peft_which_would_answer_otherwise(tmp_path: Path)
     model = Net()
     handle = addenda.attach(model, addenda.LoRA(rank=4), through="q4_1")
     planned = addenda.plan(Net(), addenda.LoRA(rank=4), through="q4_1")
+    assert not any(row.low_rank for row in planned.rows)
     assert "through Q4_1" in format_of("peft").problems(planned, model, None)[0]
     with pytest.raises(ExportError, match="trained through Q4_1"):
         write_peft(handle, tmp_path)

@@ -41,24 +41,23 @@ def test_the_outputs_change_less_than_by_plain_rounding(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_inputs_that_have_nothing_in_common_leave_no_more_than_half_a_step(name: str) -> None:
-    weight, entry = torch.randn(24, 128), formats.get(name)
-    careful, plain = (
-        entry.dequantize(raw, 128)
-        for raw in (compensated(weight, torch.eye(128), entry), entry.quantize(weight))
-    )
-    assert (careful - weight).norm() < 1.001 * (plain - weight).norm()
+def test_rows_of_zeros_and_inputs_never_seen_do_no_harm(name: str) -> None:
+    weight, x, entry = torch.randn(6, 64), torch.randn(50, 64), formats.get(name)
+    weight[2], x[:, 40:] = 0, 0
+    back = entry.dequantize(compensated(weight, x.t() @ x, entry), 64)
+    assert not back[2].any()
+    assert (back - weight).norm() < 0.3 * weight.norm()
 
 
-def test_a_weight_on_its_own_grid_stays_where_it_is() -> None:
-    entry = formats.get("Q4_1")
+def test_a_change_smaller_than_half_a_step_is_not_rounded_away_from_a_weight_on_the_grid() -> None:
+    entry, x = formats.get("Q4_1"), alike(300, 128)
     weight = entry.dequantize(entry.quantize(torch.randn(24, 128)), 128)
-    change = 0.02 * weight.abs().max() * torch.randn(24, 3) @ torch.randn(3, 128) / 10
-    x = alike(300, 128)
-    careful = entry.dequantize(compensated(weight + change, x.t() @ x, entry, like=weight), 128)
-    plain = entry.dequantize(entry.quantize(weight + change), 128)
-    assert torch.equal(entry.dequantize(compensated(weight, x.t() @ x, entry, like=weight), 128), weight)
-    assert ((careful - weight - change) @ x.t()).norm() < 0.8 * ((plain - weight - change) @ x.t()).norm()
+    change = torch.randn(24, 2) @ torch.randn(2, 128) * 0.03
+    lost = []
+    for raw in (entry.quantize(weight + change), compensated(weight + change, x.t() @ x, entry)):
+        lost.append(float(((entry.dequantize(raw, 128) - weight - change) @ x.t()).norm()))
+    assert lost[1] < 0.5 * lost[0]
+    assert lost[1] < 0.5 * float((change @ x.t()).norm())
 
 
 class Net(nn.Module):

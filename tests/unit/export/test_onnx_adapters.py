@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import addenda
 from addenda.core import registry
+from addenda.core.handle import handles
 from addenda.errors import ExportError
 from addenda.export.format import format_of
 from addenda.export.job import Job
@@ -50,7 +52,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]
         model, handle, "onnx", out, type="float32-adapter", inputs=rows(), kind="next-token"
     )
     assert parity.verdict == "passed"
-    assert (out / "law.onnx_adapter").is_file()
+    card = (out / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    exec(card.replace("this folder", str(out)), made := {})
+    assert len(made["answer"]) == 64
     handle.disable()
     return model, out
 
@@ -90,23 +94,23 @@ def test_an_adapter_that_does_not_fit_is_refused(exported: tuple[nn.Module, Path
         handle.detach()
 
 
-def test_faults_in_an_adapters_file_are_found(tmp_path: Path) -> None:
+def test_faults_in_an_adapters_file_are_found(exported: tuple[nn.Module, Path], tmp_path: Path) -> None:
     import onnxruntime
 
-    model = llama()
-    handle = trained(model, addenda.LoRA(rank=2), "law", ["q_proj"])
-    job = Job(model, handle, Probes(tuple(rows()), "next-token"), type="float32-adapter")
+    model, out = exported
+    job = Job(model, handles(model)["law"], Probes(tuple(rows()), "next-token"), type="float32-adapter")
     form, path = format_of("onnx"), tmp_path / "law.onnx_adapter"
-    form.write(job, tmp_path)
+    for name in ("model.onnx", "law.onnx_adapter"):
+        shutil.copy(out / name, tmp_path / name)
     assert form.audit(job, tmp_path) == []
     held = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
     values = {name: torch.from_numpy(value.numpy().copy()) for name, value in held.items()}
-    first, second = sorted(values)
+    first, last = min(values), max(values)
     write_adapter({**values, first: values[first] + 1e-6}, path)
     found = form.audit(job, tmp_path)
     assert found == [f"'law.onnx_adapter' holds other values than the trained '{first.removesuffix('.T')}'"]
-    write_adapter({first: values[first]}, path)
-    assert form.audit(job, tmp_path) == [f"'law.onnx_adapter' has no '{second.removesuffix('.T')}'"]
+    write_adapter({name: value for name, value in values.items() if name != last}, path)
+    assert form.audit(job, tmp_path) == [f"'law.onnx_adapter' has no '{last.removesuffix('.T')}'"]
     path.write_bytes(path.read_bytes()[:40])
     assert form.audit(job, tmp_path)[0].startswith("'law.onnx_adapter' cannot be read")
     with pytest.raises(ExportError, match=r"cannot open 'law\.onnx_adapter'"):

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from addenda.bases import LoadedBase
 from addenda.bases.cache import sha256_of
 from addenda.bases.gguf_header import read_header
-from addenda.bases.loaded import vocabulary_of
-from addenda.core.layers import layer_at
 from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.core.whole import is_whole
@@ -19,11 +17,11 @@ from addenda.errors import BaseModelError, CheckpointError, UnsafeError
 from addenda.export.format import Format
 from addenda.export.gguf.adapter import ALPHA, Factors, factors_of, read_adapter, write_adapter
 from addenda.export.gguf.copying import write_like
-from addenda.export.gguf.origin import Exact, Origin, origin_of, why_no_origin
+from addenda.export.gguf.origin import Exact, Origin, origin_of, tied_ends, why_no_origin
 from addenda.export.gguf.told import differences
 from addenda.export.job import Job
 from addenda.export.runtime import Runtime
-from addenda.export.runtimes.llama_cpp import LlamaCppWithAdapter, require_llama_cpp
+from addenda.export.runtimes.llama_cpp import require_llama_cpp, run_in_llama_cpp
 
 __all__ = ["FILE", "FORMAT", "GGUFLoRA"]
 
@@ -53,7 +51,7 @@ class GGUFLoRA(Format):
             found.append(
                 f"a GGUF adapter holds products of two factors alone; '{planned.method.name}' is more at '{other[0]}'"
             )
-        if tied := _tied(planned, model):
+        if tied := tied_ends(planned, model):
             found.append(f"'{tied[0]}' shares its weight, and a GGUF adapter would change both")
         return found
 
@@ -63,7 +61,7 @@ class GGUFLoRA(Format):
         return super().space(job) + 4 * numbers + 2**26
 
     def write(self, job: Job, folder: Path) -> None:
-        write_adapter(job.handle, origin_of(job.base), folder / FILE, name=f"{job.title} {job.handle.name}")
+        write_adapter(job.handle, origin_of(job.base), folder / FILE, base_name=job.title)
         job.say("write the adapter", 1, 1, "files")
 
     def drifts(self, job: Job) -> bool:
@@ -73,11 +71,13 @@ class GGUFLoRA(Format):
         require_llama_cpp()
         origin = origin_of(job.base)
         if not exact:
-            return _run(job, origin.path, folder / FILE, exact=False)
+            return run_in_llama_cpp(job, origin.path, folder / FILE, exact=False)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as place:
             twin = Path(place) / "base.gguf"
             write_like(origin.path, twin, Exact(job.model, origin), on_progress=job.on_progress)
-            return _run(job, twin, folder / FILE, exact=True)  # mapped: the file may go while it is open
+            return run_in_llama_cpp(
+                job, twin, folder / FILE, exact=True
+            )  # mapped: the file may go while it is open
 
     def audit(self, job: Job, folder: Path) -> list[str]:
         return audit_adapter(job, folder / FILE)
@@ -114,26 +114,6 @@ def _order(origin: Origin, path: str) -> Tensor | None:
 
 def _alpha_missing(file: Path) -> bool:
     return ALPHA not in read_header(file).metadata
-
-
-def _tied(planned: Plan, model: nn.Module) -> list[str]:
-    """The adapted layers among an embedding and an output head that hold one and the same weight."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return []
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
-
-
-def _run(job: Job, model: Path, adapter: Path, *, exact: bool) -> LlamaCppWithAdapter:
-    assert job.base is not None
-    return LlamaCppWithAdapter(
-        model,
-        [adapter],
-        exact=exact,
-        context=max(row["input_ids"].shape[1] for row in job.probes.rows) + 8,
-        vocabulary=vocabulary_of(job.model),
-        tools="tools" in (job.base.chat_template or ""),
-    )
 
 
 FORMAT = GGUFLoRA()

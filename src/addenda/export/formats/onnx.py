@@ -29,6 +29,7 @@ from addenda.export.onnx.folding import folded
 from addenda.export.onnx.graph import own_name
 from addenda.export.onnx.reading import findings, tensors_of
 from addenda.export.onnx.rounding import to_half, to_int8
+from addenda.export.onnx.usage import usage
 from addenda.export.onnx.writing import FILE, decoder_graph, graph_of, save
 from addenda.export.runtime import Runtime
 from addenda.export.runtimes.onnxruntime import AdapterFile, ONNXRuntime, Session, SwitchedRuntime
@@ -98,6 +99,9 @@ class ONNX(Format):
             return [*findings(folder / FILE, meant_by(job.handle)), *of_adapter]
         with folded(job.handle):
             return findings(folder / FILE, tensors_of(job.model))
+
+    def usage(self, job: Job) -> str:
+        return usage(job, adapter=job.handle.name if job.type == SWITCHABLE else "")
 
 
 def _against_cache(planned: Plan) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
+import numpy as np
 from torch import Tensor
 
 from addenda.bases.gguf_header import read_header
@@ -24,9 +25,10 @@ from addenda.errors import CheckpointError, ExportError
 from addenda.export.gguf.copying import read_tensor, unpack
 from addenda.export.gguf.origin import Origin
 
-__all__ = ["ALPHA", "EMBEDDING", "Factors", "factors_of", "read_adapter", "write_adapter"]
+__all__ = ["ALPHA", "BASE_NAME", "EMBEDDING", "Factors", "factors_of", "read_adapter", "write_adapter"]
 
 ALPHA = "adapter.lora.alpha"
+BASE_NAME = "general.base_model.0.name"
 EMBEDDING = "token_embd.weight"
 
 
@@ -42,8 +44,8 @@ class Factors:
 
     @property
     def alpha(self) -> float:
-        """The scaling times the rank."""
-        return self.scaling * len(self.A)
+        """The scaling times the rank, as a file holds it."""
+        return float(np.float32(self.scaling * len(self.A)))
 
     def delta(self) -> Tensor:
         """Return scaling B A, (d_out, d_in)."""
@@ -73,14 +75,14 @@ def factors_of(handle: Handle) -> dict[str, Factors]:
     return found
 
 
-def write_adapter(handle: Handle, origin: Origin, target: Path, *, name: str = "") -> None:
+def write_adapter(handle: Handle, origin: Origin, target: Path, *, base_name: str = "") -> None:
     """Write an adapter for the base that ``origin`` is.
 
     Args:
         handle: of a method whose change has low rank.
         origin: the base's GGUF file.
         target: the new file.
-        name: what the file calls itself.
+        base_name: what the base can be loaded by.
 
     Raises:
         ExportError: a layer has no tensor there, or no such change.
@@ -92,8 +94,9 @@ def write_adapter(handle: Handle, origin: Origin, target: Path, *, name: str = "
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32(ALPHA, alpha)
-        if name:
-            writer.add_name(name)
+        if base_name:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, base_name)
         for path, each in factors.items():
             way = origin.way(path)
             # One alpha for the file: what a layer's differs by goes into its B.

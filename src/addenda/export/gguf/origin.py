@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
 from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
-from addenda.bases.gguf_origin import gguf_of
+from addenda.bases.gguf_origin import from_gguf, gguf_of
 from addenda.bases.gguf_ways import Way, ways_of
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
+from addenda.core.layers import layer_at
+from addenda.core.planning import Plan
+from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
 from addenda.export.gguf.copying import Changes, pack
+from addenda.export.gguf.made import made_gguf, ways_by_layout, why_not_made
 
-__all__ = ["Exact", "Origin", "dense", "origin_of", "why_no_origin"]
+__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "tied_ends", "why_no_origin"]
 
 
 @dataclass(frozen=True)
@@ -64,25 +67,40 @@ def why_no_origin(base: LoadedBase | None) -> str:
         return "a module that was not loaded as a base has no GGUF form"
     if base.kind != "causal-lm":
         return f"'{base.name}' is no causal language model, and llama.cpp is asked for those only"
-    return ""
+    return "" if from_gguf(base) else why_not_made(base)
 
 
-def origin_of(base: LoadedBase | None) -> Origin:
-    """Return the GGUF file that a base was made from.
+def tied_ends(planned: Plan, model: nn.Module) -> list[str]:
+    """Return the adapted layers among an embedding and an output head that hold one and the same weight."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return []
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
+
+
+def file_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path:
+    """Return the GGUF file that a base was loaded from, or the one that is made of it.
 
     Raises:
-        ExportError: it was made from none.
+        ExportError: llama.cpp runs no such model.
+        NotFoundError: the file that it was loaded from is gone.
+    """
+    return gguf_of(base, on_progress=on_progress) or made_gguf(base, on_progress=on_progress)
+
+
+def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None) -> Origin:
+    """Return the GGUF file that a base was made from; of one that came without, the file that is made of it.
+
+    Raises:
+        ExportError: llama.cpp runs no such model.
     """
     if base is None or (problem := why_no_origin(base)):
         raise ExportError(
             problem if base else why_no_origin(base), hint="take another format: see addenda export --help"
         )
-    path = gguf_of(base)
-    if path is None:
-        raise ExportError(
-            f"'{base.name}' was not loaded from a GGUF file",
-            hint="load the base from its GGUF file: --base FILE.gguf",
-        )
+    path = file_of(base, on_progress=on_progress)
+    if not from_gguf(base):
+        return Origin(path, read_header(path), ways_by_layout(base))
     config = base.model.config
     return _origin(path, json.dumps(config.to_dict(), sort_keys=True, default=str), _Held(config))
 
@@ -127,5 +145,5 @@ class Exact(Changes):
         parameter = self._origin.parameters.get(tensor.name)
         if parameter is None:
             return None
-        weight = dense(self._model, parameter).to(torch.float32)
+        weight = dense(self._model, parameter).float()
         return pack(self._origin.ways[parameter].back(weight), "F32", tensor.name)

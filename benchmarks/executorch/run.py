@@ -1,7 +1,7 @@
 """What do an encoder and an image classifier with LoRA weigh, take and need in ExecuTorch, beside PyTorch, on one core?
 
     make test-edge test-models                                   # brings the programs and the models
-    .venv/bin/python benchmarks/edge/run.py
+    .venv/bin/python benchmarks/executorch/run.py
 
 Each contestant is measured in turns, in a process of its own that is held to one core. Programs are kept between
 runs in ``--programs``: writing one takes a minute.

@@ -1,0 +1,72 @@
+"""``addenda bundle``: exports, their proof and a self-test in one folder."""
+
+from __future__ import annotations
+
+import click
+
+from addenda.cli.console import Console
+from addenda.cli.display import Display
+from addenda.cli.verb import verb
+
+__all__ = ["command"]
+
+
+@verb(
+    "bundle",
+    examples=[
+        "addenda bundle runs/support --to gguf-lora --with-base --out bundles/support",
+        "addenda bundle runs/support --to gguf:base+q8_0 --to peft --out bundles/support",
+    ],
+)
+@click.argument("adapter")
+@click.option(
+    "--to",
+    "forms",
+    metavar="FORMAT[:TYPE]",
+    multiple=True,
+    required=True,
+    help="An export; may be given often.",
+)
+@click.option("--out", metavar="FOLDER", required=True, help="The new folder.")
+@click.option("--base", metavar="MODEL", help="The model. [default: the adapter's]")
+@click.option("--with-base", is_flag=True, help="Copy the base's GGUF file too.")
+@click.option(
+    "--allow-drift", is_flag=True, help="Write it although it has lost something or could not be proven."
+)
+def command(
+    console: Console,
+    adapter: str,
+    forms: tuple[str, ...],
+    out: str,
+    base: str | None,
+    *,
+    with_base: bool,
+    allow_drift: bool,
+) -> None:
+    """Put exports of ADAPTER into one folder that can be checked wherever it is used.
+
+    Beside them lie the tokenizer, the chat template, where the adapter came from, what the gate measured, and a
+    self-test: 'addenda verify FOLDER' runs it, and so does the script in it, with nothing but llama.cpp.
+    """
+    wanted = [(name, kind or None) for name, _, kind in (form.partition(":") for form in forms)]
+    with Display(console) as display:
+        from addenda.export.bundle import write_bundle
+        from addenda.recipe import load_adapted
+
+        loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
+        if not getattr(loaded.model, "is_quantized", False):
+            loaded.model.float()
+        found = write_bundle(
+            loaded,
+            handle,
+            wanted,
+            out,
+            with_base=with_base,
+            allow_drift=allow_drift,
+            provenance=provenance,
+            on_progress=display,
+        )
+    document = {"folder": out, "exports": {name: parity.document() for name, parity in found.items()}}
+    console.result(
+        document, "\n".join([f"wrote {out}", *(f"{name}: {each}" for name, each in found.items())])
+    )

@@ -1,0 +1,75 @@
+"""A model file that llama.cpp and Ollama load, with the adapter folded into the weights."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from addenda.bases import LoadedBase
+from addenda.core.packed_layers import packed_numel
+from addenda.core.planning import Plan
+from addenda.export.format import Format
+from addenda.export.gguf.merging import AS_BASE, TYPES, audit_merged, write_merged_gguf
+from addenda.export.gguf.origin import origin_of, tied_ends, why_no_origin
+from addenda.export.job import Job
+from addenda.export.ollama import modelfile
+from addenda.export.runtime import Runtime
+from addenda.export.runtimes.llama_cpp import require_llama_cpp, run_in_llama_cpp
+
+__all__ = ["FILE", "FORMAT", "GGUF"]
+
+FILE = "model.gguf"
+
+_USAGE = """```sh
+llama-server -m {file}
+ollama create {name} -f Modelfile
+```"""
+
+
+class GGUF(Format):
+    """One file with weights, tokenizer and template."""
+
+    types: ClassVar[tuple[str, ...]] = TYPES
+    extra = "llamacpp"
+    library = "gguf"
+
+    def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
+        found = [problem] if (problem := why_no_origin(base)) else []
+        if not planned.method.mergeable:
+            found.append(f"method '{planned.method.name}' cannot be merged")
+        if tied := tied_ends(planned, model):
+            found.append(f"'{tied[0]}' shares its weight, and merging would change both")
+        return found
+
+    def space(self, job: Job) -> int:
+        """The file, and for the gate one in float32."""
+        return 8 * (sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)) + 2**26
+
+    def write(self, job: Job, folder: Path) -> None:
+        write_merged_gguf(job, origin_of(job.base), folder / FILE, job.type or AS_BASE)
+        if job.base:
+            (folder / "Modelfile").write_text(modelfile(job.base, FILE), encoding="utf-8")
+
+    def drifts(self, job: Job) -> bool:
+        return True  # llama.cpp's usual settings round, whatever the file holds
+
+    def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
+        require_llama_cpp()
+        if not exact:
+            return run_in_llama_cpp(job, folder / FILE, exact=False)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as place:
+            twin = Path(place) / FILE
+            write_merged_gguf(job, origin_of(job.base), twin, "f32")
+            return run_in_llama_cpp(job, twin, exact=True)  # mapped: the file may go while it is open
+
+    def audit(self, job: Job, folder: Path) -> list[str]:
+        return audit_merged(job, origin_of(job.base), folder / FILE, job.type or AS_BASE)
+
+    def usage(self, job: Job) -> str:
+        return _USAGE.format(file=FILE, name=job.handle.name)
+
+
+FORMAT = GGUF()
