@@ -93,7 +93,8 @@ def child(model: str, form: str, programs: Path, calls: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     ids = torch.randint(1000, 30000, (1, 128))
-    values = [ids, torch.ones_like(ids)] if model == "minilm" else [torch.randn(1, 3, 224, 224)]
+    text = {"input_ids": ids, "token_type_ids": ids * 0, "attention_mask": ids * 0 + 1}
+    row = text if model == "minilm" else {"inputs": torch.randn(1, 3, 224, 224)}
     path = programs / f"{model}-{form}" / "model.pte"
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
     if form == "pytorch":
@@ -101,11 +102,11 @@ def child(model: str, form: str, programs: Path, calls: int) -> None:
         handle.merge()
         module = getattr(base, "model", base).eval()
         size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-        run = lambda: module(*values)  # noqa: E731
+        run = lambda: module(**row)  # noqa: E731
     else:
         program = Runtime.get().load_program(path)
         forward, size = program.load_method("forward"), path.stat().st_size
-        run = lambda: forward.execute(values)  # noqa: E731
+        run = lambda: forward.execute(list(row.values()))  # noqa: E731
     loaded = time.perf_counter() - began
     seconds = []
     with torch.no_grad():
