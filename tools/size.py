@@ -29,7 +29,7 @@ BUDGETS = {
     "train": 5400,  # checkpoints, locks, guards, memory, processes, forecasts, several runs at once, beside the loop
     "evals": 2600,  # half of it is the report: its charts, its sections, its text
     "export": 14000,  # a file for each method that PEFT has too, for each format and each program; the gate
-    "cli": 2200,  # a verb a file
+    "cli": 2500,  # a verb a file
     "sweeps": 1100,  # what to try, the search, the trials and their standing, going on with one
     "recipe": 2100,  # a run, and several on one base; what going on with one refuses
     "": 1250,  # the files beside the rooms: errors, folders, intervals, settings, TOML

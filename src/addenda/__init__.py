@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         TrainingError,
         UnsafeError,
     )
+    from addenda.export.run import export_adapter
     from addenda.methods.bitfit import BitFit
     from addenda.methods.bottleneck import Bottleneck
     from addenda.methods.ia3 import IA3
@@ -100,6 +101,7 @@ __all__ = [
     "average",
     "combine",
     "detach",
+    "export_adapter",
     "handles",
     "lean",
     "load",
@@ -140,6 +142,7 @@ _ROOMS = {
         "save",
         "save_all",
     ),
+    "addenda.export.run": ("export_adapter",),
     "addenda.methods.bitfit": ("BitFit",),
     "addenda.methods.bottleneck": ("Bottleneck",),
     "addenda.methods.ia3": ("IA3",),

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from addenda.bases import LoadedBase
 from addenda.bases.cache import sha256_of
-from addenda.bases.gguf_origin import gguf_of
+from addenda.bases.gguf_origin import from_gguf
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError
 from addenda.export.folder import new_folder, sums_of
+from addenda.export.gguf.origin import file_of, why_no_origin
 from addenda.export.parity import Parity
 from addenda.export.probes import Probes, answer, probes_of
 from addenda.export.run import export_adapter
@@ -73,7 +74,7 @@ def write_bundle(
         handle: the adapter.
         forms: names of formats, each with one of its types or None.
         folder: must not exist, or be empty.
-        with_base: also copy the base's GGUF file, so that a GGUF adapter is complete.
+        with_base: also copy the base's GGUF file, made where it came without, so that a GGUF adapter is complete.
         allow_drift: as for `export_adapter`.
         provenance: what the adapter's manifest says of its training.
         on_progress: told of the steps.
@@ -82,13 +83,16 @@ def write_bundle(
         What the gate found, by the name of each export.
 
     Raises:
-        ConfigError: no format, or one twice, or a base without a GGUF file that should be copied.
+        ConfigError: no format, or one twice, or a base that has no GGUF form to copy.
         ExportError: one of them cannot carry the adapter, or does not answer like it; nothing is then written.
     """
     names = _named(forms)
-    origin = gguf_of(base) if base.kind == "causal-lm" else None
-    if with_base and origin is None:
-        raise ConfigError(f"'{base.name}' has no GGUF file to copy", hint="leave out --with-base")
+    problem = why_no_origin(base)
+    if with_base and problem:
+        raise ConfigError(f"there is no GGUF file to copy: {problem}", hint="leave out --with-base")
+    # Made only for who asks for it: it takes as much room as the base.
+    asked = with_base or from_gguf(base) or any(form.startswith("gguf") for form, _ in forms)
+    origin = file_of(base, on_progress=on_progress) if asked and not problem else None
     found: dict[str, Parity] = {}
     with new_folder(folder) as work:
         for name, (form, kind) in names.items():

@@ -199,7 +199,7 @@ def compare(
         runtime=runtime.name,
         positions=positions,
         largest_difference=_largest(each.difference for each in sums),
-        limit=EXACT_LIMIT if scores else FEATURE_LIMIT * scale,
+        limit=runtime.slack * (EXACT_LIMIT if scores else FEATURE_LIMIT * scale),
         kl=_ratio([s.kl for s in sums], [s.positions for s in sums]) if scores else None,
         top1_agreement=sum(each.same for each in sums) / positions if scores else None,
         effect_cosine=_ratio([s.along for s in sums], [math.sqrt(s.meant * s.kept) for s in sums]),

@@ -64,6 +64,19 @@ def export_adapter(
         ExportError: it cannot carry the adapter, or does not answer like it.
         BusyError: the folder exists and is not empty.
         DiskFullError: there is no room.
+
+    Example:
+        >>> import tempfile
+        >>> import addenda
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        >>> handle = addenda.attach(model, addenda.LoRA(rank=2))
+        >>> for parameter in handle.parameters():
+        ...     _ = nn.init.normal_(parameter)
+        >>> inputs = [{"input": torch.randn(3, 8)} for _ in range(8)]
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     parity = export_adapter(model, handle, "peft", f"{place}/out", inputs=inputs, kind="features")
+        >>> parity.verdict
+        'passed'
     """
     form = format_of(to)
     job = _job(form, to, base, handle, type, inputs, kind, provenance, on_progress)

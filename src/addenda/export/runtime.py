@@ -41,6 +41,8 @@ class Runtime(ABC):
     """None where the runtime takes token ids or tensors only."""
     has_base: ClassVar[bool] = False
     """Whether it can answer without the adapter too."""
+    slack: float = 1.0
+    """How many times as much as usual its answers may differ where the file rounds nothing, for it rounds by itself."""
 
     @abstractmethod
     def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:

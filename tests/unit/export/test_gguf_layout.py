@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
 from addenda.errors import ExportError
 from addenda.export.gguf.architectures import ARCHITECTURES
 from addenda.export.gguf.layout import layout_of
-from tests.unit.export.tiny_causal import FAMILIES, tiny_config, tiny_model
+
+spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
+assert spec is not None
+assert spec.loader is not None
+tiny_causal = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_causal)
+tiny_config, tiny_model, FAMILIES = tiny_causal.tiny_config, tiny_causal.tiny_model, tiny_causal.FAMILIES
 
 
 def test_every_family_with_a_record_is_tried():

@@ -251,6 +251,16 @@ def test_what_it_cannot_carry_is_said_beforehand() -> None:
         addenda.export.format.require_formats(["mlx"], planned, model)
 
 
+def test_a_module_that_was_not_loaded_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    handle = addenda.attach(model, addenda.LoRA(rank=1), ["0"])
+    with pytest.raises(ExportError, match="no causal language model"):
+        export_adapter(
+            model, handle, "mlx", tmp_path / "out", inputs=[{"input": torch.randn(1, 4)}], kind="features"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_positions_of_several_kinds_of_layers() -> None:
     told = with_rope(
         {

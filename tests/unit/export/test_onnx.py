@@ -21,7 +21,7 @@ from addenda.errors import ExportError
 from addenda.export.format import format_of
 from addenda.export.job import Job
 from addenda.export.onnx.writing import save
-from addenda.export.probes import Probes
+from addenda.export.probes import Probes, answer
 from addenda.export.run import export_adapter
 
 pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
@@ -238,6 +238,25 @@ def test_a_truncated_file_is_found(written: tuple[Job, Path], tmp_path: Path) ->
     (tmp_path / "model.onnx").write_bytes(content[:-4000])
     [found] = format_of("onnx").audit(written[0], tmp_path)
     assert found.startswith("'model.onnx' cannot be read")
+
+
+def test_weights_too_many_for_one_file_lie_beside_it(
+    written: tuple[Job, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addenda.export.onnx import writing
+
+    monkeypatch.setattr(writing, "_ONE_FILE", 1024)
+    job, form = written[0], format_of("onnx")
+    form.write(job, tmp_path)
+    data = tmp_path / "model.onnx.data"
+    assert data.stat().st_size >= 4 * sum(parameter.numel() for parameter in job.handle.parameters())
+    assert form.audit(job, tmp_path) == []
+    with form.open(job, tmp_path, exact=True) as runtime:
+        row = job.probes.rows[0]
+        assert torch.allclose(runtime.answer(row, "classes"), answer(job.model, row, "classes"), atol=1e-5)
+    data.write_bytes(data.read_bytes()[:-8000])
+    [found] = form.audit(job, tmp_path)
+    assert "cannot be read" in found
 
 
 def test_a_scale_that_was_changed_is_found(written: tuple[Job, Path], tmp_path: Path) -> None:

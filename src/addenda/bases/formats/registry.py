@@ -84,7 +84,7 @@ class WeightFormat:
 
         Example:
             >>> entry = get("Q8_0")
-            >>> float(entry.dequantize(entry.quantize(torch.full((1, 32), 0.5)), 32)[0, 0])
+            >>> round(float(entry.dequantize(entry.quantize(torch.full((1, 32), 0.5)), 32)[0, 0]), 3)
             0.5
         """
         rows, d_in = weight.shape

@@ -68,7 +68,7 @@ class MLX(Format):
 
     def space(self, job: Job) -> int:
         numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
-        tied = vocabulary_of(job.model) * 4096
+        tied = vocabulary_of(_loaded(job).model) * 4096
         return (6 if self.drifts(job) else 4) * (numbers + tied) + 2**24
 
     def write(self, job: Job, folder: Path) -> None:

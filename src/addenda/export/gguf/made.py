@@ -71,10 +71,10 @@ def ways_by_layout(base: LoadedBase) -> Mapping[str, Way]:
 
 
 def _way(layout: Layout, name: str, shape: torch.Size) -> Way | None:
-    """Learnt by sending row numbers."""
+    """Learnt by sending row numbers; stacked experts and transposed matrices have none."""
     rows = torch.arange(shape[0], dtype=torch.float32)
-    sent = layout.tensors(name, rows if len(shape) == 1 else rows.view(-1, *[1] * (len(shape) - 1)))
-    if len(sent) != 1:
+    sent = layout.tensors(name, rows if len(shape) == 1 else rows[:, None]) if len(shape) < 3 else {}
+    if not sent:
         return None
     ((tensor, came),) = sent.items()
     if len(came) != len(rows):

@@ -23,7 +23,7 @@ from addenda.errors import ExportError
 from addenda.export.gguf.copying import Changes, pack
 from addenda.export.gguf.made import made_gguf, ways_by_layout, why_not_made
 
-__all__ = ["Exact", "Origin", "dense", "origin_of", "tied_ends", "why_no_origin"]
+__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "tied_ends", "why_no_origin"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,16 @@ def tied_ends(planned: Plan, model: nn.Module) -> list[str]:
     return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
 
 
+def file_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path:
+    """Return the GGUF file that a base was loaded from, or the one that is made of it.
+
+    Raises:
+        ExportError: llama.cpp runs no such model.
+        NotFoundError: the file that it was loaded from is gone.
+    """
+    return gguf_of(base, on_progress=on_progress) or made_gguf(base, on_progress=on_progress)
+
+
 def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None) -> Origin:
     """Return the GGUF file that a base was made from; of one that came without, the file that is made of it.
 
@@ -88,9 +98,8 @@ def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None)
         raise ExportError(
             problem if base else why_no_origin(base), hint="take another format: see addenda export --help"
         )
-    path = gguf_of(base)
-    if path is None:
-        path = made_gguf(base, on_progress=on_progress)
+    path = file_of(base, on_progress=on_progress)
+    if not from_gguf(base):
         return Origin(path, read_header(path), ways_by_layout(base))
     config = base.model.config
     return _origin(path, json.dumps(config.to_dict(), sort_keys=True, default=str), _Held(config))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["findings", "tensors_of"]
 
-_CARRIERS = {"Cast", "DequantizeLinear", "Identity", "Transpose"}
+_CARRIERS = {"Cast", "Identity", "Transpose"}
 """Operators that hand a weight on as what it is."""
 
 
@@ -92,10 +92,17 @@ def _other_places(graph: ir.Graph, tensors: Mapping[str, Tensor]) -> Iterator[st
 def _source(value: ir.Value | None) -> str:
     """Return the name of the initializer that a value is, as it is or in another form; empty where it is none."""
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type not in _CARRIERS:
+        if node.op_type not in _CARRIERS and not _scales_back(node):
             return ""
         value = node.inputs[0]
     return value.name or "" if value is not None and value.is_initializer() else ""
+
+
+def _scales_back(node: ir.Node) -> bool:
+    """Whether a node multiplies whole numbers by their scales."""
+    first = node.inputs[0]
+    before = None if first is None else first.producer()
+    return node.op_type == "Mul" and before is not None and before.op_type == "Cast"
 
 
 def _layer(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights of a graph rounded on purpose: to half precision, or to whole numbers of 7 bits with a scale a channel.
+"""Weights of a graph rounded on purpose: to half precision, or to whole numbers with a scale for each channel.
 
 The operators are those that ONNX Runtime's own dynamic quantization makes, so that it fuses them as it does those;
 they are made here so that each weight keeps its name and its layer, and no second copy of the model is needed.
@@ -24,9 +24,9 @@ SCALE = ".scale"
 """What is added to a weight's name for its scales, one for each output channel."""
 _LEAST = 1024
 """Numbers in the smallest weight that is rounded."""
-_RANGE = 63
-"""Largest whole number: processors without instructions for the purpose add two products of 8 bits by 8 bits in 16,
-and would clip sums of larger ones without a word."""
+_LARGEST, _LARGEST_FACTOR = 127, 63
+"""Largest whole number, and largest in a product: processors without instructions for the purpose add two products of
+8 bits by 8 bits in 16, and would clip sums of larger ones without a word."""
 
 
 def to_half(graph: ir.Graph, names: Sequence[str]) -> None:
@@ -45,12 +45,14 @@ def to_int8(graph: ir.Graph, names: Sequence[str]) -> None:
     """Store matrices and kernels as int8 with a scale for each output channel.
 
     Products of matrices are computed in whole numbers, their inputs rounded to 8 bits each time they run; looked-up
-    rows and the kernels of convolutions are scaled back before they are used.
+    rows are scaled back as they are read, and the kernels of convolutions once, as the file is loaded.
     """
     for value in _large(graph, names):
         uses = list(value.uses())
         if all(_rounder(node, index) for node, index in uses):
-            weight, scale = _whole(graph, value, transposed=uses[0][0].op_type == "Gemm")
+            kinds = {node.op_type for node, _ in uses}
+            largest = _LARGEST if kinds <= {"Conv", "Gather"} else _LARGEST_FACTOR
+            weight, scale = _whole(graph, value, largest, transposed="Gemm" in kinds)
             for node, index in uses:
                 rounder = _rounder(node, index)
                 assert rounder is not None
@@ -69,12 +71,12 @@ def _half(kept: ir.TensorProtocol) -> np.ndarray:
     return kept.numpy().astype(np.float16)
 
 
-def _whole(graph: ir.Graph, value: ir.Value, *, transposed: bool) -> tuple[ir.Value, ir.Value]:
+def _whole(graph: ir.Graph, value: ir.Value, most: int, *, transposed: bool) -> tuple[ir.Value, ir.Value]:
     """Replace a weight by whole numbers and scales; transposed if it is wanted so and is not yet."""
     kept, name = value.const_value, value.name
     assert kept is not None
     columns = name.endswith(TRANSPOSED)
-    scales = _scales(kept.numpy(), columns=columns)
+    scales = _scales(kept.numpy(), most, columns=columns)
     turn = transposed and not columns
     made = _initializer(
         graph,
@@ -89,9 +91,9 @@ def _whole(graph: ir.Graph, value: ir.Value, *, transposed: bool) -> tuple[ir.Va
     return made, _initializer(graph, f"{made.name}{SCALE}", scales, np.float32, lambda: scales)
 
 
-def _scales(weight: np.ndarray, *, columns: bool) -> np.ndarray:
+def _scales(weight: np.ndarray, most: int, *, columns: bool) -> np.ndarray:
     largest = np.abs(weight).reshape(len(weight), -1).max(0 if columns else 1)
-    return np.maximum(largest / _RANGE, np.finfo(np.float32).tiny).astype(np.float32)
+    return np.maximum(largest / most, np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def _rounded(kept: ir.TensorProtocol, scales: np.ndarray, *, columns: bool, turn: bool) -> np.ndarray:
@@ -178,7 +180,12 @@ def _lookup(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -
 
 
 def _kernel(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
-    node.replace_input_with(1, _node(graph, node, "DequantizeLinear", [weight, scale], {"axis": 0}))
+    """Let the kernel be scaled back by operators that ONNX Runtime folds as it loads the file."""
+    real = _node(graph, node, "Cast", [weight], {"to": int(require("onnx_ir").DataType.FLOAT)})
+    sizes = np.array([-1, *(1,) * (len(weight.shape) - 1)])
+    shape = _initializer(graph, f"{node.name}.sizes", sizes, np.int64, lambda: sizes)
+    steps = _node(graph, node, "Reshape", [scale, shape])
+    node.replace_input_with(1, _node(graph, node, "Mul", [real, steps]))
 
 
 def _node(

@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> None:
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = given["threads"]
     params.lora_adapters = [llama.CommonAdapterLoraInfo(path, 1.0) for path in given["adapters"]]
+    params.swa_full = True  # else an answer after a longer text misses what slid out of the window
+    params.cache_ram_mib = 0  # it would give back what another slot computed with another adapter
     if given["exact"]:
         # Both are needed: with flash attention the type of the cache has no effect, and without it f16 would round.
         params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
