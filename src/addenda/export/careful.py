@@ -40,9 +40,10 @@ __all__ = [
 
 _DAMPING = 0.01
 """Share of the mean square of an input that is added to each, so that inputs never seen leave the rest alone."""
-_NARROWER = (0.75, 1.5, 2.25, 3.0)
-"""By how many steps the range of a block's codes is made narrower than the writer makes it; all are tried. The writer's
-own range is left out: where the base came from a file of that format, it rounds each weight to the code that it had."""
+_NARROWER = (-0.4, 0.4, 1.1, 2.0, 3.0)
+"""By how many steps the range of a block's codes is made narrower than the writer makes it, or wider; all are tried.
+The writer's own range is left out: where the base came from a file of that format, it gives each weight the code that
+it had, and what the adapter changed of it is gone."""
 
 
 @dataclass(frozen=True)
