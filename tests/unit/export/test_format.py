@@ -29,7 +29,8 @@ def base() -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return SimpleNamespace(model=transformers.LlamaForCausalLM(config).eval())
+    model = transformers.LlamaForCausalLM(config).eval()
+    return SimpleNamespace(model=model, name="tiny", kind="encoder", weights="dense")
 
 
 @pytest.mark.parametrize("name", format_names())
