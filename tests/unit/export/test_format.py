@@ -29,7 +29,8 @@ def base() -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return SimpleNamespace(model=transformers.LlamaForCausalLM(config).eval())
+    model = transformers.LlamaForCausalLM(config).eval()
+    return SimpleNamespace(model=model, name="tiny", kind="encoder", weights="dense")
 
 
 @pytest.mark.parametrize("name", format_names())
@@ -65,7 +66,7 @@ def test_what_a_format_cannot_carry_is_said_with_the_formats_that_can(base: Any)
     assert "method 'prefix-tuning' cannot be merged" in str(caught.value)
     with pytest.raises(ConfigError, match="cannot be exported as peft, merged") as caught:
         require_formats(
-            ["peft", "merged"], addenda.plan(base.model, registry.get("bottleneck")()), base.model, base
+            ["peft", "merged"], addenda.plan(base.model, registry.get("reft")()), base.model, base
         )
     assert "native" in caught.value.hint
 
@@ -78,7 +79,7 @@ def test_layers_without_a_form_are_named(base: Any) -> None:
     assert "no form for 1 of the layers, first 'model.embed_tokens'" in problem
     with pytest.raises(ConfigError) as caught:
         require_formats(["peft"], planned, base.model, base)
-    assert caught.value.hint.startswith("merged can")
+    assert "merged" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -13,6 +13,7 @@ import addenda
 from addenda.bases.stepwise import cache_shapes
 from addenda.errors import BaseModelError
 from addenda.export.onnx.writing import FILE, decoder_graph, save
+from addenda.export.run import export_adapter
 
 pytest.importorskip("onnx_ir", reason="the extra 'onnx' is not installed")
 from addenda.export.runtimes.onnxruntime import Decoder, Session
@@ -70,6 +71,21 @@ def test_windows_of_attention_and_tied_heads(tmp_path: Path) -> None:
             parameter.normal_(std=0.2)
     save(decoder_graph(model), tmp_path)
     assert_pieces_answer_as_the_whole(model, Session(tmp_path / FILE))
+
+
+@pytest.mark.slow
+def test_a_decoder_in_whole_numbers_keeps_what_was_trained(tmp_path: Path) -> None:
+    model = llama()
+    handle = addenda.attach(model, addenda.LoRA(rank=2), ["q_proj", "v_proj", "up_proj"], seed=1)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=0.3)
+    rows = [{"input_ids": torch.randint(5, 90, (1, n))} for n in (12, 25)]
+    parity = export_adapter(
+        model, handle, "onnx", tmp_path / "out", type="int8", inputs=rows, kind="next-token"
+    )
+    assert parity.verdict == "passed"
+    assert parity.real.largest_difference > parity.twin.largest_difference
 
 
 def test_padding_in_front_is_not_attended_to(written: tuple[nn.Module, Session]) -> None:

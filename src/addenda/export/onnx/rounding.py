@@ -41,20 +41,26 @@ def to_half(graph: ir.Graph, names: Sequence[str]) -> None:
             node.replace_input_with(index, wide)
 
 
-def to_int8(graph: ir.Graph, names: Sequence[str]) -> None:
+def to_int8(graph: ir.Graph, names: Sequence[str], *, products: bool = True) -> None:
     """Store matrices and kernels as int8 with a scale for each output channel.
 
-    Products of matrices are computed in whole numbers, their inputs rounded to 8 bits each time they run; looked-up
-    rows are scaled back as they are read, and the kernels of convolutions once, as the file is loaded.
+    Looked-up rows are scaled back as they are read, and the kernels of convolutions once, as the file is loaded.
+
+    Args:
+        graph: changed in place.
+        names: of its weights.
+        products: whether products of matrices are computed in whole numbers, their inputs rounded to 8 bits each time
+            they run; else their weights are scaled back as the file is loaded.
     """
+    rounder_of = functools.partial(_rounder, products=products)
     for value in _large(graph, names):
         uses = list(value.uses())
-        if all(_rounder(node, index) for node, index in uses):
+        if all(rounder_of(node, index) for node, index in uses):
             kinds = {node.op_type for node, _ in uses}
-            largest = _LARGEST if kinds <= {"Conv", "Gather"} else _LARGEST_FACTOR
-            weight, scale = _whole(graph, value, largest, transposed="Gemm" in kinds)
+            largest = _LARGEST if kinds <= {"Conv", "Gather"} or not products else _LARGEST_FACTOR
+            weight, scale = _whole(graph, value, largest, transposed="Gemm" in kinds and products)
             for node, index in uses:
-                rounder = _rounder(node, index)
+                rounder = rounder_of(node, index)
                 assert rounder is not None
                 rounder(graph, node, weight, scale)
 
@@ -125,8 +131,10 @@ def _initializer(
 # -------------------------------------------------------------------------------------------------- their operators
 
 
-def _rounder(node: ir.Node, index: int) -> Callable[..., None] | None:
+def _rounder(node: ir.Node, index: int, *, products: bool) -> Callable[..., None] | None:
     """Return what rewrites a node for a weight of whole numbers as its input at ``index``; None where nothing does."""
+    if not products and node.op_type != "Gather":
+        return _scaled_back if node.op_type in {"Conv", "Gemm", "MatMul", "Transpose"} else None
     if node.op_type == "MatMul" and index == 1:
         return _product
     if node.op_type == "Gemm" and index == 1 and _plain(node):
@@ -137,7 +145,7 @@ def _rounder(node: ir.Node, index: int) -> Callable[..., None] | None:
         return _tied
     if node.op_type == "Gather" and index == 0:
         return _lookup
-    return _kernel if node.op_type == "Conv" and index == 1 else None
+    return _scaled_back if node.op_type == "Conv" and index == 1 else None
 
 
 def _plain(node: ir.Node) -> bool:
@@ -179,13 +187,17 @@ def _lookup(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -
     _replace(graph, node, _node(graph, node, "Mul", [rows, steps]))
 
 
-def _kernel(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
-    """Let the kernel be scaled back by operators that ONNX Runtime folds as it loads the file."""
+def _scaled_back(graph: ir.Graph, node: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
+    """Let a weight be scaled back by operators that ONNX Runtime folds as it loads the file."""
+    index = [
+        value is weight or value.name == weight.name for value in node.inputs if value is not None
+    ].index(True)
     real = _node(graph, node, "Cast", [weight], {"to": int(require("onnx_ir").DataType.FLOAT)})
-    sizes = np.array([-1, *(1,) * (len(weight.shape) - 1)])
+    columns = (weight.name or "").endswith(TRANSPOSED)
+    sizes = np.array([-1] if columns else [-1, *(1,) * (len(weight.shape) - 1)])
     shape = _initializer(graph, f"{node.name}.sizes", sizes, np.int64, lambda: sizes)
     steps = _node(graph, node, "Reshape", [scale, shape])
-    node.replace_input_with(1, _node(graph, node, "Mul", [real, steps]))
+    node.replace_input_with(index, _node(graph, node, "Mul", [real, steps]))
 
 
 def _node(
