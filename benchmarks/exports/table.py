@@ -18,8 +18,11 @@ def share(found: dict[str, Any] | None) -> str:
 
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("results") / "gate.jsonl"
-    print("| base | export | MB | exact twin: largest difference | KL of the file | same first choice | change kept, size | "
-          "cosine | verdict |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    heads = (
+        "base", "export", "MB", "exact twin: largest difference", "KL of the file", "same first choice",
+        "change kept, size", "cosine", "verdict",
+    )  # fmt: skip
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for text in path.read_text().splitlines():
         line = json.loads(text)
         name = line["format"] + (f" {line['type']}" if line["type"] else "")

@@ -131,7 +131,11 @@ def _named(forms: Sequence[tuple[str, str | None]]) -> dict[str, tuple[str, str 
 
 def _write_selftest(base: LoadedBase, work: Path) -> None:
     probes = probes_of(base)
-    rows = [_kept(row["input_ids"], answer(base.model, row, probes.kind)) for row in _some(probes)]
+    letter = base.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+    rows = [
+        {**_kept(row["input_ids"], answer(base.model, row, probes.kind)), "letter": letter}
+        for row in _some(probes)
+    ]
     text = json.dumps({"rows": rows}, separators=(",", ":"))
     (work / SELFTEST).write_text(text + "\n", encoding="utf-8")
     shutil.copyfile(_SCRIPT, work / "selftest.py")

@@ -46,7 +46,7 @@ def compare(server: str, rows: list[Any]) -> tuple[float, float]:
     for row in rows:
         for at, kept in enumerate(row["likeliest"], start=1):
             body = {"prompt": row["ids"][:at], "n_predict": 1, "n_probs": 512, "cache_prompt": True,
-                    "logit_bias": [[row["ids"][0], FORCED]], "samplers": ["top_k"], "top_k": 1}  # fmt: skip
+                    "logit_bias": [[row["letter"], FORCED]], "samplers": ["top_k"], "top_k": 1}  # fmt: skip
             listed = ask(server, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
             told = {each["id"]: each["logprob"] for each in listed}
             least = min(told.values())

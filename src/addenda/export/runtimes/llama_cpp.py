@@ -100,6 +100,8 @@ class LlamaCpp(Runtime):
         self._process = _start(settings, self._said)
         self._address = self._await(model)
         self.chat = _Chat(self, tools=tools)
+        # Whole letters only: of a token that is half of one the server tells nothing.
+        self._letter = self.chat.encode("a")[-1]
 
     def _await(self, model: Path) -> str:
         assert self._process.stdout is not None
@@ -161,7 +163,7 @@ class LlamaCpp(Runtime):
             "n_predict": 1,
             "n_probs": told,
             "cache_prompt": True,
-            "logit_bias": [[ids[0], _FORCED]],
+            "logit_bias": [[self._letter, _FORCED]],
             "samplers": ["top_k"],
             "top_k": 1,
         }
