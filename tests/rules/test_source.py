@@ -143,7 +143,7 @@ def test_error_messages_read_as_one_house() -> None:
     for place, call in error_raises():
         text = literal_text(call.args[0]) if call.args else ""
         empty_phrase = re.search(r"please|something went wrong|invalid input", text, re.IGNORECASE)
-        shouted = re.match(r"[A-Z][a-z]", text) and text.split()[0] not in {"Python", "PyTorch"}
+        shouted = re.match(r"[A-Z][a-z]", text) and text.split()[0] not in {"ExecuTorch", "Python", "PyTorch"}
         if text and (empty_phrase or shouted or text.endswith(".")):
             bad.append(f"{place}: {text[:100]}")
     assert not bad, "\n".join(bad)
