@@ -31,7 +31,7 @@ BUDGETS = {
     "export": 14000,  # a file for each method that PEFT has too, for each format and each program; the gate
     "cli": 2500,  # a verb a file
     "sweeps": 1100,  # what to try, the search, the trials and their standing, going on with one
-    "recipe": 2100,  # a run, and several on one base; what going on with one refuses
+    "recipe": 2300,  # a run, and several on one base; what going on with one refuses
     "": 1250,  # the files beside the rooms: errors, folders, intervals, settings, TOML
     "conformance": 1500,  # properties of methods and the places on which they are tried; tests, in effect
 }

@@ -23,6 +23,7 @@ __all__ = ["command"]
         "addenda export runs/support/adapter --to peft --out exported/support",
         "addenda export runs/support/adapter --to merged --out exported/support-merged --type bfloat16",
         "addenda export runs/support --to gguf-lora --out exported/support-gguf",
+        "addenda export runs/support --to gguf --type careful --calibrate support.jsonl --out exported/small",
     ],
 )
 @click.argument("adapter")
@@ -36,6 +37,7 @@ __all__ = ["command"]
 @click.option("--out", metavar="FOLDER", required=True, help="The new folder.")
 @click.option("--base", metavar="MODEL", help="The model. [default: the adapter's]")
 @click.option("--type", "kind", metavar="TYPE", help="Of the written numbers, as the format names them.")
+@click.option("--calibrate", metavar="DATA", help="Rows of the task, for types that round with care.")
 @click.option(
     "--allow-drift", is_flag=True, help="Write it although it has lost something or could not be proven."
 )
@@ -46,6 +48,7 @@ def command(  # noqa: PLR0917  (click hands every option over)
     out: str,
     base: str | None,
     kind: str | None,
+    calibrate: str | None,
     *,
     allow_drift: bool,
 ) -> None:
@@ -55,7 +58,9 @@ def command(  # noqa: PLR0917  (click hands every option over)
     appears. Set train.export_to before training, and what the form cannot carry is said then.
     """
     with Display(console) as display:
-        parity = _export(adapter, form, out, base, kind, allow_drift=allow_drift, display=display)
+        parity = _export(
+            adapter, form, out, base, kind, calibrate=calibrate, allow_drift=allow_drift, display=display
+        )
     document = {"adapter": adapter, "to": form, "folder": out, "parity": parity.document()}
     console.result(document, f"wrote {out}\n{parity}")
 
@@ -67,11 +72,13 @@ def _export(
     base: str | None,
     kind: str | None,
     *,
+    calibrate: str | None,
     allow_drift: bool,
     display: Display,
 ) -> Parity:
     from addenda.export.run import export_adapter
     from addenda.recipe import load_adapted
+    from addenda.recipe.calibrating import calibration_rows
 
     loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
     # In float32 the proof sees the export's own error, not that of the arithmetic; codes cannot be widened.
@@ -83,6 +90,7 @@ def _export(
         form,
         out,
         type=kind,
+        calibration=calibration_rows(calibrate, loaded, display) if calibrate else (),
         allow_drift=allow_drift,
         provenance=provenance,
         on_progress=display,

@@ -11,7 +11,7 @@ from torch import nn
 from addenda.bases import LoadedBase
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress, Progress
-from addenda.export.probes import Probes
+from addenda.export.probes import Probes, Row
 
 __all__ = ["Job"]
 
@@ -32,6 +32,10 @@ class Job:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """What the adapter's manifest says of its training."""
     on_progress: OnProgress | None = None
+    calibration: tuple[Row, ...] = ()
+    """Rows of the task, for types that round with care; never those of `probes`."""
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What a format has worked out once, for writing and for reading back."""
 
     @property
     def title(self) -> str:

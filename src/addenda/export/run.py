@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def export_adapter(
     type: str | None = None,
     inputs: Sequence[Row] = (),
     kind: Kind | None = None,
+    calibration: Sequence[Row] = (),
     allow_drift: bool = False,
     provenance: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
@@ -55,6 +57,7 @@ def export_adapter(
         type: one of the format's types; None for its usual one.
         inputs: keyword arguments of forwards that it is proven on, batch first; a base that was loaded has its own.
         kind: what the model gives for them; ``next-token`` or ``features`` where the base was loaded, else required.
+        calibration: rows of the task, for types that round with care.
         allow_drift: write it although it drifted, or could not be told apart from the base; recorded.
         provenance: what the adapter's manifest says of its training.
         on_progress: told of the steps.
@@ -80,6 +83,7 @@ def export_adapter(
     """
     form = format_of(to)
     job = _job(form, to, base, handle, type, inputs, kind, provenance, on_progress)
+    job = replace(job, calibration=tuple(calibration))
     _require_finite(handle)
     with new_folder(folder) as work, _evaluating(job.model):
         require_space(work, form.space(job))
@@ -118,7 +122,7 @@ def _job(  # noqa: PLR0917  (what the caller gave, in its order)
             hint="give inputs=[{'x': ...}, ...], as the model is called, and kind='classes' or 'features'",
         )
     job = Job(model, handle, probes, loaded, kind_of_numbers, dict(provenance or {}), on_progress)
-    return job if kind_of_numbers else Job(**{**vars(job), "type": form.default_type(job)})
+    return job if kind_of_numbers else replace(job, type=form.default_type(job))
 
 
 def _require_finite(handle: Handle) -> None:

@@ -17,15 +17,16 @@ from addenda.bases.gguf_pack import DENSE_TYPES
 from addenda.bases.gguf_ways import Way
 from addenda.core.handle import Handle
 from addenda.core.through import merged_rows
-from addenda.errors import AddendaError
+from addenda.errors import AddendaError, ExportError
+from addenda.export.careful import careful_merge
 from addenda.export.gguf.copying import Changes, pack, read_tensor, set_number, unpack, write_like
 from addenda.export.gguf.origin import Origin, dense
 from addenda.export.gguf.told import what_is_wrong
 from addenda.export.job import Job
 
-__all__ = ["AS_BASE", "TYPES", "WIDE", "Merged", "audit_merged", "write_merged_gguf"]
+__all__ = ["AS_BASE", "CAREFUL", "TYPES", "WIDE", "Merged", "audit_merged", "write_merged_gguf"]
 
-AS_BASE, WIDE = "base", "base+q8_0"
+AS_BASE, WIDE, CAREFUL = "base", "base+q8_0", "careful"
 _FILE_TYPES = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q6_k": "MOSTLY_Q6_K",
     "q5_k": "MOSTLY_Q5_K_S", "q5_1": "MOSTLY_Q5_1", "q5_0": "MOSTLY_Q5_0", "q4_k": "MOSTLY_Q4_K_S",
@@ -33,9 +34,10 @@ _FILE_TYPES = {
     "q3_k": "MOSTLY_Q3_K_S", "q2_k": "MOSTLY_Q2_K_S",
 }  # fmt: skip
 """What llama.cpp calls a file whose matrices are of a type."""
-TYPES = (AS_BASE, WIDE, *_FILE_TYPES)
-"""``base``: every tensor as it is in the base's file. ``base+q8_0``: likewise, but the adapted ones in Q8_0. Others:
-all matrices in that type, those whose rows are not whole blocks of it in Q8_0 or F16."""
+TYPES = (AS_BASE, WIDE, CAREFUL, *_FILE_TYPES)
+"""``base``: every tensor as it is in the base's file. ``base+q8_0``: likewise, but the adapted ones in Q8_0.
+``careful``: as in the base's file, the adapted ones rounded so that their outputs on calibration rows change least.
+Others: all matrices in that type, those whose rows are not whole blocks of it in Q8_0 or F16."""
 _FALLBACKS = ("Q8_0", "F16")
 
 
@@ -53,7 +55,7 @@ class Merged(Changes):
         self.adapted = {origin.way(path).tensor: path for path in job.handle.paths}
 
     def type_of(self, tensor: GGUFTensor) -> str:
-        if self._kind == AS_BASE or len(tensor.shape) < 2:
+        if self._kind in {AS_BASE, CAREFUL} or len(tensor.shape) < 2:
             return tensor.type
         if self._kind == WIDE:
             return _fitting("Q8_0", tensor) if tensor.name in self.adapted else tensor.type
@@ -90,13 +92,28 @@ class Merged(Changes):
                 weight, dense(self._job.model, parameter).to(weight.dtype)
             ):
                 return None  # the adapter changes nothing here, and its rounding would
-            return way.back(merged_rows(handle, path, kind))
+            return way.back(self._rounded(path, kind))
         weight, bias = handle.folded(path)
         changed = weight if parameter.endswith(".weight") else bias
         assert changed is not None
         if kind == tensor.type and torch.equal(changed, dense(self._job.model, parameter).to(changed.dtype)):
             return None
         return pack(way.back(changed.float()), kind, tensor.name)
+
+    def _rounded(self, path: str, kind: str) -> Tensor:
+        """The raw rows of a folded layer, in the model's order."""
+        job = self._job
+        if self._kind != CAREFUL or not formats.get(kind).grid or job.handle.through:
+            return merged_rows(job.handle, path, kind)
+        if not job.calibration:
+            raise ExportError(
+                "a careful merge needs rows of the task to round by",
+                hint="name some: --calibrate DATA, such as what it was trained on",
+            )
+        if kind not in job.kept:
+            job.kept[kind] = careful_merge(job.handle, kind, job.calibration, on_progress=job.on_progress)
+        rows: Tensor = job.kept[kind][path].rows
+        return rows
 
 
 def _fitting(kind: str, tensor: GGUFTensor) -> str:
