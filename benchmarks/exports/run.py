@@ -1,6 +1,6 @@
 """Every export of one trained adapter, each through the gate: what it costs, what it keeps, in the program it is for.
 
-    python benchmarks/exports/run.py RUN [--only gguf-lora gguf:q4_0 ...] [--out FILE]
+    python benchmarks/exports/run.py RUN [--calibrate DATA] [--only gguf-lora gguf:q4_0 ...] [--out FILE]
 
 RUN is a run folder or an adapter, such as `addenda train examples/data/support.jsonl` leaves. One JSON line an export.
 """
@@ -16,10 +16,11 @@ from pathlib import Path
 from addenda.errors import AddendaError
 from addenda.export.run import export_adapter
 from addenda.recipe import load_adapted
+from addenda.recipe.calibrating import calibration_rows
 
 FORMS = (
-    "peft", "merged:float32", "merged:bfloat16", "gguf-lora", "gguf:f32", "gguf:base", "gguf:base+q8_0", "gguf:q8_0",
-    "gguf:q4_0", "onnx:float32", "onnx:int8", "mlx:adapter",
+    "peft", "merged:float32", "merged:bfloat16", "gguf-lora", "gguf:f32", "gguf:base", "gguf:careful",
+    "gguf:base+q8_0", "gguf:q8_0", "gguf:q4_0", "onnx:float32", "onnx:int8", "mlx:adapter",
 )  # fmt: skip
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     )
     parser.add_argument("run")
     parser.add_argument("--base")
+    parser.add_argument("--calibrate", help="rows that the type careful rounds by")
     parser.add_argument("--only", nargs="+", default=FORMS)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "gate.jsonl")
     arguments = parser.parse_args()
@@ -37,6 +39,7 @@ def main() -> None:
     )
     if base.weights == "dense":
         base.model.float()
+    rows = calibration_rows(arguments.calibrate, base, lambda event: None) if arguments.calibrate else ()
     for each in arguments.only:
         form, _, kind = each.partition(":")
         with tempfile.TemporaryDirectory() as place:
@@ -44,7 +47,14 @@ def main() -> None:
             line = {"base": base.name, "method": handle.method.name, "format": form, "type": kind}
             try:
                 parity = export_adapter(
-                    base, handle, form, folder, type=kind or None, allow_drift=True, provenance=provenance
+                    base,
+                    handle,
+                    form,
+                    folder,
+                    type=kind or None,
+                    calibration=rows,
+                    allow_drift=True,
+                    provenance=provenance,
                 )
                 sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
                 line |= {"parity": parity.document(), "bytes": sum(sizes)}
