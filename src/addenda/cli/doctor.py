@@ -21,6 +21,10 @@ __all__ = ["Check", "command"]
 GIB = 2**30
 _COLORS = {"ok": "green", "warn": "yellow", "fail": "red"}
 _EXTRAS = {
+    "executorch": ("executorch", "proving exports for ExecuTorch"),
+    "llamacpp": ("xllamacpp", "proving exports in llama.cpp, and rounding to its K and IQ types"),
+    "mlx": ("mlx_lm", "proving exports in mlx-lm"),
+    "onnx": ("onnxruntime", "exports as ONNX graphs, and proving them"),
     "parquet": ("pyarrow", "reading parquet files"),
     "peft": ("peft", "proving exports with PEFT itself"),
     "quantized": ("bitsandbytes", "training on quantized models, and optimizer states in 8 bits"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -10,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from addenda.bases.cache import sha256_of
-from addenda.errors import BusyError
+from addenda.errors import AddendaError, BusyError, DiskFullError, ExportError
 
-__all__ = ["new_folder", "sums_of"]
+__all__ = ["new_folder", "require_room", "sums_of"]
 
 
 @contextlib.contextmanager
@@ -21,14 +22,16 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         BusyError: ``target`` exists and is not empty.
+        DiskFullError: the disk filled up.
+        ExportError: it cannot be written there.
     """
     final = Path(target)
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise BusyError(f"'{final}' exists and is not empty", hint="choose another --out, or remove it first")
-    final.parent.mkdir(parents=True, exist_ok=True)
     work = final.parent / f".{final.name}-{uuid.uuid4().hex[:12]}"
-    work.mkdir()
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
         yield work
         for path in sorted(work.rglob("*")):
             if path.is_file():
@@ -41,8 +44,42 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
             final.rmdir()
         work.rename(final)
         _sync(final.parent)
+    except AddendaError:
+        raise
+    except OSError as error:
+        raise _unwritten(final, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def require_room(folder: Path, need: int) -> None:
+    """Refuse an export for which the disk has no room.
+
+    Raises:
+        DiskFullError: it takes more bytes than there are.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise DiskFullError(
+            f"the export needs {need:,} bytes while it is proven, and the disk has {free:,} free",
+            where={"folder": folder.parent},
+            hint="free some space, or name a folder on a larger disk with --out",
+        )
+
+
+def _unwritten(final: Path, error: OSError) -> Exception:
+    """What a failure of the system means to the user."""
+    if error.errno == errno.ENOSPC:
+        return DiskFullError(
+            "the disk filled up while an export was written",
+            where={"folder": final},
+            hint="free some space, or name a folder on a larger disk with --out; nothing was left behind",
+        )
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+        return ExportError(
+            f"'{final}' cannot be written: {error.strerror}", hint="name a folder of your own with --out"
+        )
+    return error
 
 
 def sums_of(folder: Path) -> dict[str, str]:

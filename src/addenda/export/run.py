@@ -14,12 +14,11 @@ import torch
 from torch import nn
 
 from addenda.bases import LoadedBase
-from addenda.bases.cache import require_space
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError, ExportError, MissingDependencyError
 from addenda.export.card import model_card
-from addenda.export.folder import new_folder, sums_of
+from addenda.export.folder import new_folder, require_room, sums_of
 from addenda.export.format import Format, format_of
 from addenda.export.job import Job
 from addenda.export.parity import Parity, gate
@@ -86,7 +85,7 @@ def export_adapter(
     job = replace(job, calibration=tuple(calibration))
     _require_finite(handle)
     with new_folder(folder) as work, _evaluating(job.model):
-        require_space(work, form.space(job))
+        require_room(work, form.space(job))
         form.write(job, work)
         parity = _proven(form, job, work)
         _require(parity, form, allow_drift=allow_drift)
