@@ -2,8 +2,8 @@
 
     python benchmarks/exports/switching.py [--adapters 4] [--rounds 20]
 
-Random LoRA of rank 16 on all linear layers of SmolLM2-135M-Instruct. A request reads a prompt of 24 tokens and writes one;
-with the same adapter as before, or another. llama.cpp reads the prompt anew for another adapter, so both are given
+Random LoRA of rank 16 on all linear layers of SmolLM2-135M-Instruct. A request reads a prompt of 24 tokens and writes
+one; with the same adapter as before, or another. llama.cpp reads the prompt anew for another adapter, so both are given
 without a cache too: the rest is the change itself.
 """
 

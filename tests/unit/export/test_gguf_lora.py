@@ -25,6 +25,8 @@ from addenda.export.gguf.origin import origin_of
 from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
+from addenda.export.runtimes import llama_cpp
+from addenda.export.runtimes.llama_cpp import LlamaCpp
 
 spec = importlib.util.spec_from_file_location(
     "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
@@ -307,3 +309,25 @@ def test_a_broken_foreign_adapter_leaves_the_model_as_it_was(
     with pytest.raises(CheckpointError, match="not finite"):
         foreign_adapter(tmp_path / "bad.gguf").attach(base)
     assert list(base.model.state_dict()) == before
+
+
+@installed
+def test_a_runtime_that_hung_up_is_asked_again_and_one_that_is_gone_is_not(
+    base: addenda.LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = origin_of(base).path
+    with LlamaCpp(path, exact=False, context=64, vocabulary=len(tiny_gguf.TOKENS)) as server:
+        opened, failed = llama_cpp._OPENER.open, []
+
+        def hanging_up(*given: Any, **more: Any) -> Any:
+            if len(failed) < 2:
+                failed.append(1)
+                raise BrokenPipeError
+            return opened(*given, **more)
+
+        monkeypatch.setattr(llama_cpp._OPENER, "open", hanging_up)
+        assert server.chat.encode("a")
+        server._process.kill()
+        server._process.wait()
+        with pytest.raises(ExportError, match="does not answer"):
+            server.chat.encode("a")

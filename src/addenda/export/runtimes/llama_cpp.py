@@ -36,7 +36,7 @@ log-probabilities that it tells are those before."""
 _GELU_SLACK = 50.0
 """llama.cpp reads GELU from a table of float16 numbers: log-probabilities of Gemma 3 270M were 0.017 off; an adapter
 whose rows lie in another order is off by more than one."""
-_SECONDS = 600
+_SECONDS, _ATTEMPTS = 600, 4
 _ROWS = 4
 """Rows that are asked at once."""
 
@@ -133,15 +133,19 @@ class LlamaCpp(Runtime):
         request = urllib.request.Request(
             self._address + path, orjson.dumps(body), {"Content-Type": "application/json"}
         )
-        try:
-            with _OPENER.open(request, timeout=_SECONDS) as answer:
-                return orjson.loads(answer.read())
-        except OSError as error:
-            raise ExportError(
-                "llama.cpp does not answer",
-                where={"asked": path, "error": error, "it said": _reason(self.said())},
-                hint="it may have run out of memory: close other programs, and try again",
-            ) from error
+        for attempt in range(_ATTEMPTS):
+            try:
+                with _OPENER.open(request, timeout=_SECONDS) as answer:
+                    return orjson.loads(answer.read())
+            except OSError as error:
+                if attempt + 1 < _ATTEMPTS and self._process.poll() is None:
+                    continue  # it hangs up on those who are slow to ask, as on a busy machine
+                raise ExportError(
+                    "llama.cpp does not answer",
+                    where={"asked": path, "error": error, "it said": _reason(self.said())},
+                    hint="it may have run out of memory: close other programs, and try again",
+                ) from error
+        raise AssertionError
 
     def answers(self, rows: Sequence[Row], kind: Kind, *, adapted: bool = True) -> Iterator[Tensor]:
         # A token at a time reads every weight for each; several rows share that.
