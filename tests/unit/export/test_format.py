@@ -13,7 +13,9 @@ import addenda
 from addenda.core import Method, registry
 from addenda.errors import ConfigError, ExportError, MethodError, NotFoundError, TargetError
 from addenda.export.format import Format, format_of, require_formats
+from addenda.export.job import Job
 from addenda.export.names import format_names, format_summaries
+from addenda.export.probes import Probes
 from addenda.export.run import export_adapter
 from addenda.settings import resolve
 
@@ -131,4 +133,15 @@ def test_an_adapter_with_broken_numbers_is_not_written(base: Any, tmp_path: Any)
     with pytest.raises(ExportError, match="not finite"):
         export_adapter(base.model, handle, "peft", tmp_path / "out", inputs=inputs, kind="next-token")
     assert not list(tmp_path.iterdir())
+    handle.detach()
+
+
+@pytest.mark.parametrize(("rank", "told"), [(4, 8), (12, 16), (16, 16)])
+def test_a_folder_that_vllm_serves_says_how(rank: int, told: int, base: Any) -> None:
+    handle = addenda.attach(base.model, addenda.LoRA(rank=rank), ["q_proj"], name="law")
+    loaded = SimpleNamespace(name="theirs", source="org/theirs@abc")
+    text = format_of("peft").usage(Job(base.model, handle, Probes((), "next-token"), loaded))
+    assert f"vllm serve org/theirs --enable-lora --max-lora-rank {told}" in text
+    assert "--lora-modules law=FOLDER" in text
+    assert "vllm" not in format_of("peft").usage(Job(base.model, handle, Probes((), "next-token"), None))
     handle.detach()

@@ -36,6 +36,12 @@ base = addenda.load_base({source!r})
 model = PeftModel.from_pretrained(base.model, "this folder")
 """
 
+_MODULE = """
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "this folder")  # base: the module that it was trained on
+"""
+
 _MIXED = """
 config = PeftConfig.from_pretrained("this folder")
 config.adapters = {{{{name: "this folder/" + name for name in config.adapters}}}}
@@ -78,12 +84,29 @@ class PEFTFolder(Format):
 
     def usage(self, job: Job) -> str:
         source, registered, _ = _source(job)
-        text = _REGISTERED if registered else _HUB
+        text = _REGISTERED if registered else _HUB if source else _MODULE
         if job.handle.method.mixes():
             before, _, _ = text.partition("model = PeftModel")
             before = before.replace("import PeftModel", "import PeftConfig, PeftModel")
             text = before + _MIXED.format(model="base.model" if registered else "base")
-        return f"```python\n{text.format(source=source).strip()}\n```"
+        return f"```python\n{text.format(source=source).strip()}\n```" + _served(job, source)
+
+
+def _served(job: Job, source: str) -> str:
+    """How vLLM serves the folder, where it can: low-rank updates alone, of a base that it can load by its name."""
+    ranks = [len(term[0]) for each in job.handle.adapters.values() if (term := each.low_rank_term())]
+    if (
+        len(ranks) < len(job.handle.paths)
+        or job.handle.method.name != "lora"
+        or find(job.title)
+        or not source
+    ):
+        return ""
+    most = max(ranks)
+    return (
+        f"\n\n```sh\nvllm serve {source} --enable-lora --max-lora-rank {max(8, 1 << (most - 1).bit_length())} \\\n"
+        f"  --lora-modules {job.handle.name}=FOLDER\n```"
+    )
 
 
 def _source(job: Job) -> tuple[str, str, str]:
