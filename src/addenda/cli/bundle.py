@@ -51,8 +51,11 @@ def command(
     wanted = [(name, kind or None) for name, _, kind in (form.partition(":") for form in forms)]
     with Display(console) as display:
         from addenda.export.bundle import write_bundle
+        from addenda.export.format import require_type
         from addenda.recipe import load_adapted
 
+        for form, kind in wanted:
+            require_type(form, kind)
         loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
         if not getattr(loaded.model, "is_quantized", False):
             loaded.model.float()

@@ -76,10 +76,12 @@ def _export(
     allow_drift: bool,
     display: Display,
 ) -> Parity:
+    from addenda.export.format import require_type
     from addenda.export.run import export_adapter
     from addenda.recipe import load_adapted
     from addenda.recipe.calibrating import calibration_rows
 
+    require_type(form, kind)
     loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
     # In float32 the proof sees the export's own error, not that of the arithmetic; codes cannot be widened.
     if not getattr(loaded.model, "is_quantized", False):

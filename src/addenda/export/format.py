@@ -17,7 +17,7 @@ from addenda.export.job import Job
 from addenda.export.names import format_names
 from addenda.export.runtime import Runtime
 
-__all__ = ["Format", "format_of", "require_formats"]
+__all__ = ["Format", "format_of", "require_formats", "require_type"]
 
 
 class Format(ABC):
@@ -101,6 +101,20 @@ def format_of(name: str) -> Format:
         )
     found: Format = importlib.import_module(f"addenda.export.formats.{name.replace('-', '_')}").FORMAT
     return found
+
+
+def require_type(name: str, kind: str | None) -> None:
+    """Refuse a type that a format does not have.
+
+    Raises:
+        ConfigError: there is no such format or type.
+    """
+    types = format_of(name).types
+    if kind is not None and kind not in types:
+        choices = f"one of {', '.join(types)}" if types else "no type"
+        raise ConfigError(
+            f"format '{name}' takes {choices}, not '{kind}'", hint="leave it out for the usual one"
+        )
 
 
 def require_formats(

@@ -19,7 +19,7 @@ from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError, ExportError, MissingDependencyError
 from addenda.export.card import model_card
 from addenda.export.folder import new_folder, require_room, sums_of
-from addenda.export.format import Format, format_of
+from addenda.export.format import Format, format_of, require_type
 from addenda.export.job import Job
 from addenda.export.parity import Parity, gate
 from addenda.export.probes import Kind, Probes, Row, probes_of
@@ -106,11 +106,7 @@ def _job(  # noqa: PLR0917  (what the caller gave, in its order)
 ) -> Job:
     loaded = base if isinstance(base, LoadedBase) else None
     model: nn.Module = loaded.model if loaded else base  # type: ignore[assignment]
-    if kind_of_numbers is not None and kind_of_numbers not in form.types:
-        choices = f"one of {', '.join(form.types)}" if form.types else "no type"
-        raise ConfigError(
-            f"format '{to}' takes {choices}, not '{kind_of_numbers}'", hint="leave it out for the usual one"
-        )
+    require_type(to, kind_of_numbers)
     if inputs and kind:
         probes = Probes(tuple(inputs), kind)
     elif loaded:
