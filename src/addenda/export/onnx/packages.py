@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from addenda.errors import MissingDependencyError
+from addenda.export import packages
 
 __all__ = ["require"]
 
@@ -16,11 +15,4 @@ def require(*names: str) -> Any:
     Raises:
         MissingDependencyError: one is not installed; names the extra that brings it.
     """
-    try:
-        first, *_ = [importlib.import_module(name) for name in names]
-    except ImportError as problem:
-        raise MissingDependencyError(
-            f"ONNX files need the package '{problem.name or names[0]}', which is not installed",
-            hint="pip install 'addenda[onnx]'",
-        ) from problem
-    return first
+    return packages.require("onnx", "ONNX files", *names)
