@@ -10,6 +10,7 @@ from torch import nn
 
 from addenda.bases import LoadedBase
 from addenda.core.handle import Handle
+from addenda.core.packed_layers import packed_numel
 from addenda.core.progress import OnProgress, Progress
 from addenda.export.probes import Probes, Row
 
@@ -36,6 +37,11 @@ class Job:
     """Rows of the task, for types that round with care; never those of `probes`."""
     kept: dict[str, Any] = field(default_factory=dict, compare=False)
     """What a format has worked out once, for writing and for reading back."""
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in the model's weights, packed ones and the adapter's among them."""
+        return sum(each.numel() for each in self.model.parameters()) + packed_numel(self.model)
 
     @property
     def title(self) -> str:

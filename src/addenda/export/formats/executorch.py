@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
 from addenda.core.layers import kind_of, layer_at
-from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.export.executorch.lowering import BATCH, LENGTH, bounds_of, write_program
 from addenda.export.executorch.reading import findings
@@ -55,8 +54,7 @@ class ExecuTorch(Format):
         return found
 
     def space(self, job: Job) -> int:
-        numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
-        return (4 if job.type == "float32" else 8) * numbers + 2**26
+        return (4 if job.type == "float32" else 8) * job.numbers + 2**26
 
     def drifts(self, job: Job) -> bool:
         return job.type == "int8"

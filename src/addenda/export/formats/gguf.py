@@ -9,7 +9,6 @@ from typing import ClassVar
 from torch import nn
 
 from addenda.bases import LoadedBase
-from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.export.format import Format
 from addenda.export.gguf.merging import AS_BASE, TYPES, audit_merged, write_merged_gguf
@@ -46,7 +45,7 @@ class GGUF(Format):
 
     def space(self, job: Job) -> int:
         """The file, and for the gate one in float32."""
-        return 8 * (sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)) + 2**26
+        return 8 * job.numbers + 2**26
 
     def write(self, job: Job, folder: Path) -> None:
         write_merged_gguf(job, origin_of(job.base), folder / FILE, job.type or AS_BASE)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from addenda.bases import LoadedBase
 from addenda.bases.cache import sha256_of
 from addenda.bases.gguf_header import read_header
-from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.core.whole import is_whole
 from addenda.errors import BaseModelError, CheckpointError, UnsafeError
@@ -57,8 +56,7 @@ class GGUFLoRA(Format):
 
     def space(self, job: Job) -> int:
         """The adapter, and for the gate the base in float32."""
-        numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
-        return super().space(job) + 4 * numbers + 2**26
+        return super().space(job) + 4 * job.numbers + 2**26
 
     def write(self, job: Job, folder: Path) -> None:
         write_adapter(job.handle, origin_of(job.base), folder / FILE, base_name=job.title)

@@ -11,7 +11,6 @@ from torch import nn
 
 from addenda.bases import LoadedBase, load_base
 from addenda.bases.loaded import vocabulary_of
-from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
 from addenda.export.format import Format
@@ -51,9 +50,8 @@ class Merged(Format):
         return stored if stored in self.types else "float32"
 
     def space(self, job: Job) -> int:
-        numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
         tied = vocabulary_of(job.model) * 4096 if job.base else 0
-        return (4 if job.type == "float32" else 6) * (numbers + tied) + 2**24
+        return (4 if job.type == "float32" else 6) * (job.numbers + tied) + 2**24
 
     def write(self, job: Job, folder: Path) -> None:
         _write(job, folder, str(job.type))

@@ -13,7 +13,6 @@ from torch import nn
 from addenda.bases import LoadedBase
 from addenda.bases.loaded import vocabulary_of
 from addenda.bases.registry import find
-from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
 from addenda.export.format import Format
@@ -67,9 +66,8 @@ class MLX(Format):
         return "adapter" if terms and not layers_without(job.model, job.handle.paths) else "float32"
 
     def space(self, job: Job) -> int:
-        numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
         tied = vocabulary_of(_loaded(job).model) * 4096
-        return (6 if self.drifts(job) else 4) * (numbers + tied) + 2**24
+        return (6 if self.drifts(job) else 4) * (job.numbers + tied) + 2**24
 
     def write(self, job: Job, folder: Path) -> None:
         if job.type == "adapter":

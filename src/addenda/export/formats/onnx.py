@@ -12,7 +12,6 @@ from torch import nn
 
 from addenda.bases import LoadedBase
 from addenda.bases.packed_layers import packed_layers
-from addenda.core.packed_layers import packed_numel
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
 from addenda.export.format import Format
@@ -68,8 +67,7 @@ class ONNX(Format):
         return found
 
     def space(self, job: Job) -> int:
-        numbers = sum(each.numel() for each in job.model.parameters()) + packed_numel(job.model)
-        return (4 if job.type == "float32" else 8) * numbers + 2**26
+        return (4 if job.type == "float32" else 8) * job.numbers + 2**26
 
     def drifts(self, job: Job) -> bool:
         return job.type in {"float16", "int8"}

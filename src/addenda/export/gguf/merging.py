@@ -80,24 +80,14 @@ class Merged(Changes):
         return path if last == "bias" and path in self._job.handle.paths else None
 
     def _folded(self, path: str, parameter: str, tensor: GGUFTensor, kind: str) -> Tensor | None:
-        handle, way = self._job.handle, self._origin.ways[parameter]
-        if (
-            kind not in DENSE_TYPES
-            and formats.find(kind)
-            and parameter.endswith(".weight")
-            and not way.offset
-        ):
-            weight, _ = handle.folded(path)
-            if kind == tensor.type and torch.equal(
-                weight, dense(self._job.model, parameter).to(weight.dtype)
-            ):
-                return None  # the adapter changes nothing here, and its rounding would
-            return way.back(self._rounded(path, kind))
-        weight, bias = handle.folded(path)
-        changed = weight if parameter.endswith(".weight") else bias
+        way, is_weight = self._origin.ways[parameter], parameter.endswith(".weight")
+        weight, bias = self._job.handle.folded(path)
+        changed = weight if is_weight else bias
         assert changed is not None
         if kind == tensor.type and torch.equal(changed, dense(self._job.model, parameter).to(changed.dtype)):
-            return None
+            return None  # the adapter changes nothing here, and its rounding would
+        if is_weight and kind not in DENSE_TYPES and formats.find(kind) and not way.offset:
+            return way.back(self._rounded(path, kind))
         return pack(way.back(changed.float()), kind, tensor.name)
 
     def _rounded(self, path: str, kind: str) -> Tensor:

@@ -94,10 +94,9 @@ def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None)
     Raises:
         ExportError: llama.cpp runs no such model.
     """
-    if base is None or (problem := why_no_origin(base)):
-        raise ExportError(
-            problem if base else why_no_origin(base), hint="take another format: see addenda export --help"
-        )
+    if problem := why_no_origin(base):
+        raise ExportError(problem, hint="take another format: see addenda export --help")
+    assert base is not None
     path = file_of(base, on_progress=on_progress)
     if not from_gguf(base):
         return Origin(path, read_header(path), ways_by_layout(base))

@@ -185,19 +185,6 @@ class LlamaCpp(Runtime):
         # Its probabilities add up to one within 2e-4 only: float32, one after another.
         return found.log_softmax(-1) if told == self._vocabulary == len(listed) else found
 
-    def generate(self, ids: Sequence[int], count: int, *, adapted: bool = True) -> list[int]:
-        """Return the likeliest continuation, up to ``count`` tokens, without the one that ends it."""
-        body: dict[str, Any] = {
-            "prompt": list(ids),
-            "n_predict": count,
-            "samplers": ["top_k"],
-            "top_k": 1,
-            "return_tokens": True,
-        }
-        if self._adapters:
-            body["lora"] = [{"id": 0, "scale": 1.0 if adapted else 0.0}]
-        return list(self.post("/completion", body)["tokens"])
-
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
