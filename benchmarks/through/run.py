@@ -39,6 +39,8 @@ RANK = 16
 RATES = (1e-3, 4e-3)
 """The usual one, and a higher one: through the format that a base came in, a weight has to move half a step."""
 FORMATS = ("Q4_0", "Q4_1", "Q8_0")
+THROUGH = (*((kind, rate) for rate in reversed(RATES) for kind in ("Q4_1", "Q4_0")), ("Q8_0", RATES[0]))
+"""A format of eight bits is so fine that the usual rate will do."""
 WIDER = 0.1
 """Share of the file by which it may grow for layers that are kept at Q8_0."""
 VERSIONS = {name: importlib.metadata.version(name) for name in ("addenda", "torch", "transformers")}
@@ -285,7 +287,7 @@ def main() -> None:
     for seed in options.seeds:
         if not {(seed, "Q4_K and Q8_0 plain"), (seed, "Q4_1 careful")} <= runs.done:
             besides(task, runs, options.adapters, seed)
-    for kind, rate in (("Q4_1", RATES[1]), ("Q4_0", RATES[1]), ("Q4_0", RATES[0]), ("Q4_1", RATES[0])):
+    for kind, rate in THROUGH:
         for seed in options.seeds:
             if (seed, f"{kind} through, rate {rate:g}") not in runs.done:
                 through(task, runs, options.adapters, seed, kind, rate)
