@@ -48,8 +48,8 @@ class CachedDecoder(nn.Module):
         return (output.logits, *_tensors(output.past_key_values))
 
 
-def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
-    """Return (heads, features) of the keys and values that the model keeps for a token, in the order of the cache.
+def cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Return (heads, features) of the keys and of the values that each layer keeps for a token, in their order.
 
     Raises:
         BaseModelError: it keeps no cache, or one that is not a key and a value for each token.
@@ -67,7 +67,8 @@ def cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
             f"{type(model).__name__} keeps no key and value for each token that it has read",
             hint="a decoder needs a key-value cache of attention layers; others can be run whole, without one",
         )
-    return [(shape[1], shape[3]) for shape in found[1]]
+    kept = [(shape[1], shape[3]) for shape in found[1]]
+    return list(zip(kept[::2], kept[1::2], strict=True))
 
 
 def _tensors(cache: Any) -> list[Tensor]:
