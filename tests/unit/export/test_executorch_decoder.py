@@ -106,6 +106,7 @@ def test_a_program_answers_from_its_cache_and_tells_what_it_is(tmp_path: Path) -
     assert "(1, n)" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @needs_executorch
 def test_a_decoder_in_eight_bits_keeps_what_was_trained(tmp_path: Path) -> None:
     model = llama()
