@@ -25,7 +25,7 @@ from addenda.export.probes import Kind, answer
 from addenda.export.runtime import Runtime
 from addenda.intervals import Interval, interval_of_ratio
 
-__all__ = ["Closeness", "Parity", "Verdict", "compare", "gate"]
+__all__ = ["Closeness", "Parity", "Verdict", "compare", "gate", "unopened"]
 
 EXACT_LIMIT = 1e-3
 """Nats that a log-probability may differ where nothing is rounded; 4e-5 is usual."""
@@ -128,6 +128,22 @@ def gate(job: Job, open_export: Open, *, drifts: bool, findings: Sequence[str] =
                 )
     verdict, words = _judge(effect, twin, real, chat, findings)
     return Parity(verdict, words, effect, twin, real, chat, tuple(findings))
+
+
+def unopened(findings: Sequence[str], why: str = "") -> Parity:
+    """Return what is known of an export that no program has answered with.
+
+    Args:
+        findings: what is wrong with it; none where that could not be found out.
+        why: the reason, where the program is only missing.
+    """
+    if findings:
+        return Parity("failed", _read_back(findings), math.nan, findings=tuple(findings))
+    return Parity("unverified", f"not verified: {why}", math.nan)
+
+
+def _read_back(findings: Sequence[str]) -> str:
+    return "reading it back shows: " + "; ".join(findings)
 
 
 def _answers(job: Job, task: str) -> Iterator[Tensor]:
@@ -287,7 +303,7 @@ def _judge(
 ) -> tuple[Verdict, str]:
     assert twin is not None
     if findings:
-        return "failed", "reading it back shows: " + "; ".join(findings)
+        return "failed", _read_back(findings)
     if not twin.exact:
         return "failed", (
             f"in {twin.runtime} an answer differs by {twin.largest_difference:.2g}, where {twin.limit:.2g} is what "
