@@ -14,8 +14,9 @@ from addenda.core.planning import Plan
 from addenda.core.whole import is_whole
 from addenda.errors import BaseModelError, CheckpointError, UnsafeError
 from addenda.export.format import Format
-from addenda.export.gguf.adapter import ALPHA, Factors, factors_of, read_adapter, write_adapter
+from addenda.export.gguf.adapter import ALPHA, read_adapter, write_adapter
 from addenda.export.gguf.copying import write_like
+from addenda.export.gguf.factors import Factors, factors_of, trimmed
 from addenda.export.gguf.origin import Exact, Origin, origin_of, tied_ends, why_no_origin
 from addenda.export.gguf.told import differences
 from addenda.export.job import Job
@@ -86,7 +87,12 @@ class GGUFLoRA(Format):
 
 def audit_adapter(job: Job, file: Path) -> list[str]:
     """Read an adapter file back, and return what is other than the adapter in memory."""
-    origin, meant = origin_of(job.base), factors_of(job.handle)
+    origin = origin_of(job.base)
+    meant = {
+        path: kept
+        for path, each in factors_of(job.handle).items()
+        if (kept := trimmed(each) if path in origin.experts else each)
+    }
     try:
         found = read_adapter(file, origin)
     except (BaseModelError, CheckpointError, UnsafeError) as error:

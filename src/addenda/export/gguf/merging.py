@@ -14,7 +14,7 @@ from torch import Tensor
 from addenda.bases import formats
 from addenda.bases.gguf_header import METADATA_START, GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_pack import DENSE_TYPES
-from addenda.bases.gguf_ways import Way
+from addenda.bases.gguf_ways import Stack, Way
 from addenda.core.handle import Handle
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError, ExportError
@@ -52,27 +52,35 @@ class Merged(Changes):
 
     def __init__(self, job: Job, origin: Origin, kind: str) -> None:
         self._job, self._origin, self._kind = job, origin, kind
-        self.adapted = {origin.way(path).tensor: path for path in job.handle.paths}
+        paths = set(job.handle.paths)
+        self.adapted = {origin.way(path).tensor: path for path in paths - origin.experts}
+        self.stacks = {
+            name: stack for name, stack in origin.stacks.items() if paths & set(origin.paths(stack))
+        }
+        """Those with an adapter on some expert."""
 
     def type_of(self, tensor: GGUFTensor) -> str:
         if self._kind in {AS_BASE, CAREFUL} or len(tensor.shape) < 2:
             return tensor.type
         if self._kind == WIDE:
-            return _fitting("Q8_0", tensor) if tensor.name in self.adapted else tensor.type
+            changed = tensor.name in self.adapted or tensor.name in self.stacks
+            return _fitting("Q8_0", tensor) if changed else tensor.type
         return _fitting(self._kind.upper(), tensor)
 
     def rows_of(self, tensor: GGUFTensor) -> Tensor | None:
         kind = self.type_of(tensor)
+        if tensor.name in self.stacks:
+            return self._experts(self.stacks[tensor.name], tensor, kind)
         parameter = self._origin.parameters.get(tensor.name)
         path = self.adapted.get(tensor.name)
         if path is None:
             path = self._with_bias(parameter)
         if path is not None and parameter is not None:
             return self._folded(path, parameter, tensor, kind)
-        if kind == tensor.type or parameter is None:
+        if kind == tensor.type:
             return None  # the file's own numbers, which the model in memory may have rounded
-        weight = dense(self._job.model, parameter)
-        return pack(self._origin.ways[parameter].back(weight.float()), kind, tensor.name)
+        weight = self._origin.weight(self._job.model, tensor.name)
+        return None if weight is None else pack(weight, kind, tensor.name)
 
     def _with_bias(self, parameter: str | None) -> str | None:
         """The adapted layer whose bias this is."""
@@ -89,6 +97,32 @@ class Merged(Changes):
         if is_weight and kind not in DENSE_TYPES and formats.find(kind) and not way.offset:
             return way.back(self._rounded(path, kind))
         return pack(way.back(changed.float()), kind, tensor.name)
+
+    def _experts(self, stack: Stack, tensor: GGUFTensor, kind: str) -> Tensor:
+        """The raw rows of all experts; of those without an adapter the file's own, if they are in that format."""
+        weight = self._origin.weight(self._job.model, tensor.name)
+        assert weight is not None
+        with self._origin.path.open("rb") as file:
+            own = read_tensor(file, tensor).chunk(len(weight)) if kind == tensor.type else None
+        made = []
+        for expert, path in enumerate(self._origin.paths(stack)):
+            rows = None
+            if path in self._job.handle.paths:
+                rows = self._expert(path, stack, weight[expert], tensor, kind)
+            if rows is None:
+                rows = own[expert] if own else pack(weight[expert], kind, tensor.name)
+            made.append(rows)
+        return torch.cat(made)
+
+    def _expert(
+        self, path: str, stack: Stack, bare: Tensor, tensor: GGUFTensor, kind: str
+    ) -> Tensor | None:
+        changed = self._job.handle.folded(path)[0][stack.rows]
+        if kind == tensor.type and torch.equal(changed, bare.to(changed.dtype)):
+            return None
+        if kind not in DENSE_TYPES and formats.find(kind):
+            return self._rounded(path, kind)[stack.rows]
+        return pack(changed.float(), kind, tensor.name)
 
     def _rounded(self, path: str, kind: str) -> Tensor:
         """The raw rows of a folded layer, in the model's order."""
@@ -130,7 +164,8 @@ def write_merged_gguf(job: Job, origin: Origin, target: Path, kind: str) -> None
 def require_places(handle: Handle, origin: Origin) -> None:
     """Refuse an adapter that folds into a tensor which the file does not have."""
     for path in handle.paths:
-        origin.way(path)
+        if path not in origin.experts:
+            origin.way(path)
         if handle.folded(path)[1] is not None:
             origin.way(path, "bias")
 

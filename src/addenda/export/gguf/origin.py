@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from addenda.bases import LoadedBase
 from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_origin import from_gguf, gguf_of
-from addenda.bases.gguf_ways import Way, ways_of
+from addenda.bases.gguf_ways import Stack, Way, ways_of
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
 from addenda.core.layers import layer_at
 from addenda.core.planning import Plan
@@ -34,6 +34,8 @@ class Origin:
     header: GGUFHeader
     ways: Mapping[str, Way]
     """By the parameters' names in the model."""
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    """Tensors that hold the weights of all experts of a layer, by name."""
 
     @functools.cached_property
     def parameters(self) -> dict[str, str]:
@@ -44,6 +46,22 @@ class Origin:
     def tensors(self) -> dict[str, GGUFTensor]:
         """The file's tensors by name."""
         return {tensor.name: tensor for tensor in self.header.tensors}
+
+    @functools.cached_property
+    def experts(self) -> frozenset[str]:
+        """Paths of the layers whose weights lie in stacks."""
+        return frozenset(path for stack in self.stacks.values() for path in self.paths(stack))
+
+    def paths(self, stack: Stack) -> list[str]:
+        """Return the paths of the layers that a stack holds rows of, expert by expert."""
+        return [stack.path(expert) for expert in range(self.tensors[stack.tensor].shape[0])]
+
+    def weight(self, model: nn.Module, tensor: str) -> Tensor | None:
+        """Return a tensor as numbers from the base in memory; None where the model has no parameter of it."""
+        if stack := self.stacks.get(tensor):
+            return model.get_parameter(stack.parameter).detach()[:, stack.rows]
+        parameter = self.parameters.get(tensor)
+        return None if parameter is None else self.ways[parameter].back(dense(model, parameter).float())
 
     def way(self, path: str, last: str = "weight") -> Way:
         """Return the way of a layer's weight or bias.
@@ -99,7 +117,7 @@ def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None)
     assert base is not None
     path = file_of(base, on_progress=on_progress)
     if not from_gguf(base):
-        return Origin(path, read_header(path), ways_by_layout(base))
+        return Origin(path, read_header(path), *ways_by_layout(base))
     config = base.model.config
     return _origin(path, json.dumps(config.to_dict(), sort_keys=True, default=str), _Held(config))
 
@@ -119,7 +137,7 @@ class _Held:
 
 @functools.lru_cache(maxsize=2)
 def _origin(path: Path, _key: str, config: _Held) -> Origin:
-    return Origin(path, read_header(path), ways_of(path, config.value))
+    return Origin(path, read_header(path), *ways_of(path, config.value))
 
 
 def dense(model: nn.Module, parameter: str) -> Tensor:
@@ -141,8 +159,5 @@ class Exact(Changes):
         return "F32"
 
     def rows_of(self, tensor: GGUFTensor) -> Tensor | None:
-        parameter = self._origin.parameters.get(tensor.name)
-        if parameter is None:
-            return None
-        weight = dense(self._model, parameter).float()
-        return pack(self._origin.ways[parameter].back(weight), "F32", tensor.name)
+        weight = self._origin.weight(self._model, tensor.name)
+        return None if weight is None else pack(weight, "F32", tensor.name)
