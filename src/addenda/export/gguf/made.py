@@ -16,9 +16,9 @@ from addenda.core.packed_layers import packed_numel
 from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
 from addenda.export.gguf.layout import Layout, layout_of
-from addenda.export.gguf.own import OwnTensors, narrowest
 from addenda.export.gguf.tokenizer import tokenizer_keys
 from addenda.export.gguf.writing import write_base
+from addenda.export.own import OwnTensors, narrowest
 
 __all__ = ["made_gguf", "ways_by_layout", "why_not_made"]
 

@@ -19,8 +19,9 @@ from addenda.core.handle import Handle
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError, ExportError
 from addenda.export.careful import careful_merge
+from addenda.export.ends import tied_ends
 from addenda.export.gguf.copying import Changes, pack, read_tensor, set_number, unpack, write_like
-from addenda.export.gguf.origin import Origin, dense
+from addenda.export.gguf.origin import Origin, dense, parted
 from addenda.export.gguf.told import what_is_wrong
 from addenda.export.job import Job
 
@@ -59,6 +60,9 @@ class Merged(Changes):
         }
         """Those with an adapter on some expert."""
 
+    def tensors_of(self, header: GGUFHeader) -> tuple[GGUFTensor, ...]:
+        return self._origin.header.tensors
+
     def type_of(self, tensor: GGUFTensor) -> str:
         if self._kind in {AS_BASE, CAREFUL} or len(tensor.shape) < 2:
             return tensor.type
@@ -94,7 +98,8 @@ class Merged(Changes):
         assert changed is not None
         if kind == tensor.type and torch.equal(changed, dense(self._job.model, parameter).to(changed.dtype)):
             return None  # the adapter changes nothing here, and its rounding would
-        if is_weight and kind not in DENSE_TYPES and formats.find(kind) and not way.offset:
+        by_rows = self._job.handle.view(path).pointwise  # an embedding's matrix lies the other way
+        if is_weight and by_rows and kind not in DENSE_TYPES and formats.find(kind) and not way.offset:
             return way.back(self._rounded(path, kind))
         return pack(way.back(changed.float()), kind, tensor.name)
 
@@ -114,9 +119,7 @@ class Merged(Changes):
             made.append(rows)
         return torch.cat(made)
 
-    def _expert(
-        self, path: str, stack: Stack, bare: Tensor, tensor: GGUFTensor, kind: str
-    ) -> Tensor | None:
+    def _expert(self, path: str, stack: Stack, bare: Tensor, tensor: GGUFTensor, kind: str) -> Tensor | None:
         changed = self._job.handle.folded(path)[0][stack.rows]
         if kind == tensor.type and torch.equal(changed, bare.to(changed.dtype)):
             return None
@@ -151,14 +154,21 @@ def _fitting(kind: str, tensor: GGUFTensor) -> str:
 def write_merged_gguf(job: Job, origin: Origin, target: Path, kind: str) -> None:
     """Write the base with the adapter folded in; with one that changes nothing, and ``base``, the same bytes.
 
+    An embedding and an output head that share a weight get a tensor each where the adapter stands on one of them.
+
     Raises:
         ExportError: a folded layer has no tensor in the file.
         MethodError: the method has no such weight.
     """
+    origin = _with_ends(job, origin)
     require_places(job.handle, origin)
     write_like(origin.path, target, Merged(job, origin, kind), on_progress=job.on_progress)
     if kind in _FILE_TYPES:
         set_number(target, "general.file_type", int(gguf.LlamaFileType[_FILE_TYPES[kind]]))
+
+
+def _with_ends(job: Job, origin: Origin) -> Origin:
+    return parted(origin, job.model) if tied_ends(job.handle.paths, job.model) else origin
 
 
 def require_places(handle: Handle, origin: Origin) -> None:
@@ -175,6 +185,7 @@ def require_places(handle: Handle, origin: Origin) -> None:
 
 def audit_merged(job: Job, origin: Origin, file: Path, kind: str) -> list[str]:
     """Read a merged file back: what of its metadata and its tensors is not what was meant."""
+    origin = _with_ends(job, origin)
     try:
         header = read_header(file)
     except AddendaError as error:
@@ -229,6 +240,10 @@ def _told(  # noqa: PLR0917  (one tensor as meant and as found, and what else th
     changes: Merged, origin: Origin, tensor: GGUFTensor, rows: Tensor, found: Tensor, base: BinaryIO
 ) -> str:
     name, kind = tensor.name, changes.type_of(tensor)
+    own = read_tensor(base, tensor)
+    adapted = name in changes.adapted or name in changes.stacks
+    if adapted and torch.equal(own.reshape(-1), found.reshape(-1)):
+        return "is the base's own, without the adapter"
     for other in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16"):
         again = pack(unpack(pack(unpack(rows, kind), other, name), other), kind, name)
         if other != kind and torch.equal(again.reshape(-1), found.reshape(-1)):
@@ -238,9 +253,24 @@ def _told(  # noqa: PLR0917  (one tensor as meant and as found, and what else th
             theirs = changes.rows_of(twin)
             if torch.equal(read_tensor(base, twin) if theirs is None else theirs, found):
                 return f"holds what belongs to '{twin.name}'"
+    if name in origin.stacks:
+        return _told_of_experts(tensor, rows, found, own, kind)
     parameter = origin.parameters.get(name)
     way = origin.ways[parameter] if parameter else Way(name, None)
     meant, came = (way.there(unpack(each, kind).reshape(tensor.shape)) for each in (rows, found))
-    if name in changes.adapted and torch.equal(read_tensor(base, tensor).reshape(-1), found.reshape(-1)):
-        return "is the base's own, without the adapter"
     return what_is_wrong(name, {name: meant}, came, way.order)
+
+
+def _told_of_experts(tensor: GGUFTensor, rows: Tensor, found: Tensor, own: Tensor, kind: str) -> str:
+    """What became of the first expert in a stack that is not the one meant."""
+    count = tensor.shape[0]
+    meant, came, bare = (each.reshape(-1, each.shape[-1]).chunk(count) for each in (rows, found, own))
+    wrong = next(expert for expert in range(count) if not torch.equal(meant[expert], came[expert]))
+    for other in range(count):
+        if other != wrong and torch.equal(meant[other], came[wrong]):
+            return f"holds in place of expert {wrong} what belongs to expert {other}"
+    if torch.equal(bare[wrong], came[wrong]):
+        return f"holds expert {wrong} as the base has it, without the adapter"
+    name = f"{tensor.name} {wrong}"
+    told = what_is_wrong(name, {name: unpack(meant[wrong], kind)}, unpack(came[wrong], kind), None)
+    return f"holds an expert, number {wrong}, that {told}"

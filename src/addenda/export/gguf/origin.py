@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_origin import from_gguf, gguf_of
 from addenda.bases.gguf_ways import Stack, Way, ways_of
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
-from addenda.core.layers import layer_at
-from addenda.core.planning import Plan
 from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
+from addenda.export.ends import ends_of
+from addenda.export.gguf.architectures import ARCHITECTURES
 from addenda.export.gguf.copying import Changes, pack
 from addenda.export.gguf.made import made_gguf, ways_by_layout, why_not_made
 
-__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "tied_ends", "why_no_origin"]
+__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "parted", "why_no_head", "why_no_origin"]
+
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,12 @@ def why_no_origin(base: LoadedBase | None) -> str:
     return "" if from_gguf(base) else why_not_made(base)
 
 
-def tied_ends(planned: Plan, model: nn.Module) -> list[str]:
-    """Return the adapted layers among an embedding and an output head that hold one and the same weight."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return []
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
+def why_no_head(base: LoadedBase | None) -> str:
+    """Return why llama.cpp keeps no output head beside the embedding that it shares a weight with, or ""."""
+    kind = str(base.model.config.model_type) if base else ""
+    if kind not in ARCHITECTURES or not ARCHITECTURES[kind].taken_for_granted.get("tie_word_embeddings"):
+        return ""
+    return f"llama.cpp has no output head of its own for models of type '{kind}'"
 
 
 def file_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path:
@@ -133,6 +135,18 @@ class _Held:
 
     def __hash__(self) -> int:
         return 0
+
+
+def parted(origin: Origin, model: nn.Module) -> Origin:
+    """Return the file of a model with tied ends as if it held the embedding once more, as the weight of its head."""
+    ends = ends_of(model)
+    if ends is None or HEAD in origin.tensors:
+        return origin
+    shared = origin.tensors[EMBEDDING]
+    tensors = (*origin.header.tensors, replace(shared, name=HEAD))
+    way = replace(origin.ways[origin.parameters[EMBEDDING]], tensor=HEAD)
+    header = replace(origin.header, tensors=tensors)
+    return replace(origin, header=header, ways={**origin.ways, f"{ends[1]}.weight": way})
 
 
 @functools.lru_cache(maxsize=2)
