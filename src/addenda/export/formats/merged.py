@@ -15,7 +15,7 @@ from addenda.core.planning import Plan
 from addenda.errors import ExportError
 from addenda.export.format import Format
 from addenda.export.job import Job
-from addenda.export.merged import write_merged
+from addenda.export.merged import merged_audit, write_merged
 from addenda.export.runtime import ModelRuntime, Runtime
 
 __all__ = ["FORMAT", "Merged"]
@@ -65,6 +65,9 @@ class Merged(Format):
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
             _write(job, Path(twin), "float32")
             return _opened(Path(twin))
+
+    def audit(self, job: Job, folder: Path) -> list[str]:
+        return merged_audit(job.handle, folder, getattr(torch, str(job.type)))
 
     def usage(self, job: Job) -> str:
         return _USAGE
