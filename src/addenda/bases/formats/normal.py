@@ -14,10 +14,10 @@ from addenda.bases.formats.bits import singles, table
 from addenda.bases.formats.registry import WeightFormat, register
 from addenda.errors import BaseModelError
 
-__all__ = ["from_bitsandbytes", "to_bitsandbytes"]
+__all__ = ["LEVELS", "from_bitsandbytes", "to_bitsandbytes"]
 
 BLOCK = 64
-_LEVELS = (
+LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
@@ -26,13 +26,13 @@ _LEVELS = (
 
 def _decode(raw: Tensor) -> Tensor:
     codes = torch.stack([raw[:, 4:] >> 4, raw[:, 4:] & 15], dim=-1).view(len(raw), BLOCK)
-    return table(_LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
+    return table(LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
 
 
 def _encode(blocks: Tensor) -> Tensor:
     """The nearest level for each number."""
     absmax = blocks.abs().amax(1, keepdim=True)
-    levels = table(_LEVELS, blocks.device)
+    levels = table(LEVELS, blocks.device)
     between = (levels[1:] + levels[:-1]) / 2
     scaled = blocks / torch.where(absmax == 0, 1.0, absmax)
     codes = torch.bucketize(scaled, between).to(torch.uint8)

@@ -13,6 +13,7 @@ from addenda.bases import LoadedBase, load_base
 from addenda.bases.loaded import vocabulary_of
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
+from addenda.export.as_base import AS_BASE, audit_as_base, own_form, write_as_base
 from addenda.export.format import Format
 from addenda.export.job import Job
 from addenda.export.merged import write_merged
@@ -26,12 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
 ```"""
+_NEEDS = """
+
+It needs `pip install bitsandbytes accelerate`."""
 
 
 class Merged(Format):
     """Safetensors, tokenizer and template of a model that needs no adapter any more."""
 
-    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", AS_BASE)
     library = "transformers"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
@@ -54,7 +58,10 @@ class Merged(Format):
         return (4 if job.type == "float32" else 6) * (job.numbers + tied) + 2**24
 
     def write(self, job: Job, folder: Path) -> None:
-        _write(job, folder, str(job.type))
+        if job.type == AS_BASE:
+            write_as_base(job, own_form(job), folder)
+        else:
+            _write(job, folder, str(job.type))
 
     def drifts(self, job: Job) -> bool:
         return job.type != "float32"
@@ -66,8 +73,11 @@ class Merged(Format):
             _write(job, Path(twin), "float32")
             return _opened(Path(twin))
 
+    def audit(self, job: Job, folder: Path) -> list[str]:
+        return audit_as_base(own_form(job), folder) if job.type == AS_BASE else []
+
     def usage(self, job: Job) -> str:
-        return _USAGE
+        return _USAGE + (_NEEDS if job.type == AS_BASE else "")
 
 
 def _write(job: Job, folder: Path, dtype: str) -> None:

@@ -1,0 +1,243 @@
+"""A merge in the base's own packing: the same bytes where nothing is adapted, the trained weights where it is."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import addenda
+from addenda.bases import formats, load_base
+from addenda.bases.packed_layers import packed_layers
+from addenda.core.through import merged_rows
+from addenda.errors import ExportError
+from addenda.export.as_base import audit_as_base, own_form, write_as_base
+from addenda.export.job import Job
+from addenda.export.probes import probes_of
+from addenda.export.run import export_adapter
+
+spec = importlib.util.spec_from_file_location(
+    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
+)
+assert spec is not None
+assert spec.loader is not None
+tiny_gguf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_gguf)
+
+needs_bitsandbytes = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("bitsandbytes", "accelerate")),
+    reason="pip install -e '.[quantized]' for these",
+)
+UP = "model.layers.0.mlp.up_proj"
+GATE = "model.layers.0.mlp.gate_proj"
+WEIGHTS = "model.safetensors"
+FITTING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base in float16 whose inner rows of 96 are no whole blocks of NF4."""
+    root = tmp_path_factory.mktemp("dense")
+    config = transformers.LlamaConfig(**{**tiny_gguf.LLAMA, "hidden_size": 64, "intermediate_size": 96})
+    model = transformers.LlamaForCausalLM(config).eval()
+    base = load_base(tiny_gguf.write_gguf(root / "tiny.gguf", model), cache_dir=root / "cache")
+    base.model.half().save_pretrained(root / "base")
+    base.tokenizer.save_pretrained(root / "base")
+    return root / "base"
+
+
+def attached(
+    base: addenda.LoadedBase, targets: object = "all-linear", std: float = 0.2, **settings: object
+) -> addenda.Handle:
+    handle = addenda.attach(base.model, addenda.LoRA(rank=3), targets, seed=1, **settings)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=std)
+    return handle
+
+
+def written(base: addenda.LoadedBase, handle: addenda.Handle, to: Path) -> tuple[Job, dict[str, Tensor]]:
+    job = Job(base.model, handle, probes_of(base), base, "base")
+    to.mkdir(exist_ok=True)
+    write_as_base(job, own_form(job), to)
+    return job, load_file(to / WEIGHTS)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_that_changes_nothing_leaves_the_bases_own_codes(
+    folder: Path, tmp_path: Path, kind: str
+) -> None:
+    base = load_base(folder, weights=kind)
+    layers = packed_layers(base.model)
+    stored = load_file(folder / WEIGHTS)
+    _, found = written(base, addenda.attach(base.model, addenda.LoRA(rank=3), "all-linear"), tmp_path / "out")
+    assert layers
+    for path, layer in layers.items():
+        kept = {name: found.pop(name) for name in list(found) if name.startswith(path)}
+        assert torch.equal(read_back(kept, path, layer.packed_shape), layer.dequantized())
+        del stored[f"{path}.weight"]
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    assert all(found[name].dtype == torch.float16 for name in found)
+
+
+def read_back(tensors: dict[str, Tensor], path: str, shape: tuple[int, int]) -> Tensor:
+    """A weight from the tensors that bitsandbytes would read, by the definition of its layout."""
+    codes = tensors[f"{path}.weight"]
+    if codes.dtype == torch.int8:
+        return codes.float() * tensors[f"{path}.SCB"][:, None] * (1 / 127)
+    facts = json.loads(bytes(tensors[f"{path}.weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert tuple(facts["shape"]) == shape
+    levels = tensors[f"{path}.weight.quant_map"]
+    pairs = torch.stack([codes >> 4, codes & 15], dim=-1).view(-1, facts["blocksize"])
+    return (levels[pairs.int()] * tensors[f"{path}.weight.absmax"][:, None]).view(shape)
+
+
+@pytest.mark.parametrize("through", [None, "nf4"])
+def test_adapted_weights_are_rounded_as_the_base_is(
+    folder: Path, tmp_path: Path, through: str | None
+) -> None:
+    base = load_base(folder, weights="nf4")
+    handle = attached(base, FITTING if through else "all-linear", through=through)
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    _, found = written(base, handle, tmp_path / "out")
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.model.state_dict().items())
+    entry = formats.get("NF4")
+    packed = [path for path in handle.paths if path in packed_layers(base.model)]
+    assert len(packed) == 12
+    for path in packed:
+        weight = read_back(found, path, packed_layers(base.model)[path].packed_shape)
+        assert torch.equal(weight, entry.dequantize(merged_rows(handle, path, "NF4"), weight.shape[1]))
+        if through:
+            assert torch.equal(weight, handle.folded(path)[0]), "to the bit what was trained"
+
+
+def test_a_dense_layer_of_a_packed_base_is_folded_and_others_stay(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder, weights="nf4")
+    down = "model.layers.0.mlp.down_proj"
+    assert down not in packed_layers(base.model), "its rows are no whole blocks"
+    _, found = written(base, attached(base, [down]), tmp_path / "out")
+    stored = load_file(folder / WEIGHTS)[f"{down}.weight"]
+    assert found[f"{down}.weight"].dtype == torch.float16
+    assert (found[f"{down}.weight"] != stored).any()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert down in config["quantization_config"]["llm_int8_skip_modules"]
+    assert UP not in config["quantization_config"]["llm_int8_skip_modules"]
+
+
+@needs_bitsandbytes
+def test_bitsandbytes_computes_with_the_weights_that_were_trained_through(
+    folder: Path, tmp_path: Path
+) -> None:
+    base = load_base(folder, weights="nf4")
+    handle = attached(base, FITTING, through="nf4")
+    parity = export_adapter(base, handle, "merged", tmp_path / "out", type="base")
+    assert parity.verdict == "passed", parity
+    assert parity.real is not None
+    assert parity.real.largest_difference < 1e-4, "the file itself is exact"
+    again = load_base(tmp_path / "out", dtype=torch.float32)
+    assert type(again.model.get_submodule(UP)).__name__ == "Linear4bit"
+    assert "bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_what_is_lost_is_measured_in_bitsandbytes(folder: Path, tmp_path: Path, kind: str) -> None:
+    base = load_base(folder, weights=kind)
+    parity = export_adapter(base, attached(base), "merged", tmp_path / "out", type="base", allow_drift=True)
+    assert parity.twin is not None
+    assert parity.twin.exact
+    assert parity.real is not None
+    assert parity.real.largest_difference > parity.twin.largest_difference
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["type"] == "base"
+
+
+def test_a_base_without_a_packing_of_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder)
+    handle = attached(base)
+    with pytest.raises(ExportError, match="weights are not packed") as caught:
+        export_adapter(base, handle, "merged", tmp_path / "out", type="base")
+    assert "bfloat16" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_weight_is_refused(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder, weights="nf4")
+    base.model.lm_head.weight = base.model.model.embed_tokens.weight
+    with pytest.raises(ExportError, match="'lm_head' shares its weight with"):
+        export_adapter(base, attached(base, ["lm_head"]), "merged", tmp_path / "out", type="base")
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def swap(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight"], tensors[f"{GATE}.weight"] = tensors[f"{GATE}.weight"], tensors[f"{UP}.weight"]
+
+
+def halve(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight.absmax"][3:5] /= 2
+
+
+def other_blocks(tensors: dict[str, Tensor]) -> None:
+    name = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+    text = bytes(tensors[name].tolist()).replace(b'"blocksize": 64', b'"blocksize": 128')
+    tensors[name] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def as_numbers(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{UP}.weight"] = torch.randn(96, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (swap, rf"'{UP}\.weight' holds what belongs to '{GATE}'"),
+        (halve, rf"'{UP}\.weight\.absmax' is not as it was rounded at 2\.1% of its numbers"),
+        (other_blocks, r'"blocksize": 128.*, not .*"blocksize": 64'),
+        (as_numbers, rf"'{UP}\.weight' is \(96, 64\) float32, not \(3072, 1\) uint8"),
+        (lambda t: t.pop(f"{UP}.weight.absmax"), rf"'{UP}\.weight\.absmax' is missing"),
+        (lambda t: t.update(extra=torch.ones(1)), "'extra' is there and should not be"),
+    ],
+)
+def test_a_fault_is_named(
+    folder: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], None], words: str
+) -> None:
+    base = load_base(folder, weights="nf4")
+    job, tensors = written(base, attached(base), tmp_path)
+    assert audit_as_base(own_form(job), tmp_path) == []
+    change(tensors)
+    save_file(tensors, tmp_path / WEIGHTS)
+    found = audit_as_base(own_form(job), tmp_path)
+    assert any(re.search(words, each) for each in found), found
+
+
+def test_a_layer_left_out_is_named(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder, weights="nf4")
+    handle = attached(base)
+    with torch.no_grad():
+        kept = handle.adapters[UP].B.clone()
+        handle.adapters[UP].B.zero_()
+        job, _ = written(base, handle, tmp_path)
+        handle.adapters[UP].B.copy_(kept)
+    found = audit_as_base(own_form(job), tmp_path)
+    assert f"'{UP}.weight' is the base's own, without the adapter" in found
+
+
+def test_settings_and_a_damaged_file_are_named(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder, weights="nf4")
+    job, _ = written(base, attached(base), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "quantization_config" in audit_as_base(own_form(job), tmp_path)[0]
+    (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:1000])
+    assert "cannot be read back" in audit_as_base(own_form(job), tmp_path)[0]
