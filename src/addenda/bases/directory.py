@@ -135,6 +135,7 @@ def _load_model(
     from transformers import AutoModel, AutoModelForCausalLM
 
     from addenda.bases.empty import empty_model
+    from addenda.bases.place import widen
 
     where = {"folder": folder}
     loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
@@ -161,19 +162,9 @@ def _load_model(
             hint = "fetch the weights again; config.json and weights must be of the same model"
             raise BaseModelError(f"the weights cannot be loaded: {error}", where=where, hint=hint) from error
     _require_exact(info, folder)
-    if hasattr(config, "quantization_config"):
-        _widen(model, dtype)
+    if hasattr(config, "quantization_config"):  # transformers leaves what is not packed as it is stored
+        widen(model, dtype)
     return model.eval()
-
-
-def _widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Widen the plain weights beside packed ones, which transformers leaves as stored whatever is asked for."""
-    import torch
-
-    for parameter in model.parameters():
-        plain = type(parameter) is torch.nn.Parameter and type(parameter.data) is torch.Tensor
-        if plain and parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
-            parameter.data = parameter.data.to(dtype)
 
 
 def _require_size(loader: Any, config: PreTrainedConfig, *, values: int, folder: Path) -> None:

@@ -6,13 +6,15 @@ really gives the gradient of its input is tried when an attach is planned.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from addenda.core.views import CompressedView
 
-__all__ = ["QuantizedView", "is_quantized", "keep_layout"]
+__all__ = ["QuantizedView", "is_quantized", "keep_inputs", "keep_layout", "quantized_numel"]
 
 _ROWS_AT_ONCE = 1024
 
@@ -26,6 +28,12 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(codes, Tensor) and hasattr(module, "scales") and hasattr(module, "in_features")
 
 
+def quantized_numel(model: nn.Module) -> int:
+    """Return how many numbers the layers have that other libraries quantised."""
+    found: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    return sum(layer.in_features * layer.out_features for layer in found)
+
+
 def _comes_from(library: str, cls: type) -> bool:
     return any(c.__module__.split(".")[0] == library for c in cls.__mro__)
 
@@ -36,6 +44,13 @@ def keep_layout(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no module of ours)
             module.state_dict()  # undoes a packing that an earlier forward made
+
+
+def keep_inputs(model: nn.Module) -> None:
+    """Stop bitsandbytes' layers of eight bits from rounding their inputs, as on a CPU they do when not in training."""
+    for module in model.modules():
+        if _comes_from("bitsandbytes", type(module)) and hasattr(module, "state"):
+            module.training = True
 
 
 class QuantizedView(CompressedView):

@@ -15,29 +15,33 @@ from torch import Tensor
 
 from addenda.bases import LoadedBase
 from addenda.bases.packed_layers import PackedLinear, packed_layers
+from addenda.core.foreign import QuantizedView, is_quantized
 from addenda.core.layers import kind_of
 from addenda.core.merging import tied
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError, ExportError
-from addenda.export.bitsandbytes import settings_for, tensors_of
+from addenda.export.bitsandbytes import exact_weight, packed_again, quantizer_of, settings_for, tensors_of
 from addenda.export.job import Job
 from addenda.export.rewriting import differences, read_tensor, rewrite, tensor_names
 
-__all__ = ["AS_BASE", "audit_as_base", "own_form", "why_no_own_form", "write_as_base"]
+__all__ = ["AS_BASE", "audit_as_base", "own_form", "unpacked_form", "write_as_base"]
 
 AS_BASE = "base"
 _NAME = re.compile(r"(?P<stem>.*?)(?P<part>\.(weight(\..+)?|bias|SCB|weight_format))")
 _ELSEWHERE = "take another --type of merged, such as bfloat16, or keep the adapter beside its base: --to peft"
 
 
-def why_no_own_form(base: LoadedBase | None) -> str | None:
+def _why_not(base: LoadedBase | None) -> str | None:
     """Return why a merge cannot be packed as the base is; None where it can."""
     if base is None:
         return "a model that was not loaded from a folder has no packing that could be written again"
     if base.weights == "packed":
         return "the base's weights are packed as in its GGUF file, which '--to gguf --type base' writes again"
-    if base.weights == "dense":
+    library = quantizer_of(base.model)
+    if base.weights == "dense" and library is None:
         return "the base's weights are not packed"
+    if library not in {None, "bitsandbytes"}:
+        return f"the base's weights are packed by {library}, which alone writes such"
     return None
 
 
@@ -48,9 +52,21 @@ def own_form(job: Job) -> Form:
         ExportError: the base is not packed in a way that is written here, or its files have no place for a folded
             weight; all that stands against it.
     """
-    if reason := why_no_own_form(job.base):
+    if reason := _why_not(job.base):
         raise ExportError(f"'{AS_BASE}' is no type for this merge: {reason}", hint=_ELSEWHERE)
-    form = PackedNow(job)
+    return _checked(Quantized(job) if quantizer_of(job.model) else PackedNow(job))
+
+
+def unpacked_form(job: Job, dtype: torch.dtype) -> Form:
+    """Return what a merge makes of the tensors of a base that bitsandbytes quantized where none is packed any more.
+
+    Raises:
+        ExportError: its files have no place for a folded weight; all that stands against it.
+    """
+    return _checked(Unpacked(job, dtype))
+
+
+def _checked(form: Form) -> Form:
     if problems := [*form.problems()]:
         raise ExportError(
             f"the adapter cannot be folded into the base's files: {'; '.join(problems)}", hint=_ELSEWHERE
@@ -100,13 +116,16 @@ class Form(ABC):
         if view.writable:
             return self.handle.folded(path)
         with torch.no_grad():
-            return self.handle.adapters[path].fold(view.exact_weight(), view.bias())
+            return self.handle.adapters[path].fold(self.exact(path), view.bias())
+
+    def exact(self, path: str) -> Tensor:
+        """Return the weight of a packed layer that the adapter stands on, ``(d_out, d_in)`` float32."""
+        view = self.handle.view(path)
+        return exact_weight(view.module) if isinstance(view, QuantizedView) else view.exact_weight()
 
     def changes(self, path: str) -> bool:
         """Whether the adapter changes anything of a packed layer's weight."""
-        return path in self.handle.paths and not torch.equal(
-            self.folded(path)[0], self.handle.view(path).exact_weight()
-        )
+        return path in self.handle.paths and not torch.equal(self.folded(path)[0], self.exact(path))
 
     def dense(self, path: str) -> Mapping[str, Tensor]:
         """Return the tensors of an adapted layer's weight that is not packed, in the dtype that the file has it in."""
@@ -195,6 +214,48 @@ class PackedNow(Form):
         bfloat16 = "bfloat16" in {config.get("dtype"), config.get("torch_dtype")}
         computed = "bfloat16" if bfloat16 else "float32"
         return {**config, "quantization_config": settings_for(entry, kept, computed)}
+
+
+class Quantized(Form):
+    """Layers that bitsandbytes quantized, in the layout that each of them has."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job, ())
+
+    def weight(self, path: str, *, adapted: bool = True) -> Mapping[str, Tensor] | None:
+        if not adapted:
+            return None
+        view = self.handle.view(path)
+        if not isinstance(view, QuantizedView):
+            return self.dense(path)
+        return packed_again(view.module, self.folded(path)[0]) if self.changes(path) else None
+
+    def settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        return config
+
+
+class Unpacked(Form):
+    """Layers that bitsandbytes quantized, as numbers."""
+
+    def __init__(self, job: Job, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._quantized = {path: each for path, each in job.model.named_modules() if is_quantized(each)}
+        super().__init__(job, self._quantized)
+
+    def weight(self, path: str, *, adapted: bool = True) -> Mapping[str, Tensor] | None:
+        if adapted and path in self.handle.paths:
+            weight = self.folded(path)[0]
+        elif path in self._quantized:
+            weight = exact_weight(self._quantized[path])
+        else:
+            return None
+        return {".weight": weight.to(self._dtype)}
+
+    def settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        kept = {
+            key: value for key, value in config.items() if key not in {"quantization_config", "torch_dtype"}
+        }
+        return {**kept, "dtype": str(self._dtype).removeprefix("torch.")}
 
 
 # --------------------------------------------------------------------------------------------- writing, reading back

@@ -7,18 +7,20 @@ each row. They are named after the layer.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from addenda.bases import formats
 from addenda.bases.formats import WeightFormat
 from addenda.bases.formats.bits import singles
 from addenda.bases.formats.normal import LEVELS, to_bitsandbytes
 
-__all__ = ["settings_for", "tensors_of"]
+__all__ = ["exact_weight", "packed_again", "quantizer_of", "settings_for", "tensors_of"]
 
 
 def tensors_of(raw: Tensor, entry: WeightFormat, d_in: int) -> dict[str, Tensor]:
@@ -76,3 +78,63 @@ def settings_for(entry: WeightFormat, dense: Sequence[str], computed: str) -> di
             "bnb_4bit_compute_dtype": computed,
         }
     return made
+
+
+# ------------------------------------------------------------------------------------------- layers of its own
+
+
+def quantizer_of(model: nn.Module) -> str | None:
+    """Return the library that quantized a model of transformers, as its configuration names it; None for none."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    if settings is None:
+        return None
+    named = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    return str(getattr(named, "value", named))
+
+
+def exact_weight(layer: Any) -> Tensor:
+    """Return what a layer of bitsandbytes multiplies with where it computes in float32, ``(d_out, d_in)``."""
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        scale = _row_magnitudes(layer) * (1 / 127)
+        return weight.data.float() * scale[:, None]
+    from bitsandbytes.functional import dequantize_4bit
+
+    wide = copy.copy(state)
+    wide.dtype = torch.float32
+    found: Tensor = dequantize_4bit(weight.data, wide)
+    return found
+
+
+def _row_magnitudes(layer: Any) -> Tensor:
+    held = layer.state.SCB  # there from the first forward on
+    found: Tensor = layer.weight.SCB if held is None else held
+    return found.float()
+
+
+def packed_again(layer: Any, weight: Tensor) -> dict[str, Tensor]:
+    """Round another weight to the layout that a layer of bitsandbytes has its own in.
+
+    Args:
+        layer: of four bits, in whatever type, blocks and statistics; or of eight.
+        weight: ``(d_out, d_in)`` float32.
+
+    Returns:
+        Its tensors by what follows the layer's name.
+    """
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return _eight_bits(formats.get("INT8").quantize(weight))
+    from bitsandbytes.functional import quantize_4bit
+
+    codes, made = quantize_4bit(
+        weight,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=layer.weight.dtype,
+    )
+    made.dtype = state.dtype
+    parts = {f".weight.{part}": tensor for part, tensor in made.as_dict(packed=True).items()}
+    return {".weight": codes, **parts}

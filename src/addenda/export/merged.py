@@ -63,13 +63,22 @@ def _write_weights(
     if base.weights == "dense" and adapted:
         _merge_and_write(base, handle, work, dtype)
     else:
-        state = _unpacked_state(base, handle, handle.paths if adapted else [])
-        with quiet_transformers():
-            base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
+        _save(base, _rounded(_unpacked_state(base, handle, handle.paths if adapted else []), dtype), work)
     config = work / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save(base: LoadedBase, state: dict[str, Tensor], work: Path) -> None:
+    stored = base.model.config.dtype
+    try:
+        with quiet_transformers():
+            base.model.save_pretrained(work, state_dict=state)
+    finally:
+        base.model.config.dtype = (
+            stored  # else the configuration in memory says what the numbers were widened to
+        )
 
 
 def _merge_and_write(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype) -> None:
@@ -80,8 +89,7 @@ def _merge_and_write(base: LoadedBase, handle: Handle, work: Path, dtype: torch.
         keys = _own_keys(state, handle)
         new = [key for key in keys if key not in set(before)]
         _require_place(base, new)
-        with quiet_transformers():
-            base.model.save_pretrained(work, state_dict=_rounded({key: state[key] for key in keys}, dtype))
+        _save(base, _rounded({key: state[key] for key in keys}, dtype), work)
     finally:
         handle.unmerge()
 

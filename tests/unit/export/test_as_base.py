@@ -17,9 +17,11 @@ from torch import Tensor
 import addenda
 from addenda.bases import formats, load_base
 from addenda.bases.packed_layers import packed_layers
+from addenda.bases.place import in_float32
 from addenda.core.through import merged_rows
 from addenda.errors import ExportError
 from addenda.export.as_base import audit_as_base, own_form, write_as_base
+from addenda.export.bitsandbytes import exact_weight
 from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
@@ -39,6 +41,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 UP = "model.layers.0.mlp.up_proj"
 GATE = "model.layers.0.mlp.gate_proj"
 WEIGHTS = "model.safetensors"
+Q = "model.layers.0.self_attn.q_proj"
 FITTING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
 
 
@@ -174,6 +177,99 @@ def test_a_tied_weight_is_refused(folder: Path, tmp_path: Path) -> None:
     base.model.lm_head.weight = base.model.model.embed_tokens.weight
     with pytest.raises(ExportError, match="'lm_head' shares its weight with"):
         export_adapter(base, attached(base, ["lm_head"]), "merged", tmp_path / "out", type="base")
+
+
+# ------------------------------------------------------------------------------------- folders that bitsandbytes wrote
+
+FORMS = {
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def quantized(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base as transformers and bitsandbytes write it, computing in bfloat16, in several weight files."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    settings = transformers.BitsAndBytesConfig(**FORMS[request.param], bnb_4bit_compute_dtype=torch.bfloat16)
+    made = tmp_path_factory.mktemp("quantized") / request.param
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=settings
+    )
+    model.save_pretrained(made, max_shard_size="30KB")
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(made)
+    assert len(list(made.glob("*.safetensors"))) > 1
+    return made
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_their_folder_keeps_its_bytes_where_nothing_changes(quantized: Path, tmp_path: Path) -> None:
+    base = load_base(quantized)
+    handle = attached(base, ["q_proj", "down_proj"])
+    with torch.no_grad():
+        handle.adapters[Q].B.zero_()
+    before = tensors_in(quantized)
+    job = Job(base.model, handle, probes_of(base), base, "base")
+    write_as_base(job, own_form(job), tmp_path)
+    after = tensors_in(tmp_path)
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    down = {f"model.layers.{at}.mlp.down_proj.weight" for at in (0, 1)}
+    assert down | {"model.layers.1.self_attn.q_proj.weight"} <= changed
+    assert not any(name.startswith(Q) for name in changed)
+    assert all(any(path in name for path in ("1.self_attn.q_proj", "down_proj")) for name in changed)
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        (quantized / "config.json").read_text()
+    )
+    assert audit_as_base(own_form(job), tmp_path) == []
+
+
+def test_their_weights_are_rounded_as_bitsandbytes_rounds(quantized: Path, tmp_path: Path) -> None:
+    import bitsandbytes
+
+    base = load_base(quantized)
+    handle = attached(base, "all-linear")
+    job = Job(base.model, handle, probes_of(base), base, "base")
+    write_as_base(job, own_form(job), tmp_path)
+    again = load_base(tmp_path)
+    for path in handle.paths:
+        old, new = (exact_weight(each.model.get_submodule(path)) for each in (base, again))
+        with torch.no_grad():
+            wanted, _ = handle.adapters[path].fold(old, None)
+        layer = base.model.get_submodule(path)
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:
+            codes, scale, _ = bitsandbytes.functional.int8_vectorwise_quant(wanted.half())
+            step = scale[:, None] / 127
+            assert ((new - wanted).abs() <= 0.51 * step).all()
+            continue
+        codes, made = bitsandbytes.functional.quantize_4bit(
+            wanted,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            compress_statistics=state.nested,
+        )
+        assert torch.equal(again.model.get_submodule(path).weight.data, codes)
+        assert torch.equal(new, bitsandbytes.functional.dequantize_4bit(codes, made))
+
+
+@pytest.mark.parametrize("kind", ["base", "float32"])
+def test_their_base_goes_through_the_gate(quantized: Path, tmp_path: Path, kind: str) -> None:
+    base = load_base(quantized)
+    in_float32(base.model)
+    handle = attached(base, "all-linear")
+    parity = export_adapter(base, handle, "merged", tmp_path / "out", type=kind, allow_drift=True)
+    assert parity.twin is not None
+    assert parity.twin.exact
+    again = load_base(tmp_path / "out")
+    assert (type(again.model.get_submodule(Q)) is torch.nn.Linear) == (kind == "float32")
+    if kind == "float32":
+        assert parity.verdict == "passed", parity
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
