@@ -50,6 +50,7 @@ def command(
     """
     wanted = [(name, kind or None) for name, _, kind in (form.partition(":") for form in forms)]
     with Display(console) as display:
+        from addenda.bases.place import in_float32
         from addenda.export.bundle import write_bundle
         from addenda.export.format import require_type
         from addenda.recipe import load_adapted
@@ -58,8 +59,7 @@ def command(
         for form, kind in wanted:
             require_type(form, kind)
         loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
-        if not getattr(loaded.model, "is_quantized", False):
-            loaded.model.float()
+        in_float32(loaded.model)
         with reported_exports(adapter, display) as on_gated:
             found = write_bundle(
                 loaded,

@@ -77,6 +77,7 @@ def _export(
     allow_drift: bool,
     display: Display,
 ) -> Parity:
+    from addenda.bases.place import in_float32
     from addenda.export.format import require_type
     from addenda.export.run import export_adapter
     from addenda.recipe import load_adapted
@@ -85,9 +86,7 @@ def _export(
 
     require_type(form, kind)
     loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
-    # In float32 the proof sees the export's own error, not that of the arithmetic; codes cannot be widened.
-    if not getattr(loaded.model, "is_quantized", False):
-        loaded.model.float()
+    in_float32(loaded.model)
     rows = calibration_rows(calibrate, loaded, display) if calibrate else ()
     with reported_exports(adapter, display) as on_gated:
         return export_adapter(

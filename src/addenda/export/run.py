@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from addenda.bases import LoadedBase
+from addenda.core.foreign import keep_inputs
 from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError, ExportError, MissingDependencyError
@@ -149,6 +150,7 @@ def _require_finite(handle: Handle) -> None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
+    keep_inputs(model)
     try:
         yield
     finally:
