@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "sft_cpu"))
+
+import table  # noqa: E402
+
 FORMS = {
     "pytorch": "PyTorch, merged",
     "pytorch-whole": "PyTorch, merged, without a cache",
@@ -181,6 +185,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(render(document))
+    table.write_readme(HERE / "decoder.md", render(document))
 
 
 if __name__ == "__main__":
