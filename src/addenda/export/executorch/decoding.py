@@ -18,8 +18,10 @@ from addenda.export.onnx.writing import require_finite
 
 __all__ = ["CONTEXT", "PART", "facts", "write_decoder"]
 
-CONTEXT, PART = 2048, 128
-"""Tokens for which a cache has room where nobody asks for more, and those that are read in one call at most."""
+CONTEXT, PART = 1024, 128
+"""Tokens for which a cache has room where nobody asks for other, and those that are read in one call at most.
+
+Attention goes over the whole cache in every call, so that room which is not needed costs time too."""
 
 
 def write_decoder(model: nn.Module, path: Path, *, context: int, int8: bool, told: dict[str, Any]) -> None:
