@@ -25,6 +25,7 @@ from addenda.export.gguf.merging import audit_merged, write_merged_gguf
 from addenda.export.gguf.origin import HEAD, dense, origin_of
 from addenda.export.job import Job
 from addenda.export.merged import write_merged
+from addenda.export.own import OwnTensors
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
 
@@ -285,11 +286,13 @@ def test_where_writer_and_reader_take_both_for_one_the_answers_show_it(
         ways = {key: way for key, way in origin.ways.items() if key != EMBEDDING_KEY}
         return replace(origin, ways={**ways, HEAD_KEY: Way(EMBEDDING, None)})
 
-    def folded(base: Any, handle: addenda.Handle, path: str, state: Any) -> Tensors:
-        return {key: handle.folded(path)[0] for key in (HEAD_KEY, EMBEDDING_KEY)}
+    made = OwnTensors.__getitem__
+
+    def both(self: OwnTensors, name: str) -> torch.Tensor:
+        return handle.folded(HEAD_PATH)[0] if name == EMBEDDING_KEY else made(self, name)
 
     monkeypatch.setattr("addenda.export.gguf.merging._with_ends", shared)
-    monkeypatch.setattr("addenda.export.merged._folded", folded)
+    monkeypatch.setattr("addenda.export.own.OwnTensors.__getitem__", both)
     monkeypatch.setattr("addenda.export.formats.merged.merged_audit", lambda *given: [])
     with pytest.raises(ExportError, match="an answer differs by"):
         export_adapter(base, handle, to, tmp_path / "out", allow_drift=True)
