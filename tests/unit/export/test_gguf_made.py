@@ -161,6 +161,14 @@ def test_what_llama_cpp_has_no_place_for_is_refused_before_training(tmp_path: Pa
         require_formats(["gguf", "gguf-lora"], planned, base.model, base)
 
 
+@pytest.mark.parametrize("to", ["gguf", "gguf-lora"])
+def test_transposed_weights_are_refused_before_training(to: str, tmp_path: Path) -> None:
+    base = load_base(saved(tmp_path / "base", "gpt2"))
+    planned = addenda.plan(base.model, addenda.LoRA(), "all-linear")
+    with pytest.raises(ConfigError, match=r"'transformer\.h\.0\.attn\.c_attn' lies transposed"):
+        require_formats([to], planned, base.model, base)
+
+
 @pytest.mark.parametrize(
     ("value", "kind"), [(1.0, "BF16"), (1 + 2**-10, "F16"), (2.0**100, "BF16"), (1 + 2**-20, "F32")]
 )
