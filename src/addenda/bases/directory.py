@@ -135,6 +135,7 @@ def _load_model(
     from transformers import AutoModel, AutoModelForCausalLM
 
     from addenda.bases.empty import empty_model
+    from addenda.bases.place import widen
 
     where = {"folder": folder}
     loader = AutoModelForCausalLM if kind == "causal-lm" else AutoModel
@@ -161,6 +162,8 @@ def _load_model(
             hint = "fetch the weights again; config.json and weights must be of the same model"
             raise BaseModelError(f"the weights cannot be loaded: {error}", where=where, hint=hint) from error
     _require_exact(info, folder)
+    if hasattr(config, "quantization_config"):  # transformers leaves what is not packed as it is stored
+        widen(model, dtype)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Move a loaded model onto another device."""
+"""Move a loaded model onto another device, or to wider numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 from addenda.bases.packed_layers import packed_layers
 from addenda.errors import BaseModelError, OutOfMemory
 
-__all__ = ["move"]
+__all__ = ["in_float32", "move", "widen"]
 
 
 def move(model: nn.Module, device: str | torch.device) -> None:
@@ -41,3 +41,22 @@ def move(model: nn.Module, device: str | torch.device) -> None:
         raise BaseModelError(
             f"the base cannot be moved to '{device}': {error}", hint="set base.device=cpu"
         ) from error
+
+
+def widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Widen the floating parameters of a model in place; what another library keeps in a class of its own stays."""
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+        if plain and parameter.is_floating_point() and parameter.dtype.itemsize < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
+
+
+def in_float32(model: nn.Module) -> None:
+    """Let a model compute in float32, in place: what is compared then shows no error of the arithmetic."""
+    if not getattr(model, "is_quantized", False):
+        model.float()
+        return
+    widen(model, torch.float32)
+    for module in model.modules():
+        if getattr(module, "compute_dtype", None) is not None:  # bitsandbytes, of four bits
+            setattr(module, "compute_dtype", torch.float32)  # noqa: B010  (no module of ours)

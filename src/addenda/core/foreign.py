@@ -1,10 +1,14 @@
 """Linear layers that another library quantised: its module is called as it is, and its own autograd is trusted.
 
-bitsandbytes, torchao, GPTQ and AWQ are told by the shape of their modules; none of them is imported. Whether a layer
-really gives the gradient of its input is tried when an attach is planned.
+bitsandbytes, torchao, GPTQ and AWQ are told by the shape of their modules; none is imported before a model has brought
+it along. Whether a layer really gives the gradient of its input is tried when an attach is planned.
 """
 
 from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +16,7 @@ from torch.nn import functional as F
 
 from addenda.core.views import CompressedView
 
-__all__ = ["QuantizedView", "is_quantized", "keep_layout"]
+__all__ = ["QuantizedView", "is_quantized", "keep_inputs", "keep_layout", "quantized_numel"]
 
 _ROWS_AT_ONCE = 1024
 
@@ -26,6 +30,12 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(codes, Tensor) and hasattr(module, "scales") and hasattr(module, "in_features")
 
 
+def quantized_numel(model: nn.Module) -> int:
+    """Return how many numbers the layers have that other libraries quantised."""
+    found: list[Any] = [module for module in model.modules() if is_quantized(module)]
+    return sum(layer.in_features * layer.out_features for layer in found)
+
+
 def _comes_from(library: str, cls: type) -> bool:
     return any(c.__module__.split(".")[0] == library for c in cls.__mro__)
 
@@ -36,6 +46,13 @@ def keep_layout(model: nn.Module) -> None:
         if getattr(module, "support_avx512bf16_for_cpu", False):
             setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no module of ours)
             module.state_dict()  # undoes a packing that an earlier forward made
+
+
+def keep_inputs(model: nn.Module) -> None:
+    """Stop bitsandbytes' layers of eight bits from rounding their inputs, as on a CPU they do when not in training."""
+    for module in model.modules():
+        if _comes_from("bitsandbytes", type(module)) and hasattr(module, "state"):
+            module.training = True
 
 
 class QuantizedView(CompressedView):
@@ -65,6 +82,21 @@ class QuantizedView(CompressedView):
                 y: Tensor = self.original.forward(self.module, units)
                 parts.append(y if bias is None else y - bias.to(y.dtype))
         return torch.cat(parts).t().contiguous()
+
+    def exact_weight(self) -> Tensor:
+        """The weight in float32; a layer of bitsandbytes' as it is when the layer computes in float32; detached."""
+        if not _comes_from("bitsandbytes", self.original):
+            return super().exact_weight()
+        weight, state = self.module.weight, getattr(self.module.weight, "quant_state", None)
+        if state is None:
+            held = self.module.state.SCB  # there from the first forward on
+            scale = (weight.SCB if held is None else held).float() * (1 / 127)
+            exact: Tensor = weight.data.float() * scale[:, None]
+            return exact
+        wide = copy.copy(state)
+        wide.dtype = torch.float32
+        unpack = importlib.import_module("bitsandbytes.functional").dequantize_4bit
+        return cast(Tensor, unpack(weight.data, wide))
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -79,8 +79,12 @@ def _write_weights(
 
 
 def _save(base: LoadedBase, state: Mapping[str, Tensor], work: Path, dtype: torch.dtype) -> None:
-    with quiet_transformers():
-        base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
+    stored = base.model.config.dtype
+    try:
+        with quiet_transformers():
+            base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
+    finally:  # else the configuration in memory says what the numbers were widened to
+        base.model.config.dtype = stored
 
 
 def _merge_and_write(

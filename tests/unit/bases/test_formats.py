@@ -100,7 +100,7 @@ def test_rows_that_are_no_whole_blocks_are_refused() -> None:
 
 def nearest_levels(weight: np.ndarray) -> np.ndarray:
     """NF4 by its definition: of the sixteen levels times the block's largest magnitude, the nearest to each weight."""
-    quantiles = [float(x) for x in normal._LEVELS]
+    quantiles = [float(x) for x in normal.LEVELS]
     blocks = weight.reshape(-1, 64)
     absmax = np.abs(blocks).max(1, keepdims=True)
     table = np.float32(quantiles)[None, None] * absmax[:, :, None]

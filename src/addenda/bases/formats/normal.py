@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from addenda.bases.formats.bits import singles, table
-from addenda.bases.formats.registry import WeightFormat, register
+from addenda.bases.formats.registry import Grid, WeightFormat, register
 from addenda.errors import BaseModelError
 
-__all__ = ["from_bitsandbytes", "to_bitsandbytes"]
+__all__ = ["LEVELS", "from_bitsandbytes", "to_bitsandbytes"]
 
 BLOCK = 64
-_LEVELS = (
+LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
@@ -26,17 +26,26 @@ _LEVELS = (
 
 def _decode(raw: Tensor) -> Tensor:
     codes = torch.stack([raw[:, 4:] >> 4, raw[:, 4:] & 15], dim=-1).view(len(raw), BLOCK)
-    return table(_LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
+    return table(LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
+
+
+def _scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = blocks.abs().amax(1, keepdim=True)
+    return absmax, torch.zeros_like(absmax)
+
+
+def _pack(absmax: Tensor, _least: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([absmax.contiguous().view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
+
+
+_GRID = Grid(15, None, _scales, _pack, LEVELS)
 
 
 def _encode(blocks: Tensor) -> Tensor:
     """The nearest level for each number."""
-    absmax = blocks.abs().amax(1, keepdim=True)
-    levels = table(_LEVELS, blocks.device)
-    between = (levels[1:] + levels[:-1]) / 2
-    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)
-    codes = torch.bucketize(scaled, between).to(torch.uint8)
-    return torch.cat([absmax.view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
+    absmax, zero = _scales(blocks)
+    codes = _GRID.nearest(blocks / torch.where(absmax == 0, 1.0, absmax))
+    return _pack(absmax, zero, codes.to(torch.uint8))
 
 
 def from_bitsandbytes(
@@ -84,6 +93,12 @@ def to_bitsandbytes(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _FORMAT = WeightFormat(
-    "NF4", BLOCK, 36, _decode, _encode, "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them"
+    "NF4",
+    BLOCK,
+    36,
+    _decode,
+    _encode,
+    "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them",
+    _GRID,
 )
 register(_FORMAT)

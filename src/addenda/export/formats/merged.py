@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,8 +12,19 @@ from torch import nn
 
 from addenda.bases import LoadedBase, load_base
 from addenda.bases.loaded import vocabulary_of
+from addenda.core.foreign import quantized_numel
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
+from addenda.export.as_base import (
+    AS_BASE,
+    CAREFUL,
+    Form,
+    audit_as_base,
+    own_form,
+    unpacked_form,
+    write_as_base,
+)
+from addenda.export.bitsandbytes import quantizer_of
 from addenda.export.format import Format
 from addenda.export.job import Job
 from addenda.export.merged import merged_audit, write_merged
@@ -26,21 +38,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
 ```"""
+_NEEDS = """
+
+It needs `pip install bitsandbytes accelerate`."""
 
 
 class Merged(Format):
     """Safetensors, tokenizer and template of a model that needs no adapter any more."""
 
-    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", AS_BASE, CAREFUL)
     library = "transformers"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
         found = []
         if not planned.method.mergeable:
             found.append(f"method '{planned.method.name}' cannot be merged")
-        if getattr(model, "is_quantized", False):
+        library = quantizer_of(model)
+        if library not in {None, "bitsandbytes"}:
             found.append(
-                "the base keeps weights that another library quantized, and folding would round them anew"
+                f"the base keeps weights that {library} quantized, and folding would round them anew"
             )
         return found
 
@@ -51,10 +67,14 @@ class Merged(Format):
 
     def space(self, job: Job) -> int:
         tied = vocabulary_of(job.model) * 4096 if job.base else 0
-        return (4 if job.type == "float32" else 6) * (job.numbers + tied) + 2**24
+        codes = quantized_numel(job.model)
+        return (4 if job.type == "float32" else 6) * (job.numbers + tied + codes) + 2**24
 
     def write(self, job: Job, folder: Path) -> None:
-        _write(job, folder, str(job.type))
+        if form := _form(job):
+            write_as_base(job, form, folder)
+        else:
+            _write(job, folder, str(job.type))
 
     def drifts(self, job: Job) -> bool:
         return job.type != "float32"
@@ -63,14 +83,23 @@ class Merged(Format):
         if not exact or job.type == "float32":
             return _opened(folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
-            _write(job, Path(twin), "float32")
+            self.write(replace(job, type="float32"), Path(twin))
             return _opened(Path(twin))
 
     def audit(self, job: Job, folder: Path) -> list[str]:
+        if form := _form(job):
+            return audit_as_base(form, folder)
         return merged_audit(job.handle, folder, getattr(torch, str(job.type)))
 
     def usage(self, job: Job) -> str:
-        return _USAGE
+        return _USAGE + (_NEEDS if job.type in {AS_BASE, CAREFUL} else "")
+
+
+def _form(job: Job) -> Form | None:
+    """What is made of the tensors of the base's folder, where the merge is written by it."""
+    if job.type in {AS_BASE, CAREFUL}:
+        return own_form(job)
+    return unpacked_form(job, getattr(torch, str(job.type))) if quantizer_of(job.model) else None
 
 
 def _write(job: Job, folder: Path, dtype: str) -> None:
