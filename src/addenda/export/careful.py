@@ -84,7 +84,7 @@ def careful_merge(
     paths: Iterable[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, MergedLayer]:
-    """Return each layer rounded so that its outputs on calibration rows change least.
+    """Return each linear layer rounded so that its outputs on calibration rows change least.
 
     Each layer keeps the (d_in, d_in) products of its inputs meanwhile.
 
@@ -109,7 +109,9 @@ def careful_merge(
             f"'{handle.name}' is trained through {handle.through}: its merge is exact as it is",
             hint="merge it plainly, into that format",
         )
-    views = {path: handle.view(path) for path in (handle.paths if paths is None else paths)}
+    # An embedding has no inputs to weigh errors by: each of its columns is one token's alone.
+    asked = handle.paths if paths is None else paths
+    views = {path: view for path in asked if (view := handle.view(path)).pointwise}
     grams = {path: _Gram(view.d_in) for path, view in views.items()}
     watch(handle.model, handle.method, views, grams, batches=batches, on_progress=on_progress)
     made: dict[str, MergedLayer] = {}

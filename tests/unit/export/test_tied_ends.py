@@ -128,6 +128,22 @@ def test_a_packed_head_parts_from_its_embedding(
 
 
 @installed
+def test_a_careful_merge_rounds_an_embedding_as_it_is(
+    tmp_path: Path, packed: addenda.LoadedBase, adapt: Adapt
+) -> None:
+    """No input weighs its errors; beside it the head is rounded with care."""
+    base = load_base(packed.source, cache_dir=tmp_path / "cache", weights="dense", dtype=torch.float32)
+    rows = [{"input_ids": torch.randint(5, 90, (1, 60))} for _ in range(4)]
+    handle = adapt(base, ENDS)
+    parity = export_adapter(base, handle, "gguf", tmp_path / "out", type="careful", calibration=rows)
+    assert parity.verdict == "passed"
+    kind = origin_of(base).tensors[EMBEDDING].type
+    rounded = merged.unpack(merged.pack(handle.folded(EMBEDDING_PATH)[0], kind, EMBEDDING), kind)
+    found = merged.numbers(tmp_path / "out" / "model.gguf", EMBEDDING)
+    assert torch.equal(found, rounded.reshape(found.shape))
+
+
+@installed
 @pytest.mark.parametrize("family", ["gemma3_text", "granite", "qwen3_moe"])
 def test_other_families_part_as_well(family: str, adapt: Adapt, tmp_path: Path) -> None:
     base = tied(tmp_path / "base", family)
