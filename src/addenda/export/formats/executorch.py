@@ -103,7 +103,9 @@ def _bounds(job: Job) -> dict[str, dict[int, tuple[str, int]]]:
 def _write(job: Job, folder: Path, *, int8: bool) -> None:
     job.say("write the program", 0, 1, "programs")
     with folded(job.handle):
-        write_program(job.model, job.probes.rows, _bounds(job), folder / FILE, int8=int8)
+        write_program(
+            job.model, job.probes.rows, _bounds(job), folder / FILE, int8=int8, seen=job.calibration
+        )
     job.say("write the program", 1, 1, "programs")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,8 @@ def _write(job: Job, folder: Path, dtype: str) -> None:
 
 
 def _opened(folder: Path) -> Runtime:
-    return ModelRuntime("transformers", load_base(folder, dtype=torch.float32).model)
+    name = f"transformers {importlib.metadata.version('transformers')}"
+    return ModelRuntime(name, load_base(folder, dtype=torch.float32).model)
 
 
 FORMAT = Merged()
