@@ -39,7 +39,7 @@ test-models: setup ## adapt real models, which packages of the index bring (190 
 
 test-edge: setup ## export for mlx-lm and ExecuTorch and ask those programs, which it installs (500 MB, beside .venv's own)
 	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[executorch,mlx]'
-	@$(PY) -m pytest tests/unit/export/test_mlx.py tests/unit/export/test_executorch.py
+	@$(PY) -m pytest tests/unit/export/test_mlx.py tests/unit/export/test_executorch*.py
 
 conformance: setup ## try every method on every layer in every dtype, and print which stands where (half an hour)
 	@$(PY) -m addenda.conformance

@@ -38,6 +38,7 @@ __all__ = ["command"]
 @click.option("--base", metavar="MODEL", help="The model. [default: the adapter's]")
 @click.option("--type", "kind", metavar="TYPE", help="Of the written numbers, as the format names them.")
 @click.option("--calibrate", metavar="DATA", help="Rows of the task, for types that round with care.")
+@click.option("--context", type=int, metavar="N", help="Tokens for which executorch sets a cache aside.")
 @click.option(
     "--allow-drift", is_flag=True, help="Write it although it has lost something or could not be proven."
 )
@@ -49,6 +50,7 @@ def command(  # noqa: PLR0917  (click hands every option over)
     base: str | None,
     kind: str | None,
     calibrate: str | None,
+    context: int | None,
     *,
     allow_drift: bool,
 ) -> None:
@@ -60,7 +62,15 @@ def command(  # noqa: PLR0917  (click hands every option over)
     """
     with Display(console) as display:
         parity = _export(
-            adapter, form, out, base, kind, calibrate=calibrate, allow_drift=allow_drift, display=display
+            adapter,
+            form,
+            out,
+            base,
+            kind,
+            calibrate=calibrate,
+            context=context,
+            allow_drift=allow_drift,
+            display=display,
         )
     document = {"adapter": adapter, "to": form, "folder": out, "parity": parity.document()}
     console.result(document, f"wrote {out}\n{parity}")
@@ -74,6 +84,7 @@ def _export(
     kind: str | None,
     *,
     calibrate: str | None,
+    context: int | None,
     allow_drift: bool,
     display: Display,
 ) -> Parity:
@@ -96,6 +107,7 @@ def _export(
             out,
             type=kind,
             calibration=rows,
+            context=context,
             allow_drift=allow_drift,
             provenance=provenance,
             on_progress=display,

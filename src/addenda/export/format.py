@@ -17,7 +17,7 @@ from addenda.export.job import Job
 from addenda.export.names import format_names
 from addenda.export.runtime import Runtime
 
-__all__ = ["Format", "format_of", "require_formats", "require_type"]
+__all__ = ["Format", "format_of", "require_context", "require_formats", "require_type"]
 
 
 class Format(ABC):
@@ -29,6 +29,8 @@ class Format(ABC):
     """The extra that brings the program by which it is proven; empty where none is needed."""
     library: ClassVar[str] = ""
     """What loads it, as the hub names it."""
+    has_context: ClassVar[bool] = False
+    """Whether it sets aside a key-value cache of a length that can be chosen."""
 
     @abstractmethod
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
@@ -114,6 +116,32 @@ def require_type(name: str, kind: str | None) -> None:
         choices = f"one of {', '.join(types)}" if types else "no type"
         raise ConfigError(
             f"format '{name}' takes {choices}, not '{kind}'", hint="leave it out for the usual one"
+        )
+
+
+def require_context(name: str, context: int | None, room: int | None) -> None:
+    """Refuse a length of the cache that a format or a model does not have.
+
+    Args:
+        name: of the format.
+        context: in tokens; None for the usual one.
+        room: tokens of context that the model was built for, where that is known.
+
+    Raises:
+        ConfigError: the format has no such thing, or it is out of range.
+    """
+    if context is None:
+        return
+    if not format_of(name).has_context:
+        able = ", ".join(each for each in format_names() if format_of(each).has_context)
+        raise ConfigError(
+            f"format '{name}' sets no cache aside, so that it has no context to choose",
+            hint=f"leave it out; {able} has one",
+        )
+    if context < 2 or (room is not None and context > room):
+        raise ConfigError(
+            f"a context of {context} tokens",
+            hint=f"from 2 to {room}, for which the model was built" if room else "2 or more",
         )
 
 

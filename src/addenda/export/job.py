@@ -35,6 +35,8 @@ class Job:
     on_progress: OnProgress | None = None
     calibration: tuple[Row, ...] = ()
     """Rows of the task, for types that round with care; never those of `probes`."""
+    context: int | None = None
+    """Tokens for which the file sets a key-value cache aside; None for the format's usual number."""
     kept: dict[str, Any] = field(default_factory=dict, compare=False)
     """What a format has worked out once, for writing and for reading back."""
 

@@ -20,7 +20,7 @@ from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError, ExportError, MissingDependencyError
 from addenda.export.card import model_card
 from addenda.export.folder import new_folder, require_room, sums_of
-from addenda.export.format import Format, format_of, require_type
+from addenda.export.format import Format, format_of, require_context, require_type
 from addenda.export.job import Job
 from addenda.export.parity import Parity, gate, unopened
 from addenda.export.probes import Kind, Probes, Row, probes_of
@@ -54,6 +54,7 @@ def export_adapter(
     inputs: Sequence[Row] = (),
     kind: Kind | None = None,
     calibration: Sequence[Row] = (),
+    context: int | None = None,
     allow_drift: bool = False,
     provenance: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
@@ -73,13 +74,14 @@ def export_adapter(
         inputs: keyword arguments of forwards that it is proven on, batch first; a base that was loaded has its own.
         kind: what the model gives for them; ``next-token`` or ``features`` where the base was loaded, else required.
         calibration: rows of the task, for types that round with care.
+        context: tokens for which a cache is set aside, in formats that have one.
         allow_drift: write it although it drifted, or could not be told apart from the base; recorded.
         provenance: what the adapter's manifest says of its training.
         on_progress: told of the steps.
         on_gated: told what the gate found, before what falls short is refused.
 
     Raises:
-        ConfigError: there is no such format or type, or nothing to prove it on.
+        ConfigError: there is no such format, type or context, or nothing to prove it on.
         ExportError: it cannot carry the adapter, or does not answer like it.
         BusyError: the folder exists and is not empty.
         DiskFullError: there is no room.
@@ -99,7 +101,8 @@ def export_adapter(
     """
     form = format_of(to)
     job = _job(form, to, base, handle, type, inputs, kind, provenance, on_progress)
-    job = replace(job, calibration=tuple(calibration))
+    require_context(to, context, job.base.room if job.base else None)
+    job = replace(job, calibration=tuple(calibration), context=context)
     _require_finite(handle)
     with new_folder(folder) as work, _evaluating(job.model):
         require_room(work, form.space(job))

@@ -68,9 +68,20 @@ def tokens(batch: int, length: int, *, masked: bool = True) -> Row:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} if masked else {"input_ids": ids}
 
 
+class Reader(nn.Module):
+    """A causal model that is none of transformers': it is run whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = decoder()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+
 KINDS = {
     "encoder": (encoder, ["query", "value", "dense"], "features", [tokens(2, n) for n in (5, 11)]),
-    "decoder": (decoder, "all-linear", "next-token", [tokens(1, n, masked=False) for n in (6, 13)]),
+    "reader": (Reader, ["q_proj", "down_proj"], "next-token", [tokens(1, n, masked=False) for n in (6, 13)]),
     "picture": (Picture, ["stem", "head"], "classes", [{"x": torch.randn(2, 3, 12, 12)} for _ in range(6)]),
 }
 
@@ -102,7 +113,7 @@ def others(name: str) -> list[Row]:
     """Rows of sizes that were not traced, the smallest and the largest among them."""
     if name == "picture":
         return [{"x": torch.randn(batch, 3, 12, 12)} for batch in (1, 3, 8)]
-    if name == "decoder":
+    if name == "reader":
         return [tokens(1, length, masked=False) for length in (1, 7, 40)]
     rows = [tokens(*size) for size in ((1, 1), (3, 8), (8, 40))]
     rows[1]["attention_mask"][:, -2:] = 0

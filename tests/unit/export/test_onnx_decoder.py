@@ -58,6 +58,8 @@ def assert_pieces_answer_as_the_whole(model: nn.Module, session: Session) -> Non
 
 
 def test_pieces_of_a_sequence_give_what_the_whole_gives(written: tuple[nn.Module, Session]) -> None:
+    past = {f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")}
+    assert {name for name in written[1].inputs if name.startswith("past")} == past
     assert written[1].outputs["present.1.value"][2] == "past + length"
     assert_pieces_answer_as_the_whole(*written)
 
@@ -125,6 +127,22 @@ def test_greedy_answers_are_those_of_transformers(written: tuple[nn.Module, Sess
     assert answer == wanted.tolist()
     cut = Decoder(session).answer(ids[0], stop={answer[4]}, max_new_tokens=12)
     assert cut == answer[: answer.index(answer[4])]
+
+
+def test_keys_and_values_may_be_of_different_sizes() -> None:
+    config = transformers.DeepseekV3Config(
+        **TINY,
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        first_k_dense_replace=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=5,
+    )
+    found = cache_shapes(transformers.DeepseekV3ForCausalLM(config).eval())
+    assert found == [((1, 8), (1, 4))] * 2  # what is kept is compressed, and the rotated part
 
 
 def test_a_model_without_such_a_cache_is_refused() -> None:

@@ -18,7 +18,16 @@ from addenda.export.onnx.writing import Positional, require_finite
 from addenda.export.packages import require
 from addenda.export.probes import Row
 
-__all__ = ["BATCH", "LENGTH", "bounds_of", "require_executorch", "write_program"]
+__all__ = [
+    "BATCH",
+    "LENGTH",
+    "bounds_of",
+    "refusing",
+    "require_executorch",
+    "rounded_program",
+    "save",
+    "write_program",
+]
 
 BATCH, LENGTH = 8, 256
 """Up to which memory is set aside, where the model and the rows do not ask for other."""
@@ -86,28 +95,59 @@ def write_program(
         ExportError: PyTorch or ExecuTorch cannot trace it, or a weight is not finite.
         MissingDependencyError: ExecuTorch is not installed.
     """
-    exir = require_executorch("exir", "backends.xnnpack.partition.xnnpack_partitioner")
-    xnnpack = require_executorch("backends.xnnpack.partition.xnnpack_partitioner")
     require_finite(model)
     names = list(rows[0])
     example, shapes = _example(rows, bounds), _shapes(names, bounds)
+    with refusing(model), _without_cache(model):
+        # Its inputs are gathered in one argument, for which the sizes are told as one too.
+        program = torch.export.export(
+            Positional(model, names), example, dynamic_shapes=(shapes,), strict=False
+        )
+        if int8:
+            rounded = rounded_program(program, [[row[name] for name in names] for row in seen or rows])
+            program = torch.export.export(rounded, example, dynamic_shapes=shapes, strict=False)
+        save(program, path)
+
+
+@contextlib.contextmanager
+def refusing(model: nn.Module) -> Iterator[None]:
+    """Trace without gradients and without remarks, and say of what fails that ExecuTorch cannot hold the model."""
+    require_executorch("exir", "backends.xnnpack.partition.xnnpack_partitioner")
     try:
-        with torch.no_grad(), _quiet(), _without_cache(model):
-            # Its inputs are gathered in one argument, for which the sizes are told as one too.
-            program = torch.export.export(
-                Positional(model, names), example, dynamic_shapes=(shapes,), strict=False
-            )
-            if int8:
-                rounded = _rounded(program, [[row[name] for name in names] for row in seen or rows])
-                program = torch.export.export(rounded, example, dynamic_shapes=shapes, strict=False)
-            lowered = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()])
-            made = lowered.to_executorch()
+        with torch.no_grad(), _quiet():
+            yield
     except Exception as problem:  # both raise whatever the model's code does
         raise ExportError(
             f"ExecuTorch cannot hold {type(model).__name__}",
             where={"because": _reason(problem)},
             hint="its forward must not branch on the values or sizes of its inputs",
         ) from problem
+
+
+def save(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    constants: Mapping[str, Any] | None = None,
+    *,
+    singly: bool = False,
+) -> None:
+    """Lower what was traced, to XNNPACK where that has the operators, and write it.
+
+    Args:
+        program: as traced.
+        path: the file.
+        constants: what methods without arguments give back, by their names.
+        singly: hand each product of rounded activations to XNNPACK by itself. Larger parts of a decoder would need
+            what is computed between them.
+    """
+    exir = require_executorch("exir")
+    xnnpack = require_executorch("backends.xnnpack.partition.xnnpack_partitioner")
+    parts = [xnnpack.XnnpackDynamicallyQuantizedPartitioner(per_op_mode=True)] if singly else []
+    lowered = exir.to_edge_transform_and_lower(
+        program, partitioner=[*parts, xnnpack.XnnpackPartitioner()], constant_methods=dict(constants or {})
+    )
+    # A cache is written in place: it would be copied whole for each token.
+    made = lowered.to_executorch(exir.ExecutorchBackendConfig(run_reinplace_pass=True))
     with path.open("wb") as file:
         made.write_to_file(file)
 
@@ -133,7 +173,13 @@ def _shapes(names: Sequence[str], bounds: Mapping[str, Mapping[int, tuple[str, i
     return tuple({dim: dims[name] for dim, (name, _) in bounds[each].items()} for each in names)
 
 
-def _rounded(program: torch.export.ExportedProgram, rows: Sequence[Sequence[Tensor]]) -> nn.Module:
+def rounded_program(program: torch.export.ExportedProgram, rows: Sequence[Sequence[Tensor]]) -> nn.Module:
+    """Return what was traced with weights of 8 bits; see `write_program`.
+
+    Args:
+        program: as traced.
+        rows: its arguments, one call each, by which ranges are found.
+    """
     quantizer = require_executorch("backends.xnnpack.quantizer.xnnpack_quantizer")
     pt2e = require("executorch", _WHAT, "torchao.quantization.pt2e.quantize_pt2e")
     dynamic = not any(value.is_floating_point() for value in rows[0])

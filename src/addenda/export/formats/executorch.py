@@ -10,38 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
+from addenda.bases.stepwise import keeps_keys
 from addenda.core.layers import kind_of, layer_at
 from addenda.core.planning import Plan
+from addenda.export.caching import against_cache
+from addenda.export.executorch.decoding import CONTEXT, facts, write_decoder
 from addenda.export.executorch.lowering import BATCH, LENGTH, bounds_of, write_program
 from addenda.export.executorch.reading import findings
+from addenda.export.executorch.usage import usage_of_decoder, usage_of_whole
 from addenda.export.format import Format
 from addenda.export.job import Job
 from addenda.export.onnx.folding import folded
 from addenda.export.probes import named_output
 from addenda.export.runtime import Runtime
-from addenda.export.runtimes.executorch import ExecuTorchRuntime
+from addenda.export.runtimes.executorch import DecoderRuntime, ExecuTorchRuntime
 
 __all__ = ["FORMAT", "ExecuTorch"]
 
 FILE = "model.pte"
 
-_USAGE = """```python
-import torch
-from executorch.runtime import Runtime
-
-forward = Runtime.get().load_program("model.pte").load_method("forward")
-output, *_ = forward.execute([{inputs}])
-```
-
-Inputs, in this order: {told}. Larger sizes are refused."""
-
 
 class ExecuTorch(Format):
-    """``model.pte``: any batch and length up to a bound; decoders without a key-value cache."""
+    """``model.pte``: any batch and length up to a bound; decoders with their key-value cache."""
 
     types: ClassVar[tuple[str, ...]] = ("float32", "int8")
     extra = "executorch"
     library = "executorch"
+    has_context = True
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
         found = []
@@ -49,6 +44,12 @@ class ExecuTorch(Format):
             found.append(
                 f"method '{planned.method.name}' puts {planned.method.positions} positions in front of each sequence"
             )
+        if base is not None and base.kind == "causal-lm":
+            if not keeps_keys(model):
+                kind = base.model.config.model_type
+                found.append(f"a model of kind '{kind}' keeps more than a key and a value for each token")
+            if not planned.method.mergeable and (why := against_cache(planned)):
+                found.append(f"method '{planned.method.name}' {why}, and a decoder reads it in pieces")
         if getattr(model, "is_quantized", False):
             found.append("the base keeps weights that another library quantized, which no program can hold")
         return found
@@ -66,12 +67,11 @@ class ExecuTorch(Format):
             job.base.model.config.save_pretrained(folder)
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
-        names = list(job.probes.rows[0])
         if not exact or not self.drifts(job):
-            return ExecuTorchRuntime(folder / FILE, names)
+            return _opened(job, folder)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
             _write(job, Path(twin), int8=False)
-            return ExecuTorchRuntime(Path(twin) / FILE, names)
+            return _opened(job, Path(twin))
 
     def audit(self, job: Job, folder: Path) -> list[str]:
         if job.type == "int8":
@@ -82,30 +82,45 @@ class ExecuTorch(Format):
             return findings(folder / FILE, meant, before)
 
     def usage(self, job: Job) -> str:
-        bounds, row = _bounds(job), job.probes.rows[0]
-        told = []
-        for name, value in row.items():
-            sizes = [
-                f"{bounds[name][dim][0]} ≤ {bounds[name][dim][1]}" if dim in bounds[name] else str(size)
-                for dim, size in enumerate(value.shape)
-            ]
-            told.append(f"`{name}` ({', '.join(sizes)}) {str(value.dtype).removeprefix('torch.')}")
-        return _USAGE.format(inputs=", ".join(row), told="; ".join(told))
+        return usage_of_decoder(job, _context(job)) if _decodes(job) else usage_of_whole(job, _bounds(job))
+
+
+def _decodes(job: Job) -> bool:
+    """Whether it is a causal model of transformers, for which there are caches; others are run whole."""
+    return job.probes.kind == "next-token" and hasattr(job.model, "generate")
+
+
+def _context(job: Job) -> int:
+    return job.context or min(_room(job), CONTEXT)
+
+
+def _room(job: Job) -> int:
+    config = getattr(job.model, "config", None)
+    room: int = job.base.room if job.base else getattr(config, "max_position_embeddings", LENGTH)
+    return room
+
+
+def _opened(job: Job, folder: Path) -> Runtime:
+    if _decodes(job):
+        return DecoderRuntime(folder / FILE)
+    return ExecuTorchRuntime(folder / FILE, list(job.probes.rows[0]))
 
 
 def _bounds(job: Job) -> dict[str, dict[int, tuple[str, int]]]:
-    config = getattr(job.model, "config", None)
-    room = job.base.room if job.base else getattr(config, "max_position_embeddings", LENGTH)
     batch = 1 if job.probes.kind == "next-token" else BATCH  # its output has a vocabulary for every position
-    return bounds_of(job.probes.rows, batch=batch, length=min(room, LENGTH))
+    return bounds_of(job.probes.rows, batch=batch, length=min(_room(job), LENGTH))
 
 
 def _write(job: Job, folder: Path, *, int8: bool) -> None:
     job.say("write the program", 0, 1, "programs")
     with folded(job.handle):
-        write_program(
-            job.model, job.probes.rows, _bounds(job), folder / FILE, int8=int8, seen=job.calibration
-        )
+        if _decodes(job):
+            told = facts(job.model, job.base)
+            write_decoder(job.model, folder / FILE, context=_context(job), int8=int8, told=told)
+        else:
+            write_program(
+                job.model, job.probes.rows, _bounds(job), folder / FILE, int8=int8, seen=job.calibration
+            )
     job.say("write the program", 1, 1, "programs")
 
 

@@ -14,6 +14,7 @@ from addenda.bases import LoadedBase
 from addenda.bases.packed_layers import packed_layers
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
+from addenda.export.caching import against_cache
 from addenda.export.format import Format
 from addenda.export.job import Job
 from addenda.export.onnx.adapters import (
@@ -60,7 +61,7 @@ class ONNX(Format):
                 found.append(
                     f"method '{method.name}' cannot be folded into weights, and the base's are packed"
                 )
-            elif getattr(base, "kind", "") == "causal-lm" and (why := _against_cache(planned)):
+            elif getattr(base, "kind", "") == "causal-lm" and (why := against_cache(planned)):
                 found.append(f"method '{method.name}' {why}, and a decoder reads it in pieces")
         if getattr(model, "is_quantized", False):
             found.append("the base keeps weights that another library quantized, which no graph can hold")
@@ -100,16 +101,6 @@ class ONNX(Format):
 
     def usage(self, job: Job) -> str:
         return usage(job, adapter=job.handle.name if job.type == SWITCHABLE else "")
-
-
-def _against_cache(planned: Plan) -> str:
-    """Return what an adapter does with a sequence as a whole; empty where each token is treated by itself."""
-    method = planned.method
-    if any(row.kind == "transformer" for row in planned.rows):
-        return "acts on a sequence as a whole"
-    if method.reads_tokens() or method.looks_ahead():
-        return "acts by what was read before"
-    return "averages over a sequence" if "rows" in method.exceptions else ""
 
 
 def _write(job: Job, folder: Path, type: str) -> None:

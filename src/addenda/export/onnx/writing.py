@@ -91,8 +91,8 @@ def decoder_graph(model: nn.Module) -> ir.Model:
         example["position_ids"] = torch.arange(past, past + length, device=device).repeat(batch, 1)
         dims["position_ids"] = dims["input_ids"]
     cached = {}
-    for layer, (heads, features) in enumerate(cache_shapes(model)):
-        for part in ("key", "value"):
+    for layer, shapes in enumerate(cache_shapes(model)):
+        for part, (heads, features) in zip(("key", "value"), shapes, strict=True):
             cached[f"{PAST}.{layer}.{part}"] = torch.zeros(batch, heads, past, features, device=device)
     dims |= {name: {0: "batch", 2: "past"} for name in cached}
     outputs = ["logits", *(name.replace(PAST, PRESENT) for name in cached)]
