@@ -31,6 +31,8 @@ class Interval:
         True
         >>> Interval(-0.4, low=None, high=None, units=3).below_zero
         False
+        >>> f"{Interval(0.62, low=0.58, high=0.667, units=50):.0%}"
+        '62% (58% to 67%)'
     """
 
     value: float
@@ -51,6 +53,14 @@ class Interval:
     def above_zero(self) -> bool:
         """Whether the whole interval lies above zero."""
         return self.low is not None and self.low > 0
+
+    def __format__(self, form: str) -> str:
+        """Return the estimate and, where there are any, the ends in brackets, each in the format of a number."""
+        if not form:
+            return str(self)
+        if self.low is None or self.high is None:
+            return f"{self.value:{form}}"
+        return f"{self.value:{form}} ({self.low:{form}} to {self.high:{form}})"
 
 
 class _Drawn(NamedTuple):

@@ -54,21 +54,24 @@ def command(
         from addenda.export.bundle import write_bundle
         from addenda.export.format import require_type
         from addenda.recipe import load_adapted
+        from addenda.recipe.exports import reported_exports
 
         for form, kind in wanted:
             require_type(form, kind)
         loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
         in_float32(loaded.model)
-        found = write_bundle(
-            loaded,
-            handle,
-            wanted,
-            out,
-            with_base=with_base,
-            allow_drift=allow_drift,
-            provenance=provenance,
-            on_progress=display,
-        )
+        with reported_exports(adapter, display) as on_gated:
+            found = write_bundle(
+                loaded,
+                handle,
+                wanted,
+                out,
+                with_base=with_base,
+                allow_drift=allow_drift,
+                provenance=provenance,
+                on_progress=display,
+                on_gated=on_gated,
+            )
     document = {"folder": out, "exports": {name: parity.document() for name, parity in found.items()}}
     console.result(
         document, "\n".join([f"wrote {out}", *(f"{name}: {each}" for name, each in found.items())])

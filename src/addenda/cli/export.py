@@ -55,7 +55,8 @@ def command(  # noqa: PLR0917  (click hands every option over)
     """Write ADAPTER, an adapter or run folder, in a form other tools load.
 
     What was written is loaded again in the program it is for and must answer like the adapted model, or nothing
-    appears. Set train.export_to before training, and what the form cannot carry is said then.
+    appears. Set train.export_to before training, and what the form cannot carry is said then. The report of the run
+    that made the adapter shows what was found.
     """
     with Display(console) as display:
         parity = _export(
@@ -81,18 +82,22 @@ def _export(
     from addenda.export.run import export_adapter
     from addenda.recipe import load_adapted
     from addenda.recipe.calibrating import calibration_rows
+    from addenda.recipe.exports import reported_exports
 
     require_type(form, kind)
     loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
     in_float32(loaded.model)
-    return export_adapter(
-        loaded,
-        handle,
-        form,
-        out,
-        type=kind,
-        calibration=calibration_rows(calibrate, loaded, display) if calibrate else (),
-        allow_drift=allow_drift,
-        provenance=provenance,
-        on_progress=display,
-    )
+    rows = calibration_rows(calibrate, loaded, display) if calibrate else ()
+    with reported_exports(adapter, display) as on_gated:
+        return export_adapter(
+            loaded,
+            handle,
+            form,
+            out,
+            type=kind,
+            calibration=rows,
+            allow_drift=allow_drift,
+            provenance=provenance,
+            on_progress=display,
+            on_gated=on_gated,
+        )

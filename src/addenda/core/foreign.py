@@ -1,12 +1,14 @@
 """Linear layers that another library quantised: its module is called as it is, and its own autograd is trusted.
 
-bitsandbytes, torchao, GPTQ and AWQ are told by the shape of their modules; none of them is imported. Whether a layer
-really gives the gradient of its input is tried when an attach is planned.
+bitsandbytes, torchao, GPTQ and AWQ are told by the shape of their modules; none is imported before a model has brought
+it along. Whether a layer really gives the gradient of its input is tried when an attach is planned.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import importlib
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +82,21 @@ class QuantizedView(CompressedView):
                 y: Tensor = self.original.forward(self.module, units)
                 parts.append(y if bias is None else y - bias.to(y.dtype))
         return torch.cat(parts).t().contiguous()
+
+    def exact_weight(self) -> Tensor:
+        """The weight in float32; a layer of bitsandbytes' as it is when the layer computes in float32; detached."""
+        if not _comes_from("bitsandbytes", self.original):
+            return super().exact_weight()
+        weight, state = self.module.weight, getattr(self.module.weight, "quant_state", None)
+        if state is None:
+            held = self.module.state.SCB  # there from the first forward on
+            scale = (weight.SCB if held is None else held).float() * (1 / 127)
+            exact: Tensor = weight.data.float() * scale[:, None]
+            return exact
+        wide = copy.copy(state)
+        wide.dtype = torch.float32
+        unpack = importlib.import_module("bitsandbytes.functional").dequantize_4bit
+        return cast(Tensor, unpack(weight.data, wide))
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -17,6 +17,7 @@ __all__ = [
     "CurvePoint",
     "Curves",
     "DataFacts",
+    "ExportFacts",
     "FindingCount",
     "LayerFacts",
     "MethodFacts",
@@ -180,6 +181,40 @@ class SeedFacts:
 
 
 @dataclass(frozen=True)
+class ExportFacts:
+    """One export of the run's adapter, as the gate found it."""
+
+    format: str
+    type: str
+    """Of the written numbers; empty where the format has no choice."""
+    checked: str
+    """Date and time, ISO 8601."""
+    version: str
+    """Of the Addenda that wrote it."""
+    verdict: str
+    """``passed``, ``drifted``, ``failed``, ``unproven`` or ``unverified``."""
+    words: str
+    """The verdict in a sentence."""
+    kept: bool
+    """Whether its files were left where they were to be."""
+    bytes: int
+    runtime: str
+    """The program that answered, with its version."""
+    twin_difference: float | None
+    """Largest difference of an answer where nothing is rounded; None where none was asked, or it was no number."""
+    twin_limit: float | None
+    """What it may be."""
+    kl: Interval | None
+    """Of the file's answers from the trained model's, nats per position; None where they are no probabilities."""
+    top1_agreement: float | None
+    """Share in [0, 1] of positions with the same first choice."""
+    effect_size: Interval | None
+    """How much of the adapter's change of the answers the file keeps, 1 being all of it."""
+    effect_cosine: Interval | None
+    """Cosine of the change that the file makes with the change that the adapter makes."""
+
+
+@dataclass(frozen=True)
 class RecipeValue:
     """One setting of the resolved recipe."""
 
@@ -213,6 +248,8 @@ class RunRecord:
     """The command line that made it, if one did."""
     seeds: SeedFacts | None = None
     """None where it was trained with one seed."""
+    exports: tuple[ExportFacts, ...] = ()
+    """The latest in each format and type."""
 
     def to_json(self) -> str:
         """Return the record as JSON that `from_json` reads back into an equal record."""

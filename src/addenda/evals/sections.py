@@ -7,11 +7,33 @@ from collections import Counter
 from collections.abc import Iterable
 
 from addenda.evals.charts import Series, bar, line_chart
-from addenda.evals.page import Html, bytes_of, count, duration, folded, interval_text, prose, table, tag
-from addenda.evals.record import LayerFacts, RunRecord, SeedFacts
+from addenda.evals.page import (
+    Html,
+    bytes_of,
+    count,
+    duration,
+    folded,
+    interval_text,
+    moment,
+    prose,
+    table,
+    tag,
+)
+from addenda.evals.record import ExportFacts, LayerFacts, RunRecord, SeedFacts
 from addenda.evals.results import PromptShift, SamplePair
 
-__all__ = ["answers", "cost", "curves", "data", "environment", "general", "limits", "over_seeds", "trained"]
+__all__ = [
+    "answers",
+    "cost",
+    "curves",
+    "data",
+    "environment",
+    "exported",
+    "general",
+    "limits",
+    "over_seeds",
+    "trained",
+]
 
 
 def curves(record: RunRecord) -> list[Html]:
@@ -218,6 +240,82 @@ def over_seeds(facts: SeedFacts) -> list[Html]:
     head = ["figure", "mean", "95% interval", *(f"seed {seed}" for seed in facts.seeds)]
     numeric = (1, *range(3, len(head)))
     return [tag("p", intro), table("Figures over the seeds", head, rows, numeric=numeric), *ended]
+
+
+def exported(exports: Iterable[ExportFacts]) -> list[Html]:
+    """What other programs answer that load the adapter, and what its files have lost."""
+    made = sorted(exports, key=lambda each: (each.format, each.type))
+    intro = (
+        "Each export is loaded in the program it is for, where that is installed, and asked texts that nobody trained "
+        "on; its answers are compared with the trained model's. The latest in each format and type is shown."
+    )
+    verdicts = [
+        [
+            _form(each),
+            bytes_of(each.bytes),
+            tag("strong", _fate(each)),
+            each.words,
+            each.runtime,
+            f"{moment(each.checked)}, Addenda {each.version}",
+        ]
+        for each in made
+    ]
+    figures = [
+        [
+            _form(each),
+            _with_limit(each),
+            f"{each.kl:.2g}" if each.kl else "",
+            "" if each.top1_agreement is None else f"{each.top1_agreement:.1%}",
+            f"{each.effect_size:.1%}",
+            f"{each.effect_cosine:.3f}",
+        ]
+        for each in made
+        if each.effect_size and each.effect_cosine
+    ]
+    return [
+        tag("p", intro),
+        table(
+            "What the gate says",
+            ["export", "size", "verdict", "in words", "loaded with", "checked"],
+            verdicts,
+            numeric=(1,),
+        ),
+        *([table(_GATE, _GATE_HEAD, figures)] if figures else []),
+        tag("p", _GATE_NOTE, class_="note"),
+    ]
+
+
+_GATE = "What the gate measured, with 95% intervals over texts"
+_GATE_HEAD = [
+    "export",
+    "exact twin: largest difference (limit)",
+    "KL, nats per position",
+    "same first choice",
+    "adapter's change kept: size",
+    "cosine",
+]
+_GATE_NOTE = (
+    "The exact twin is the same export with nothing rounded; it tells whether the export is right. The other figures "
+    "are of the file itself: KL(trained || file), and how much of the adapter's change of the base's answers it makes, "
+    "1 in cosine and 100% in size being all of it."
+)
+
+
+def _form(export: ExportFacts) -> str:
+    return f"{export.format} {export.type}".rstrip()
+
+
+def _fate(export: ExportFacts) -> str:
+    verdict = {"unverified": "not verified"}.get(export.verdict, export.verdict)
+    if not export.kept:
+        return f"{verdict}; not written"
+    return verdict + ("; written by --allow-drift" if verdict in {"drifted", "unproven"} else "")
+
+
+def _with_limit(export: ExportFacts) -> str:
+    if export.twin_difference is None or export.twin_limit is None:
+        return "no number"
+    return f"{export.twin_difference:.1g} ({export.twin_limit:.1g})"
 
 
 def cost(record: RunRecord) -> list[Html]:

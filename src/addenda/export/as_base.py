@@ -16,17 +16,26 @@ from torch import Tensor
 from addenda.bases import LoadedBase
 from addenda.bases.packed_layers import PackedLinear, packed_layers
 from addenda.core.foreign import QuantizedView, is_quantized
-from addenda.core.layers import kind_of
+from addenda.core.layers import kind_of, view_of
 from addenda.core.merging import tied
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError, ExportError
-from addenda.export.bitsandbytes import exact_weight, packed_again, quantizer_of, settings_for, tensors_of
+from addenda.export.bitsandbytes import (
+    is_nf4,
+    packed_again,
+    packed_as,
+    quantizer_of,
+    settings_for,
+    tensors_of,
+)
+from addenda.export.careful import careful_rows
 from addenda.export.job import Job
 from addenda.export.rewriting import differences, read_tensor, rewrite, tensor_names
 
-__all__ = ["AS_BASE", "audit_as_base", "own_form", "unpacked_form", "write_as_base"]
+__all__ = ["AS_BASE", "CAREFUL", "audit_as_base", "own_form", "unpacked_form", "write_as_base"]
 
-AS_BASE = "base"
+AS_BASE, CAREFUL = "base", "careful"
+"""Adapted weights rounded as the base's are; and so that their outputs on calibration rows change least."""
 _NAME = re.compile(r"(?P<stem>.*?)(?P<part>\.(weight(\..+)?|bias|SCB|weight_format))")
 _ELSEWHERE = "take another --type of merged, such as bfloat16, or keep the adapter beside its base: --to peft"
 
@@ -53,7 +62,7 @@ def own_form(job: Job) -> Form:
             weight; all that stands against it.
     """
     if reason := _why_not(job.base):
-        raise ExportError(f"'{AS_BASE}' is no type for this merge: {reason}", hint=_ELSEWHERE)
+        raise ExportError(f"'{job.type}' is no type for this merge: {reason}", hint=_ELSEWHERE)
     return _checked(Quantized(job) if quantizer_of(job.model) else PackedNow(job))
 
 
@@ -103,6 +112,9 @@ class Form(ABC):
         """Yield what stands against folding the adapter into the base's files."""
         views = {path: self.handle.view(path) for path in self.handle.paths}
         shared = tied(self.base.model, {path: view for path, view in views.items() if view.writable})
+        coarse = [path for path in self.packed if not self.in_nf4(path)]
+        if self.careful and coarse:
+            yield f"a careful merge writes NF4 in blocks of 64, which '{coarse[0]}' is not in"
         yield from (f"'{path}' shares its weight with '{other}'" for path, other in shared.items())
         for path in self.layers:
             if path not in self._stems:
@@ -110,22 +122,33 @@ class Form(ABC):
             elif path in views and self.folded(path)[1] is not None and not views[path].has_bias:
                 yield f"the architecture has no place for a bias at '{path}'"
 
+    @property
+    def packed(self) -> list[str]:
+        """Paths of the adapted layers whose weight is packed."""
+        return [path for path in self.handle.paths if not self.handle.view(path).writable]
+
+    @property
+    def careful(self) -> bool:
+        """Whether adapted weights are rounded with care; what was trained through a rounding is exact without."""
+        return self.job.type == CAREFUL and not self.handle.through
+
+    def in_nf4(self, path: str) -> bool:
+        """Whether a packed layer is in NF4, whole blocks of 64 in each row."""
+        return False
+
     def folded(self, path: str) -> tuple[Tensor, Tensor | None]:
         """Return a layer's weight and bias with the adapter, in float32 where it is packed."""
         view = self.handle.view(path)
         if view.writable:
             return self.handle.folded(path)
         with torch.no_grad():
-            return self.handle.adapters[path].fold(self.exact(path), view.bias())
-
-    def exact(self, path: str) -> Tensor:
-        """Return the weight of a packed layer that the adapter stands on, ``(d_out, d_in)`` float32."""
-        view = self.handle.view(path)
-        return exact_weight(view.module) if isinstance(view, QuantizedView) else view.exact_weight()
+            return self.handle.adapters[path].fold(view.exact_weight(), view.bias())
 
     def changes(self, path: str) -> bool:
         """Whether the adapter changes anything of a packed layer's weight."""
-        return path in self.handle.paths and not torch.equal(self.folded(path)[0], self.exact(path))
+        return path in self.handle.paths and not torch.equal(
+            self.folded(path)[0], self.handle.view(path).exact_weight()
+        )
 
     def dense(self, path: str) -> Mapping[str, Tensor]:
         """Return the tensors of an adapted layer's weight that is not packed, in the dtype that the file has it in."""
@@ -197,8 +220,16 @@ class PackedNow(Form):
             return self.dense(path) if adapted else None
         raw = layer.raw
         if adapted and self.changes(path):
-            raw = merged_rows(self.handle, path, layer.weight_format.name)
+            name = layer.weight_format.name
+            raw = (
+                careful_rows(self.job, name, path, self.packed)
+                if self.careful
+                else merged_rows(self.handle, path, name)
+            )
         return tensors_of(raw, layer.weight_format, layer.width)
+
+    def in_nf4(self, path: str) -> bool:
+        return self._packed[path].weight_format.name == "NF4"
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
         entry = next(iter(self._packed.values())).weight_format
@@ -228,7 +259,14 @@ class Quantized(Form):
         view = self.handle.view(path)
         if not isinstance(view, QuantizedView):
             return self.dense(path)
-        return packed_again(view.module, self.folded(path)[0]) if self.changes(path) else None
+        if not self.changes(path):
+            return None
+        if self.careful:
+            return packed_as(view.module, careful_rows(self.job, "NF4", path, self.packed))
+        return packed_again(view.module, self.folded(path)[0])
+
+    def in_nf4(self, path: str) -> bool:
+        return is_nf4(self.handle.view(path).module)
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
         return config
@@ -246,7 +284,7 @@ class Unpacked(Form):
         if adapted and path in self.handle.paths:
             weight = self.folded(path)[0]
         elif path in self._quantized:
-            weight = exact_weight(self._quantized[path])
+            weight = view_of(self._quantized[path], path).exact_weight()
         else:
             return None
         return {".weight": weight.to(self._dtype)}

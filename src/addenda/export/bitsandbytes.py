@@ -8,6 +8,7 @@ each row. They are named after the layer.
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from addenda.bases.formats import WeightFormat
 from addenda.bases.formats.bits import singles
 from addenda.bases.formats.normal import LEVELS, to_bitsandbytes
 
-__all__ = ["exact_weight", "packed_again", "quantizer_of", "settings_for", "tensors_of"]
+__all__ = ["is_nf4", "packed_again", "packed_as", "quantizer_of", "settings_for", "tensors_of"]
 
 
 def tensors_of(raw: Tensor, entry: WeightFormat, d_in: int) -> dict[str, Tensor]:
@@ -92,25 +93,15 @@ def quantizer_of(model: nn.Module) -> str | None:
     return str(getattr(named, "value", named))
 
 
-def exact_weight(layer: Any) -> Tensor:
-    """Return what a layer of bitsandbytes multiplies with where it computes in float32, ``(d_out, d_in)``."""
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None)
-    if state is None:
-        scale = _row_magnitudes(layer) * (1 / 127)
-        return weight.data.float() * scale[:, None]
-    from bitsandbytes.functional import dequantize_4bit
-
-    wide = copy.copy(state)
-    wide.dtype = torch.float32
-    found: Tensor = dequantize_4bit(weight.data, wide)
-    return found
-
-
-def _row_magnitudes(layer: Any) -> Tensor:
-    held = layer.state.SCB  # there from the first forward on
-    found: Tensor = layer.weight.SCB if held is None else held
-    return found.float()
+def is_nf4(layer: Any) -> bool:
+    """Whether a layer of bitsandbytes is in NF4 with blocks of 64, none of which goes beyond a row."""
+    state = getattr(layer.weight, "quant_state", None)
+    block = formats.get("NF4").block
+    return (
+        state is not None
+        and (state.quant_type, state.blocksize) == ("nf4", block)
+        and layer.in_features % block == 0
+    )
 
 
 def packed_again(layer: Any, weight: Tensor) -> dict[str, Tensor]:
@@ -126,9 +117,7 @@ def packed_again(layer: Any, weight: Tensor) -> dict[str, Tensor]:
     state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return _eight_bits(formats.get("INT8").quantize(weight))
-    from bitsandbytes.functional import quantize_4bit
-
-    codes, made = quantize_4bit(
+    codes, made = _functional().quantize_4bit(
         weight,
         blocksize=state.blocksize,
         compress_statistics=state.nested,
@@ -136,5 +125,27 @@ def packed_again(layer: Any, weight: Tensor) -> dict[str, Tensor]:
         quant_storage=layer.weight.dtype,
     )
     made.dtype = state.dtype
-    parts = {f".weight.{part}": tensor for part, tensor in made.as_dict(packed=True).items()}
+    return _parts(codes, made)
+
+
+def packed_as(layer: Any, raw: Tensor) -> dict[str, Tensor]:
+    """Return raw rows of NF4 in the layout of a layer of bitsandbytes for which `is_nf4` is true."""
+    codes, absmax = to_bitsandbytes(raw)
+    made = copy.copy(layer.weight.quant_state)
+    if made.nested:
+        made.offset = absmax.mean()
+        made.absmax, made.state2 = _functional().quantize_blockwise(
+            absmax - made.offset, blocksize=made.state2.blocksize
+        )
+    else:
+        made.absmax = absmax
+    return _parts(codes.view(layer.weight.dtype), made)
+
+
+def _parts(codes: Tensor, state: Any) -> dict[str, Tensor]:
+    parts = {f".weight.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
     return {".weight": codes, **parts}
+
+
+def _functional() -> Any:
+    return importlib.import_module("bitsandbytes.functional")

@@ -22,7 +22,7 @@ from addenda.export.folder import new_folder, sums_of
 from addenda.export.gguf.origin import file_of, why_no_origin
 from addenda.export.parity import Parity
 from addenda.export.probes import Probes, answer, probes_of
-from addenda.export.run import export_adapter
+from addenda.export.run import OnGated, export_adapter
 from addenda.export.table import gate_table
 
 __all__ = ["MANIFEST", "SELFTEST", "Limits", "limits_of", "write_bundle"]
@@ -66,6 +66,7 @@ def write_bundle(
     allow_drift: bool = False,
     provenance: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    on_gated: OnGated | None = None,
 ) -> dict[str, Parity]:
     """Write exports into one new folder, with tokenizer, template, provenance, the gate's tables and a self-test.
 
@@ -78,6 +79,7 @@ def write_bundle(
         allow_drift: as for `export_adapter`.
         provenance: what the adapter's manifest says of its training.
         on_progress: told of the steps.
+        on_gated: as for `export_adapter`.
 
     Returns:
         What the gate found, by the name of each export.
@@ -105,6 +107,7 @@ def write_bundle(
                 allow_drift=allow_drift,
                 provenance=provenance,
                 on_progress=on_progress,
+                on_gated=on_gated,
             )
         base.tokenizer.save_pretrained(work / "tokenizer")
         if with_base and origin is not None:

@@ -26,12 +26,14 @@ from addenda.core.observations import Observer
 from addenda.core.observing import Batch, watch
 from addenda.core.progress import OnProgress, Progress
 from addenda.core.through import merged_rows
-from addenda.errors import ConfigError
+from addenda.errors import ConfigError, ExportError
+from addenda.export.job import Job
 
 __all__ = [
     "MergedLayer",
     "answering_as",
     "careful_merge",
+    "careful_rows",
     "compensated",
     "kept_wide",
     "mean_kl",
@@ -75,7 +77,12 @@ def plain_merge(handle: Handle, to: str) -> dict[str, MergedLayer]:
 
 
 def careful_merge(
-    handle: Handle, to: str, batches: Sequence[Batch], *, on_progress: OnProgress | None = None
+    handle: Handle,
+    to: str,
+    batches: Sequence[Batch],
+    *,
+    paths: Iterable[str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, MergedLayer]:
     """Return each layer rounded so that its outputs on calibration rows change least.
 
@@ -83,25 +90,26 @@ def careful_merge(
 
     Args:
         handle: an active adapter, trained beside the weights as they are.
-        to: name of a format with evenly spaced codes: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
+        to: name of a format whose codes are numbers times a block's scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, NF4.
         batches: of the data, as for `addenda.observe`; some thousand tokens.
+        paths: of the layers; None for all.
         on_progress: told how many batches and layers are done.
 
     Raises:
-        ConfigError: the format's codes are not evenly spaced, or the adapter was trained through a rounding.
+        ConfigError: the format's scales cannot be chosen here, or the adapter was trained through a rounding.
     """
     entry = formats.get(to.upper())
     if entry.grid is None:
         able = ", ".join(name for name in formats.names() if formats.get(name).grid)
         raise ConfigError(
-            f"the codes of {entry.name} are not evenly spaced", hint=f"a careful merge writes {able}"
+            f"the scales of {entry.name} cannot be chosen here", hint=f"a careful merge writes {able}"
         )
     if handle.through is not None:
         raise ConfigError(
             f"'{handle.name}' is trained through {handle.through}: its merge is exact as it is",
             hint="merge it plainly, into that format",
         )
-    views = {path: handle.view(path) for path in handle.paths}
+    views = {path: handle.view(path) for path in (handle.paths if paths is None else paths)}
     grams = {path: _Gram(view.d_in) for path, view in views.items()}
     watch(handle.model, handle.method, views, grams, batches=batches, on_progress=on_progress)
     made: dict[str, MergedLayer] = {}
@@ -112,6 +120,24 @@ def careful_merge(
         if on_progress:
             on_progress(Progress("round with compensation", len(made), len(views), "layers"))
     return made
+
+
+def careful_rows(job: Job, to: str, path: str, paths: Iterable[str] | None = None) -> Tensor:
+    """Return the raw rows of a layer, rounded with care by a job's calibration rows; all layers are at the first call.
+
+    Raises:
+        ExportError: there are no such rows.
+    """
+    if not job.calibration:
+        raise ExportError(
+            "a careful merge needs rows of the task to round by",
+            hint="name some: --calibrate DATA, such as what it was trained on",
+        )
+    if to not in job.kept:
+        made = careful_merge(job.handle, to, job.calibration, paths=paths, on_progress=job.on_progress)
+        job.kept[to] = made
+    rows: Tensor = job.kept[to][path].rows
+    return rows
 
 
 def _bias(handle: Handle, path: str) -> Tensor | None:
@@ -189,9 +215,9 @@ def _rounded_block(block: Tensor, factor: Tensor, grid: Grid) -> tuple[tuple[Ten
     left = block.t()[:, None].repeat(1, len(scale), 1)  # (width, scales, rows): a column lies in one piece
     errors, codes = torch.empty_like(left), torch.empty_like(left, dtype=torch.uint8)
     for place in range(len(left)):
-        code = ((left[place] - least) * inverse).round_().clamp_(0, grid.most)
+        code = grid.nearest((left[place] - least) * inverse)
         codes[place] = code
-        errors[place] = (left[place] - (scale * code + least)) / factor[place, place]
+        errors[place] = (left[place] - (scale * grid.level(code) + least)) / factor[place, place]
         left[place + 1 :].addcmul_(factor[place, place + 1 :, None, None], errors[place], value=-1)
     best = errors.square().sum(0).argmin(0, keepdim=True)
     wide = best.expand(len(left), 1, -1)
@@ -200,9 +226,11 @@ def _rounded_block(block: Tensor, factor: Tensor, grid: Grid) -> tuple[tuple[Ten
 
 
 def _scales(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales to try, and the least number that goes with each, as half precision holds them: (scales, rows)."""
+    """Scales to try, and the least number that goes with each, as the format holds them: (scales, rows)."""
     scale, least = (each[:, 0] for each in grid.scales(block))
     share = 1 - torch.tensor(_NARROWER)[:, None] / grid.most
+    if grid.levels is not None:
+        return share * scale, torch.zeros_like(share * scale)
     narrower = (share * scale).half().float()
     if grid.centre is not None:
         return narrower, -grid.centre * narrower

@@ -44,7 +44,12 @@ def probes_of(base: LoadedBase) -> Probes:
     ]
     if base.kind == "encoder":
         return Probes(tuple(_cut(dict(row), base.room) for row in texts), "features")
-    rows = [_cut({"input_ids": row["input_ids"]}, min(base.room, _LONGEST)) for row in texts]
+    rows = [
+        _cut(
+            {"input_ids": row["input_ids"]}, min(base.room, _LONGEST if base.chat_template else 2 * _LONGEST)
+        )
+        for row in texts
+    ]
     return Probes((*rows, *(_cut(row, min(base.room, 2 * _LONGEST)) for row in _chats(base))), "next-token")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,26 @@ from addenda.export.card import model_card
 from addenda.export.folder import new_folder, require_room, sums_of
 from addenda.export.format import Format, format_of, require_type
 from addenda.export.job import Job
-from addenda.export.parity import Parity, gate
+from addenda.export.parity import Parity, gate, unopened
 from addenda.export.probes import Kind, Probes, Row, probes_of
 
-__all__ = ["RECORD", "export_adapter"]
+__all__ = ["RECORD", "Gated", "OnGated", "export_adapter"]
 
 RECORD = "export.json"
+
+
+@dataclass(frozen=True)
+class Gated:
+    """An export that came to the gate, whether it is let through or not."""
+
+    format: str
+    type: str | None
+    bytes: int
+    """Of all its files."""
+    parity: Parity
+
+
+OnGated = Callable[[Gated], None]
 
 
 def export_adapter(
@@ -43,6 +57,7 @@ def export_adapter(
     allow_drift: bool = False,
     provenance: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
+    on_gated: OnGated | None = None,
 ) -> Parity:
     """Write an adapter in a form that other programs load, once the written files have been proven in that program.
 
@@ -61,6 +76,7 @@ def export_adapter(
         allow_drift: write it although it drifted, or could not be told apart from the base; recorded.
         provenance: what the adapter's manifest says of its training.
         on_progress: told of the steps.
+        on_gated: told what the gate found, before what falls short is refused.
 
     Raises:
         ConfigError: there is no such format or type, or nothing to prove it on.
@@ -88,7 +104,7 @@ def export_adapter(
     with new_folder(folder) as work, _evaluating(job.model):
         require_room(work, form.space(job))
         form.write(job, work)
-        parity = _proven(form, job, work)
+        parity = _proven(form, job, work, lambda found: on_gated and on_gated(_gated(to, job, work, found)))
         _require(parity, form, allow_drift=allow_drift)
         _record(work, form=form, to=to, job=job, parity=parity, allow_drift=allow_drift)
     return parity
@@ -142,23 +158,27 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _proven(form: Format, job: Job, work: Path) -> Parity:
+def _proven(form: Format, job: Job, work: Path, tell: Callable[[Parity], object]) -> Parity:
     findings = form.audit(job, work)
     try:
-        return gate(
+        parity = gate(
             job,
             lambda exact: form.open(job, work, exact=exact),
             drifts=form.drifts(job),
             findings=findings,
         )
     except MissingDependencyError as error:
-        if findings:
-            raise ExportError(
-                f"the export is not what was meant: {'; '.join(findings)}",
-                hint="nothing was written; report this with the command that was run",
-            ) from error
-        words = f"not verified: {error.message}"
-        return Parity("unverified", f"{words}; {error.hint}", effect=float("nan"))
+        parity = unopened(findings, f"{error.message}; {error.hint}")
+    except ExportError as error:  # the program refuses the file
+        tell(unopened([error.message, *findings]))
+        raise
+    tell(parity)
+    return parity
+
+
+def _gated(to: str, job: Job, work: Path, parity: Parity) -> Gated:
+    size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    return Gated(to, job.type, size, parity)
 
 
 def _require(parity: Parity, form: Format, *, allow_drift: bool) -> None:

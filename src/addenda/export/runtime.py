@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
@@ -41,8 +42,9 @@ class Runtime(ABC):
     """None where the runtime takes token ids or tensors only."""
     has_base: ClassVar[bool] = False
     """Whether it can answer without the adapter too."""
-    slack: float = 1.0
-    """How many times as much as usual its answers may differ where the file rounds nothing, for it rounds by itself."""
+    rounding: Callable[[nn.Module], AbstractContextManager[None]] | None = None
+    """Makes a model compute for a while what the program rounds by itself, whatever the file; None where that is
+    nothing."""
 
     @abstractmethod
     def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:

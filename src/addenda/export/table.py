@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from addenda.export.parity import Closeness, Parity
-from addenda.intervals import Interval
 
 __all__ = ["gate_table"]
 
@@ -34,16 +33,8 @@ def _figures(each: Closeness) -> dict[str, str]:
         "loaded with": each.runtime,
         "positions": str(each.positions),
         "largest difference": f"{each.largest_difference:.2g}",
-        "KL from the trained model, nats": _interval(each.kl, ".2g"),
+        "KL from the trained model, nats": f"{each.kl:.2g}" if each.kl else "",
         "same first choice": "" if each.top1_agreement is None else f"{each.top1_agreement:.1%}",
-        "the adapter's change, size kept": _interval(each.effect_size, ".1%"),
-        "the adapter's change, cosine": _interval(each.effect_cosine, ".4f"),
+        "the adapter's change, size kept": f"{each.effect_size:.1%}" if each.effect_size else "",
+        "the adapter's change, cosine": f"{each.effect_cosine:.4f}" if each.effect_cosine else "",
     }
-
-
-def _interval(found: Interval | None, form: str) -> str:
-    if found is None:
-        return ""
-    if found.low is None or found.high is None:
-        return f"{found.value:{form}}"
-    return f"{found.value:{form}} ({found.low:{form}} to {found.high:{form}})"

@@ -20,6 +20,7 @@ from addenda.evals.record import (
     CurvePoint,
     Curves,
     DataFacts,
+    ExportFacts,
     FindingCount,
     LayerFacts,
     MethodFacts,
@@ -166,8 +167,53 @@ def make_record(**changes: Any) -> RunRecord:
             RecipeValue("data.path", "examples/data/support.jsonl", "argument"),
         ),
         command="addenda train examples/data/support.jsonl --set train.epochs=3",
+        exports=_exports(),
     )
     return dataclasses.replace(record, **changes)
+
+
+def _exports() -> tuple[ExportFacts, ...]:
+    adapter = ExportFacts(
+        format="gguf-lora",
+        type="",
+        checked="2026-11-24T09:12:44+00:00",
+        version="0.1.0",
+        verdict="passed",
+        words="answers in llama.cpp differ by at most 0.0003 (limit 0.001)",
+        kept=True,
+        bytes=19_600_000,
+        runtime="llama.cpp (xllamacpp 2026.10)",
+        twin_difference=2.9e-4,
+        twin_limit=1e-3,
+        kl=Interval(0.0037, 0.0029, 0.0048, 25),
+        top1_agreement=0.962,
+        effect_size=Interval(1.019, 1.005, 1.041, 25),
+        effect_cosine=Interval(0.996, 0.993, 0.997, 25),
+    )
+    merged = dataclasses.replace(
+        adapter,
+        format="gguf",
+        type="base",
+        verdict="drifted",
+        words="of the adapter's change the file keeps 6% in size",
+        effect_size=Interval(0.061, 0.045, 0.09, 25),
+        effect_cosine=Interval(0.494, None, None, 3),
+    )
+    unseen = dataclasses.replace(
+        adapter,
+        format="mlx",
+        type="adapter",
+        verdict="unverified",
+        words="not verified: mlx-lm is not installed",
+        runtime="not loaded",
+        twin_difference=None,
+        twin_limit=None,
+        kl=None,
+        top1_agreement=None,
+        effect_size=None,
+        effect_cosine=None,
+    )
+    return adapter, merged, dataclasses.replace(merged, type="q4_0", kept=False), unseen
 
 
 def _method() -> MethodFacts:

@@ -90,6 +90,15 @@ def test_page_shows_the_figures_with_units_and_intervals(page: Page) -> None:
         "same as line 4",
         "2026-11-23 14:05 UTC",
         "Training ended because all steps were done.",
+        "gguf q4_0",
+        "drifted; not written",
+        "drifted; written by --allow-drift",
+        "not verified",
+        "llama.cpp (xllamacpp 2026.10)",
+        "2026-11-24 09:12 UTC, Addenda 0.1.0",
+        "0.0003 (0.001)",
+        "0.0037 (0.0029 to 0.0048)",
+        "6.1% (4.5% to 9.0%)",
         "What this report does not show",
     ):
         assert words in page.text

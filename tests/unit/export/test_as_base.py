@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,10 @@ import addenda
 from addenda.bases import formats, load_base
 from addenda.bases.packed_layers import packed_layers
 from addenda.bases.place import in_float32
+from addenda.core.layers import view_of
 from addenda.core.through import merged_rows
 from addenda.errors import ExportError
 from addenda.export.as_base import audit_as_base, own_form, write_as_base
-from addenda.export.bitsandbytes import exact_weight
 from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
@@ -179,6 +180,50 @@ def test_a_tied_weight_is_refused(folder: Path, tmp_path: Path) -> None:
         export_adapter(base, attached(base, ["lm_head"]), "merged", tmp_path / "out", type="base")
 
 
+def lost(base: addenda.LoadedBase, weights: dict[str, Tensor], ids: Tensor) -> float:
+    """How far the adapted model's answers are from those of a model with these weights in its packed layers."""
+    with torch.no_grad():
+        wanted = base.model(ids).logits
+        dense = transformers.LlamaForCausalLM(base.model.config).eval()
+        state = dense.state_dict()
+        own = {name: tensor for name, tensor in base.model.state_dict().items() if name in state}
+        dense.load_state_dict({**state, **own, **{f"{path}.weight": w for path, w in weights.items()}})
+        return float((dense(ids).logits - wanted).norm())
+
+
+def test_care_keeps_more_of_a_small_change_than_plain_rounding(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder, weights="nf4")
+    handle = attached(base, FITTING, std=0.04)
+    ids = torch.randint(5, 90, (16, 40))
+    job = Job(base.model, handle, probes_of(base), base, calibration=({"input_ids": ids},))
+    errors = []
+    for kind in ("base", "careful"):
+        each = replace(job, type=kind)
+        (tmp_path / kind).mkdir()
+        write_as_base(each, own_form(each), tmp_path / kind)
+        assert audit_as_base(own_form(each), tmp_path / kind) == []
+        tensors = load_file(tmp_path / kind / WEIGHTS)
+        layers = packed_layers(base.model)
+        weights = {path: read_back(tensors, path, layers[path].packed_shape) for path in handle.paths}
+        errors.append(lost(base, weights | unadapted(base, handle), ids))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def unadapted(base: addenda.LoadedBase, handle: addenda.Handle) -> dict[str, Tensor]:
+    rest = packed_layers(base.model).keys() - set(handle.paths)
+    return {path: packed_layers(base.model)[path].dequantized() for path in rest}
+
+
+def test_care_needs_rows_and_a_format_whose_scales_can_be_chosen(folder: Path, tmp_path: Path) -> None:
+    base = load_base(folder, weights="nf4")
+    with pytest.raises(ExportError, match="needs rows of the task"):
+        export_adapter(base, attached(base, FITTING), "merged", tmp_path / "out", type="careful")
+    base = load_base(folder, weights="int8")
+    with pytest.raises(ExportError, match="writes NF4 in blocks of 64"):
+        export_adapter(base, attached(base, FITTING), "merged", tmp_path / "out", type="careful")
+    assert list(tmp_path.iterdir()) == []
+
+
 # ------------------------------------------------------------------------------------- folders that bitsandbytes wrote
 
 FORMS = {
@@ -238,7 +283,7 @@ def test_their_weights_are_rounded_as_bitsandbytes_rounds(quantized: Path, tmp_p
     write_as_base(job, own_form(job), tmp_path)
     again = load_base(tmp_path)
     for path in handle.paths:
-        old, new = (exact_weight(each.model.get_submodule(path)) for each in (base, again))
+        old, new = (view_of(each.model.get_submodule(path), path).exact_weight() for each in (base, again))
         with torch.no_grad():
             wanted, _ = handle.adapters[path].fold(old, None)
         layer = base.model.get_submodule(path)
@@ -256,6 +301,25 @@ def test_their_weights_are_rounded_as_bitsandbytes_rounds(quantized: Path, tmp_p
         )
         assert torch.equal(again.model.get_submodule(path).weight.data, codes)
         assert torch.equal(new, bitsandbytes.functional.dequantize_4bit(codes, made))
+
+
+def test_care_writes_their_layout_too(quantized: Path, tmp_path: Path) -> None:
+    base = load_base(quantized)
+    handle = attached(base, FITTING)
+    ids = torch.randint(5, 90, (8, 40))
+    job = Job(base.model, handle, probes_of(base), base, "careful", calibration=({"input_ids": ids},))
+    if "nf4" not in quantized.name:
+        with pytest.raises(ExportError, match="writes NF4 in blocks of 64"):
+            own_form(job)
+        return
+    write_as_base(job, own_form(job), tmp_path)
+    assert audit_as_base(own_form(job), tmp_path) == []
+    again = load_base(tmp_path)
+    for path, merged in job.kept["NF4"].items():
+        found = view_of(again.model.get_submodule(path), path).exact_weight()
+        wanted = merged.weight(found.shape[1])
+        assert (found - wanted).norm() < 0.02 * wanted.norm(), "but for the rounding of the magnitudes"
+        assert torch.equal(found.sign(), wanted.sign())
 
 
 @pytest.mark.parametrize("kind", ["base", "float32"])

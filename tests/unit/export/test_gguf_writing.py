@@ -19,6 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from addenda.errors import ConfigError, ExportError
 from addenda.export.gguf.tokenizer import tokenizer_keys
 from addenda.export.gguf.writing import write_base, written_kinds
+from addenda.export.runtimes.gelu_table import gelus_of, with_gelu_table
 from addenda.export.runtimes.llama_cpp import LlamaCpp
 
 spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
@@ -143,27 +144,6 @@ def base_of(model: Any, tokenizer: Any = None, **facts: Any) -> Any:
     return SimpleNamespace(model=model, tokenizer=tokenizer or fast(byte_level()), **{**shared, **facts})
 
 
-class RoundedGelu(torch.nn.Module):
-    """llama.cpp reads GELU from a table of float16 numbers."""
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        rounded = torch.nn.functional.gelu(states.half().float(), approximate="tanh").half().float()
-        return torch.where(states <= -10, 0.0, torch.where(states >= 10, states, rounded))
-
-
-def as_llama_cpp_computes(model: Any) -> bool:
-    """Round every GELU of a model as llama.cpp does, and tell whether there is one."""
-    found = [
-        (block, name)
-        for block in model.modules()
-        for name, part in block.named_children()
-        if "gelu" in type(part).__name__.lower()
-    ]
-    for block, name in found:
-        setattr(block, name, RoundedGelu())
-    return bool(found)
-
-
 def assert_answers_alike(
     model: Any, file: Any, lengths: tuple[int, ...] = (21, 9, 8, 7, 6, 1), within: float = 1e-4
 ) -> None:
@@ -182,8 +162,9 @@ def test_llama_cpp_answers_as_transformers_does(family, tmp_path):
     model = tiny_model(family)
     write_base(base_of(model), tmp_path / "model.gguf")
     # A sum that differs by its last bit may fall on another number of the table.
-    within = 1e-3 if as_llama_cpp_computes(model) else 1e-4
-    assert_answers_alike(model, tmp_path / "model.gguf", within=within)
+    within = 1e-3 if gelus_of(model) else 1e-4
+    with with_gelu_table(model):
+        assert_answers_alike(model, tmp_path / "model.gguf", within=within)
 
 
 STRETCHED = {
@@ -215,8 +196,9 @@ def test_positions_of_windows_have_a_base_of_their_own(tmp_path):
     }
     model = tiny_model("gemma3_text", rope_parameters=rope)
     write_base(base_of(model), tmp_path / "model.gguf")
-    assert as_llama_cpp_computes(model)
-    assert_answers_alike(model, tmp_path / "model.gguf", within=1e-3)
+    assert gelus_of(model)
+    with with_gelu_table(model):
+        assert_answers_alike(model, tmp_path / "model.gguf", within=1e-3)
 
 
 @installed

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -81,6 +82,37 @@ def test_one_answer_past_the_limit_fails() -> None:
 
     assert judged(job_of(), one).verdict == "failed"
     assert judged(job_of(), lambda found: found + 0.3 * EXACT_LIMIT).verdict == "passed"
+
+
+class Coarse(Altered):
+    """A runtime that rounds by itself, whatever is written in the file."""
+
+    @staticmethod
+    @contextmanager
+    def rounding(model: nn.Module) -> Iterator[None]:
+        hook = model.get_submodule("inner").register_forward_hook(
+            lambda _module, _inputs, output: output.bfloat16().float()
+        )
+        yield
+        hook.remove()
+
+
+def test_what_a_runtime_rounds_by_itself_is_left_open_and_no_more() -> None:
+    job = job_of(size=2.0)
+    wanted = [answer(job.model, row, "classes") for row in job.probes.rows]
+    with Coarse.rounding(job.model):
+        rounded = [answer(job.model, row, "classes") for row in job.probes.rows]
+    most = max(float((a - b).abs().max()) for a, b in zip(wanted, rounded, strict=True))
+    assert most > 2 * EXACT_LIMIT
+
+    parity = gate(job, lambda exact: Coarse(job, lambda found: found + most), drifts=False)
+    assert parity.twin.exact
+    assert parity.twin.limit == pytest.approx(2 * most + EXACT_LIMIT)
+    assert (
+        gate(job, lambda exact: Coarse(job, lambda found: found + 3 * most), drifts=False).verdict == "failed"
+    )
+    again = [answer(job.model, row, "classes") for row in job.probes.rows]
+    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))  # the model rounds no more
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases.formats.bits import singles, table
-from addenda.bases.formats.registry import WeightFormat, register
+from addenda.bases.formats.registry import Grid, WeightFormat, register
 from addenda.errors import BaseModelError
 
 __all__ = ["LEVELS", "from_bitsandbytes", "to_bitsandbytes"]
@@ -29,14 +29,23 @@ def _decode(raw: Tensor) -> Tensor:
     return table(LEVELS, raw.device)[codes.int()] * singles(raw[:, :4])
 
 
+def _scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = blocks.abs().amax(1, keepdim=True)
+    return absmax, torch.zeros_like(absmax)
+
+
+def _pack(absmax: Tensor, _least: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat([absmax.contiguous().view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
+
+
+_GRID = Grid(15, None, _scales, _pack, LEVELS)
+
+
 def _encode(blocks: Tensor) -> Tensor:
     """The nearest level for each number."""
-    absmax = blocks.abs().amax(1, keepdim=True)
-    levels = table(LEVELS, blocks.device)
-    between = (levels[1:] + levels[:-1]) / 2
-    scaled = blocks / torch.where(absmax == 0, 1.0, absmax)
-    codes = torch.bucketize(scaled, between).to(torch.uint8)
-    return torch.cat([absmax.view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
+    absmax, zero = _scales(blocks)
+    codes = _GRID.nearest(blocks / torch.where(absmax == 0, 1.0, absmax))
+    return _pack(absmax, zero, codes.to(torch.uint8))
 
 
 def from_bitsandbytes(
@@ -84,6 +93,12 @@ def to_bitsandbytes(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _FORMAT = WeightFormat(
-    "NF4", BLOCK, 36, _decode, _encode, "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them"
+    "NF4",
+    BLOCK,
+    36,
+    _decode,
+    _encode,
+    "Dettmers et al. 2023; bytes of a block as bitsandbytes keeps them",
+    _GRID,
 )
 register(_FORMAT)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from addenda.bases.formats.bits import table
 from addenda.errors import BaseModelError, NotFoundError, nearest
 from addenda.kernels import calls
 
@@ -19,7 +20,7 @@ __all__ = ["Grid", "WeightFormat", "find", "get", "names", "register"]
 
 @dataclass(frozen=True)
 class Grid:
-    """What the numbers of a block are: ``scale * code + least``, for codes from 0 on; the scale is one for a block."""
+    """What the numbers of a block are: ``scale * level + least``, a level for each code and one scale for the block."""
 
     most: int
     """The highest code."""
@@ -29,7 +30,21 @@ class Grid:
     """``(n, block)`` float32 -> the scale and the least number that the writer takes, ``(n, 1)`` each, in float32."""
     pack: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Scale and least number ``(n, 1)``, codes ``(n, block)`` uint8 -> ``(n, bytes)``; both are kept in half
-    precision."""
+    precision where ``levels`` is None."""
+    levels: tuple[float, ...] | None = None
+    """The level of each code, rising, from -1 to 1: the scale is the largest magnitude, the least number zero, and both
+    are kept in float32. None where a code is its own level."""
+
+    def nearest(self, scaled: Tensor) -> Tensor:
+        """Return the codes of the levels that are nearest to some numbers, in units of the scale from the least one."""
+        if self.levels is None:
+            return scaled.round().clamp_(0, self.most)
+        levels = table(self.levels, scaled.device)
+        return torch.bucketize(scaled, (levels[1:] + levels[:-1]) / 2)
+
+    def level(self, codes: Tensor) -> Tensor:
+        """Return the levels of codes that `nearest` gave."""
+        return codes if self.levels is None else table(self.levels, codes.device)[codes]
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ class WeightFormat:
     source: str
     """What defines the layout."""
     grid: Grid | None = None
-    """How codes may be chosen by somebody else; None where they are not evenly spaced, or their scales are searched."""
+    """How codes may be chosen by somebody else; None where their scales are searched, or the whole row is a block."""
 
     def row_bytes(self, d_in: int) -> int:
         """Bytes of a row of ``d_in`` weights.

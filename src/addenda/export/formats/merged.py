@@ -15,7 +15,15 @@ from addenda.bases.loaded import vocabulary_of
 from addenda.core.foreign import quantized_numel
 from addenda.core.planning import Plan
 from addenda.errors import ExportError
-from addenda.export.as_base import AS_BASE, Form, audit_as_base, own_form, unpacked_form, write_as_base
+from addenda.export.as_base import (
+    AS_BASE,
+    CAREFUL,
+    Form,
+    audit_as_base,
+    own_form,
+    unpacked_form,
+    write_as_base,
+)
 from addenda.export.bitsandbytes import quantizer_of
 from addenda.export.format import Format
 from addenda.export.job import Job
@@ -38,7 +46,7 @@ It needs `pip install bitsandbytes accelerate`."""
 class Merged(Format):
     """Safetensors, tokenizer and template of a model that needs no adapter any more."""
 
-    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", AS_BASE)
+    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", AS_BASE, CAREFUL)
     library = "transformers"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
@@ -83,12 +91,12 @@ class Merged(Format):
         return audit_as_base(form, folder) if form else []
 
     def usage(self, job: Job) -> str:
-        return _USAGE + (_NEEDS if job.type == AS_BASE else "")
+        return _USAGE + (_NEEDS if job.type in {AS_BASE, CAREFUL} else "")
 
 
 def _form(job: Job) -> Form | None:
     """What is made of the tensors of the base's folder, where the merge is written by it."""
-    if job.type == AS_BASE:
+    if job.type in {AS_BASE, CAREFUL}:
         return own_form(job)
     return unpacked_form(job, getattr(torch, str(job.type))) if quantizer_of(job.model) else None
 

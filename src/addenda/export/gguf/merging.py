@@ -17,8 +17,8 @@ from addenda.bases.gguf_pack import DENSE_TYPES
 from addenda.bases.gguf_ways import Way
 from addenda.core.handle import Handle
 from addenda.core.through import merged_rows
-from addenda.errors import AddendaError, ExportError
-from addenda.export.careful import careful_merge
+from addenda.errors import AddendaError
+from addenda.export.careful import careful_rows
 from addenda.export.gguf.copying import Changes, pack, read_tensor, set_number, unpack, write_like
 from addenda.export.gguf.origin import Origin, dense
 from addenda.export.gguf.told import what_is_wrong
@@ -95,15 +95,7 @@ class Merged(Changes):
         job = self._job
         if self._kind != CAREFUL or not formats.get(kind).grid or job.handle.through:
             return merged_rows(job.handle, path, kind)
-        if not job.calibration:
-            raise ExportError(
-                "a careful merge needs rows of the task to round by",
-                hint="name some: --calibrate DATA, such as what it was trained on",
-            )
-        if kind not in job.kept:
-            job.kept[kind] = careful_merge(job.handle, kind, job.calibration, on_progress=job.on_progress)
-        rows: Tensor = job.kept[kind][path].rows
-        return rows
+        return careful_rows(job, kind, path)
 
 
 def _fitting(kind: str, tensor: GGUFTensor) -> str:

@@ -25,6 +25,7 @@ from addenda.errors import ExportError, MissingDependencyError
 from addenda.export.job import Job
 from addenda.export.probes import Kind, Row
 from addenda.export.runtime import Runtime
+from addenda.export.runtimes.gelu_table import gelus_of, with_gelu_table
 
 __all__ = ["LlamaCpp", "LlamaCppWithAdapter", "require_llama_cpp", "run_in_llama_cpp"]
 
@@ -33,9 +34,6 @@ TOLD = 1024
 _FORCED = 100.0
 """Added to the logit of the token that the server is to write, so that it never writes one that ends the answer; the
 log-probabilities that it tells are those before."""
-_GELU_SLACK = 50.0
-"""llama.cpp reads GELU from a table of float16 numbers: log-probabilities of Gemma 3 270M were 0.017 off; an adapter
-whose rows lie in another order is off by more than one."""
 _SECONDS, _ATTEMPTS = 600, 4
 _ROWS = 4
 """Rows that are asked at once."""
@@ -85,7 +83,7 @@ class LlamaCpp(Runtime):
         tools: bool = False,
         gelu: bool = False,
     ) -> None:
-        self.slack = _GELU_SLACK if gelu else 1.0
+        self.rounding = with_gelu_table if gelu else None
         self.name = require_llama_cpp() + (", float32 cache" if exact else "")
         self._vocabulary, self._adapters = vocabulary, list(adapters)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
@@ -218,13 +216,8 @@ def run_in_llama_cpp(job: Job, model: Path, adapter: Path | None = None, *, exac
         context=max(row["input_ids"].shape[1] for row in job.probes.rows) + 8,
         vocabulary=vocabulary_of(job.model),
         tools="tools" in (job.base.chat_template or ""),
-        gelu=_has_gelu(job.base.model.config),
+        gelu=bool(gelus_of(job.model)),
     )
-
-
-def _has_gelu(config: Any) -> bool:
-    names = ("hidden_act", "hidden_activation", "activation_function")
-    return any("gelu" in str(getattr(config, name, "")) for name in names)
 
 
 class _Chat:
