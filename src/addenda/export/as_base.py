@@ -98,7 +98,6 @@ class Form(ABC):
         names = tensor_names(self.base.folder)
         self._stems = {path: stem for path in self.layers if (stem := _stem_of(path, names)) is not None}
         self._paths = {stem: path for path, stem in self._stems.items()}
-        self._names = set(names)
 
     @abstractmethod
     def weight(self, path: str, *, adapted: bool = True) -> Mapping[str, Tensor] | None:
