@@ -13,13 +13,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from addenda.bases.place import in_float32
 from addenda.errors import AddendaError
 from addenda.export.run import export_adapter
 from addenda.recipe import load_adapted
 from addenda.recipe.calibrating import calibration_rows
 
 FORMS = (
-    "peft", "merged:float32", "merged:bfloat16", "gguf-lora", "gguf:f32", "gguf:base", "gguf:careful",
+    "peft", "merged:float32", "merged:bfloat16", "merged:base", "merged:careful", "gguf-lora", "gguf:f32",
+    "gguf:base", "gguf:careful",
     "gguf:base+q8_0", "gguf:q8_0", "gguf:q4_0", "onnx:float32", "onnx:int8", "mlx:adapter",
 )  # fmt: skip
 
@@ -37,8 +39,7 @@ def main() -> None:
     base, handle, provenance = load_adapted(
         arguments.run, source=arguments.base, device="cpu", on_event=lambda event: None
     )
-    if base.weights == "dense":
-        base.model.float()
+    in_float32(base.model)
     rows = calibration_rows(arguments.calibrate, base, lambda event: None) if arguments.calibrate else ()
     for each in arguments.only:
         form, _, kind = each.partition(":")
