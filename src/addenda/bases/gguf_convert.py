@@ -25,6 +25,11 @@ _GPT2_SPLITS = {"default", "gpt-2", "gpt2"}
 """GGUF names of the splitting that a byte-level tokenizer does by itself."""
 _DIGITS_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 """GGUF names of: every digit alone, then the GPT-2 way."""
+_EXPERT_SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Sizes that transformers leaves as the first model of the family had them."""
 
 
 def main(arguments: list[str]) -> None:
@@ -38,7 +43,7 @@ def main(arguments: list[str]) -> None:
     _say(task="tokenizer", done=0, total=_STEPS)
     note = _write_tokenizer(path, folder, header)
     _say(task="weights", done=1, total=_STEPS)
-    model = _empty_model(path)
+    model = _empty_model(path, header)
     stored = (
         _convert_packed(path, folder, header, model)
         if packed
@@ -86,12 +91,16 @@ def _fix_splitting(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> st
     return f"text is split the GPT-2 way, not as the file's '{name}' splitting: some token ids may differ"
 
 
-def _empty_model(path: Path) -> PreTrainedModel:
+def _empty_model(path: Path, header: GGUFHeader) -> PreTrainedModel:
     """Return the model without weights, its config without a word of GGUF."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    for key, setting in _EXPERT_SIZES.items():
+        size = header.metadata.get(f"{header.architecture}.{key}")
+        if size and hasattr(config, setting):
+            setattr(config, setting, size)
     for foreign in ("quantization_config", "_model_name_or_path"):
         if hasattr(config, foreign):
             delattr(config, foreign)

@@ -80,10 +80,14 @@ def transformers_ways(
 
     def process_of(name: str) -> Process:
         def process(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+            stacked: dict[str, Tensor] = {}
             made = processor.process(
-                weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+                weights=values, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": stacked}
             )
-            return made.weights if made.name == name else None
+            if made.name == name:
+                values_there: np.ndarray[Any, Any] = made.weights
+                return values_there
+            return next(iter(stacked.values())).numpy() if len(stacked) == 1 else None
 
         return process
 

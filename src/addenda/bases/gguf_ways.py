@@ -21,7 +21,7 @@ from addenda.bases.gguf_pack import Process, transformers_ways
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["Way", "ways_of"]
+__all__ = ["Stack", "Way", "ways_of"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,32 @@ class Way:
         return ordered + self.offset if self.offset else ordered
 
 
-def ways_of(path: Path, config: PreTrainedConfig) -> Mapping[str, Way]:
-    """Return the ways of a file's tensors, by the parameters' names in the model.
+@dataclass(frozen=True)
+class Stack:
+    """How one tensor of the file becomes some rows of every expert's weight, in a parameter that stacks all experts."""
 
-    Tensors that are split, stacked or changed otherwise on the way have none.
+    tensor: str
+    """Its name in the file, where it is (experts, rows, d_in)."""
+    parameter: str
+    """(experts, d_out, d_in), e.g. ``model.layers.0.mlp.experts.gate_up_proj``."""
+    rows: slice
+    """Which of the d_out rows: all of them, or the half that gates, or the half that is gated."""
+
+    def path(self, expert: int) -> str:
+        """Return what the adapted layer is called that is this projection of one expert.
+
+        Example:
+            >>> Stack("blk.0.ffn_up_exps.weight", "mlp.experts.gate_up_proj", slice(96, 192)).path(3)
+            'mlp.experts.3.gate_up_proj'
+        """
+        holder, _, projection = self.parameter.rpartition(".")
+        return f"{holder}.{expert}.{projection}"
+
+
+def ways_of(path: Path, config: PreTrainedConfig) -> tuple[Mapping[str, Way], Mapping[str, Stack]]:
+    """Return the ways of a file's tensors by the parameters' names in the model, and its stacks by the tensors' names.
+
+    Tensors that are changed otherwise on the way have none.
 
     Args:
         path: a GGUF file that `addenda.bases.load_base` reads.
@@ -70,20 +92,27 @@ def ways_of(path: Path, config: PreTrainedConfig) -> Mapping[str, Way]:
     header = read_header(path)
     model = empty_model(AutoModelForCausalLM, config, torch.float32)
     names, process_of = transformers_ways(header.architecture, model, config.to_dict())
-    found = {}
+    ways: dict[str, Way] = {}
+    stacks: dict[str, Stack] = {}
     for tensor in header.tensors:
-        name = names.get(tensor.name)
-        way = None if name is None else _learnt(tensor.name, tensor.shape, process_of(tensor.name))
-        if name is not None and way is not None:
-            found[name] = way
-    return found
+        # transformers knows stacked experts without the last part of their name.
+        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
+        if name is None:
+            continue
+        process = process_of(tensor.name)
+        if len(tensor.shape) == 3:
+            if stack := _learnt_stack(tensor.name, name, tensor.shape, process):
+                stacks[tensor.name] = stack
+        elif way := _learnt(tensor.name, tensor.shape, process):
+            ways[name] = way
+    return ways, stacks
 
 
 def _learnt(name: str, shape: tuple[int, ...], process: Process) -> Way | None:
     rows = np.arange(shape[0], dtype=np.float64)
     sent = rows if len(shape) == 1 else rows[:, None]
     came = process(sent.copy())
-    if came is None or came.shape != sent.shape:
+    if came is None or came.size != sent.size:
         return None
     offset = float(came.min())
     order = came.reshape(-1) - offset
@@ -91,3 +120,16 @@ def _learnt(name: str, shape: tuple[int, ...], process: Process) -> Way | None:
         return None
     same = np.array_equal(order, rows)
     return Way(name, None if same else torch.from_numpy(order.copy()).long(), offset)
+
+
+def _learnt_stack(name: str, parameter: str, shape: tuple[int, ...], process: Process) -> Stack | None:
+    """Learnt by sending numbers that tell expert and row; elsewhere in the parameter zeros come back."""
+    sent = np.arange(1.0, shape[0] * shape[1] + 1).reshape(*shape[:2], 1)
+    came = process(sent.copy())
+    if came is None or came.ndim != 3 or len(came) != len(sent):
+        return None
+    first = int(np.flatnonzero(came[0])[0])
+    rows = slice(first, first + shape[1])
+    expected = np.zeros_like(came)
+    expected[:, rows] = sent
+    return Stack(name, parameter, rows) if np.array_equal(came, expected) else None

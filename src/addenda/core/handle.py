@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -164,7 +164,12 @@ class Handle:
 
     def own(self) -> Handle:
         """Return a handle on those layers alone that the method itself adapts, without those trained whole."""
-        hosts = {path: module for path, module in self._hosts.items() if not is_whole(self.method, path)}
+        return self.without(path for path in self._hosts if is_whole(self.method, path))
+
+    def without(self, paths: Iterable[str]) -> Handle:
+        """Return a handle on the other layers alone."""
+        left_out = set(paths)
+        hosts = {path: module for path, module in self._hosts.items() if path not in left_out}
         return Handle(self.model, self.method, self.name, hosts)
 
     def enable(self) -> None:

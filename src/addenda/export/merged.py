@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
 from addenda.bases.model_config import quiet_transformers
-from addenda.bases.packed_layers import PackedEmbedding, PackedLinear, packed_layers
+from addenda.bases.packed_layers import packed_layers
 from addenda.core.handle import Handle
+from addenda.core.host import adapter_prefixes
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
+from addenda.export.ends import ends_of, tied_ends, untied
+from addenda.export.own import OwnTensors
 
 __all__ = ["merged_audit", "write_merged"]
 
@@ -31,8 +36,9 @@ def write_merged(
 ) -> None:
     """Write base and adapter as one model folder: safetensors, configuration, tokenizer and chat template.
 
-    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. The model in memory
-    stays as it was.
+    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. An embedding and an
+    output head that share a weight get one each where the adapter stands on one of them. The model in memory stays as
+    it was.
 
     Args:
         base: the loaded base, best in float32, carrying the adapter.
@@ -43,7 +49,7 @@ def write_merged(
         on_progress: told of the steps.
 
     Raises:
-        MethodError: the method cannot be merged, or a weight is shared with another layer.
+        MethodError: the method cannot be merged, or a weight is shared otherwise with another layer.
         ExportError: the architecture has no place for a merged weight.
     """
     _say(on_progress, 0)
@@ -60,38 +66,53 @@ def _say(on_progress: OnProgress | None, done: int) -> None:
 def _write_weights(
     base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype, *, adapted: bool
 ) -> None:
-    if base.weights == "dense" and adapted:
-        _merge_and_write(base, handle, work, dtype)
-    else:
-        _save(base, _rounded(_unpacked_state(base, handle, handle.paths if adapted else []), dtype), work)
+    ends = tied_ends(handle.paths, base.model) if adapted else []
+    with untied(base.model) if ends else contextlib.nullcontext():
+        if base.weights == "dense" and adapted:
+            _merge_and_write(base, handle, ends, work, dtype)
+        else:
+            _save(base, _unpacked_state(base, handle, handle.paths if adapted else []), work, dtype)
     config = work / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save(base: LoadedBase, state: dict[str, Tensor], work: Path) -> None:
+def _save(base: LoadedBase, state: Mapping[str, Tensor], work: Path, dtype: torch.dtype) -> None:
     stored = base.model.config.dtype
     try:
         with quiet_transformers():
-            base.model.save_pretrained(work, state_dict=state)
-    finally:
-        base.model.config.dtype = (
-            stored  # else the configuration in memory says what the numbers were widened to
-        )
+            base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
+    finally:  # else the configuration in memory says what the numbers were widened to
+        base.model.config.dtype = stored
 
 
-def _merge_and_write(base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype) -> None:
-    before = _own_keys(base.model.state_dict(), handle)
-    handle.merge()
+def _merge_and_write(
+    base: LoadedBase, handle: Handle, ends: Sequence[str], work: Path, dtype: torch.dtype
+) -> None:
+    """Merge, write, and take the adapter out again; tied ends, whose one weight holds no two, are folded aside."""
+    before = _own_state(base.model)
+    inner = handle.without(ends)
+    if inner.paths:
+        inner.merge()
     try:
-        state = base.model.state_dict()
-        keys = _own_keys(state, handle)
-        new = [key for key in keys if key not in set(before)]
-        _require_place(base, new)
-        _save(base, _rounded({key: state[key] for key in keys}, dtype), work)
+        state = _own_state(base.model)
+        _require_place(base, [key for key in state if key not in before])
+        for path in ends:
+            state |= _folded(base, handle, path, state)
+        _save(base, state, work, dtype)
     finally:
-        handle.unmerge()
+        if inner.paths:
+            inner.unmerge()
+
+
+def _folded(base: LoadedBase, handle: Handle, path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one layer with the adapter folded in."""
+    weight, bias = handle.folded(path)
+    if bias is None:
+        return {f"{path}.weight": weight}
+    _require_place(base, [f"{path}.bias"] if f"{path}.bias" not in state else [])
+    return {f"{path}.weight": weight, f"{path}.bias": bias}
 
 
 def _require_place(base: LoadedBase, new: list[str]) -> None:
@@ -104,8 +125,8 @@ def _require_place(base: LoadedBase, new: list[str]) -> None:
 
 def _unpacked_state(base: LoadedBase, handle: Handle, paths: Sequence[str]) -> dict[str, Tensor]:
     """The dense model's tensors: packed weights unpacked, the adapter folded into those at ``paths``."""
-    layers, state = packed_layers(base.model), base.model.state_dict()
-    made = {key: state[key] for key in _own_keys(state, handle) if key.removesuffix(".raw") not in layers}
+    layers, state = packed_layers(base.model), _own_state(base.model)
+    made = {key: tensor for key, tensor in state.items() if key.removesuffix(".raw") not in layers}
     unpacked: dict[int, Tensor] = {}
     for path, layer in layers.items():
         place = layer.raw.data_ptr()
@@ -113,30 +134,14 @@ def _unpacked_state(base: LoadedBase, handle: Handle, paths: Sequence[str]) -> d
             unpacked[place] = layer.dequantized()
         made[f"{path}.weight"] = unpacked[place]
     for path in paths:
-        _require_own(path, layers)
-        weight, bias = handle.folded(path)
-        _require_place(base, [f"{path}.bias"] if bias is not None and f"{path}.bias" not in made else [])
-        made[f"{path}.weight"] = weight
-        if bias is not None:
-            made[f"{path}.bias"] = bias
+        made |= _folded(base, handle, path, made)
     return made
 
 
-def _require_own(path: str, layers: Mapping[str, PackedLinear | PackedEmbedding]) -> None:
-    """Refuse to fold into bytes that another layer shares."""
-    own = layers[path].raw.data_ptr() if path in layers else None
-    shared = [other for other, layer in layers.items() if other != path and layer.raw.data_ptr() == own]
-    if shared:
-        raise ExportError(
-            f"merging would also change a layer that shares its weight: '{path}' with '{shared[0]}'",
-            hint="keep the adapter beside its base: --to peft",
-        )
-
-
-def _own_keys(state: Mapping[str, Tensor], handle: Handle) -> list[str]:
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
     """The base's own tensors, without those of any adapter."""
-    inside = tuple(f"{path}.adapters." for path in handle.paths)
-    return [key for key in state if not key.startswith(inside)]
+    inside = adapter_prefixes(model)
+    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
 
 
 def _rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -151,6 +156,27 @@ def _rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
     return rounded
 
 
+def _wrong_ends(handle: Handle, folder: Path, files: Mapping[str, Any], dtype: torch.dtype) -> Iterator[str]:
+    """Yield what is wrong with an embedding and an output head that share a weight in the base."""
+    model: Any = handle.model
+    ends = ends_of(model)
+    if not ends:
+        return
+    parted = tied_ends(handle.paths, model)
+    told = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings")
+    if told is bool(parted):
+        yield f"config.json says tie_word_embeddings is {told}"
+    there = [path for path in ends if f"{path}.weight" in files]
+    if not parted:
+        yield from (f"'{ends[1]}.weight' is there and should not be" for _ in range(len(there) > 1))
+        return
+    yield from (f"'{path}.weight' is missing" for path in ends if path not in there)
+    bare = OwnTensors(model)[f"{ends[0]}.weight"].to(dtype)
+    for path in there:
+        if path not in parted and not torch.equal(files[f"{path}.weight"].get_tensor(f"{path}.weight"), bare):
+            yield f"'{path}' does not hold the base's weight"
+
+
 def merged_audit(handle: Handle, folder: Path, dtype: torch.dtype) -> list[str]:
     """Return which layers of a written model hold other weights than those with the adapter folded in."""
     try:
@@ -163,7 +189,7 @@ def merged_audit(handle: Handle, folder: Path, dtype: torch.dtype) -> list[str]:
     except (OSError, SafetensorError) as problem:
         return [f"the weights cannot be read: {problem}"]
     names = {path: f"{path}.weight" for path in handle.paths if f"{path}.weight" in files}
-    wrong = []
+    wrong = list(_wrong_ends(handle, folder, files, dtype))
     for path, name in names.items():
         wanted = handle.folded(path)[0].to(dtype)
         if not torch.equal(files[name].get_tensor(name), wanted.cpu()):

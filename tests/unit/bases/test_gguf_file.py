@@ -130,7 +130,8 @@ def test_a_tensor_the_model_would_not_take_is_an_error(model, tmp_path: Path) ->
     path = write_gguf(tmp_path / "more.gguf", model, tensors=extra)
     held = model.num_parameters() + 96
     with pytest.raises(ValueError, match=f"holds {held:,} values but the model takes {held - 96:,}"):
-        _convert_dense(path, tmp_path, read_header(path), _empty_model(path))
+        header = read_header(path)
+        _convert_dense(path, tmp_path, header, _empty_model(path, header))
 
 
 def test_stretched_positions_are_refused_rather_than_dropped(model, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from addenda.errors import CheckpointError, ConfigError, ExportError, MissingDep
 from addenda.export.foreign import foreign_adapter
 from addenda.export.format import format_of, require_formats
 from addenda.export.formats.gguf_lora import FILE, audit_adapter
-from addenda.export.gguf.adapter import ALPHA, factors_of, read_adapter, write_adapter
+from addenda.export.gguf.adapter import ALPHA, read_adapter, write_adapter
+from addenda.export.gguf.factors import factors_of
 from addenda.export.gguf.origin import origin_of
 from addenda.export.job import Job
 from addenda.export.probes import probes_of

@@ -22,9 +22,9 @@ from addenda.export.bundle import write_bundle
 from addenda.export.format import format_of, require_formats
 from addenda.export.gguf.made import made_gguf
 from addenda.export.gguf.origin import dense, origin_of
-from addenda.export.gguf.own import OwnTensors, narrowest
 from addenda.export.gguf.writing import write_base
 from addenda.export.job import Job
+from addenda.export.own import OwnTensors, narrowest
 from addenda.export.probes import answer, probes_of
 from addenda.export.run import export_adapter
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +21,9 @@ from addenda.errors import CheckpointError, ConfigError, ExportError, NotFoundEr
 from addenda.export.formats.mlx import FORMAT
 from addenda.export.job import Job
 from addenda.export.mlx import CONFIG, TENSORS, adapter_audit, import_mlx, is_mlx, with_rope, write_adapter
-from addenda.export.probes import probes_of
+from addenda.export.probes import answer, probes_of
 from addenda.export.run import export_adapter
+from addenda.export.runtimes.mlx import MLXRuntime
 from addenda.recipe import load_adapted
 
 spec = importlib.util.spec_from_file_location(
@@ -313,6 +317,40 @@ def test_mlx_lm_answers_like_the_trained_model(base: addenda.LoadedBase, tmp_pat
     assert (parity.real is parity.twin) == (kind != "bfloat16")
     assert parity.chat is not None
     assert not list(tmp_path.glob(".*"))
+
+
+@needs_mlx
+@pytest.mark.parametrize("blocks", [1, -1])
+def test_an_adapter_that_mlx_lm_trained_answers_here_as_there(
+    base: addenda.LoadedBase, folder: Path, tmp_path: Path, blocks: int
+) -> None:
+    rows = "".join(json.dumps({"text": f"the answer to {n} is {n * n}"}) + "\n" for n in range(8))
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    model, trained = shutil.copytree(folder, tmp_path / "base"), tmp_path / "adapter"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "rope_theta": THETA})
+    )  # where mlx-lm looks for it
+    settings = {"--iters": 6, "--batch-size": 2, "--learning-rate": 0.05, "--num-layers": blocks, "--seed": 3}
+    told = [str(each) for pair in settings.items() for each in pair]
+    command = [sys.executable, "-m", "mlx_lm", "lora", "--train", "--model", str(model)]
+    subprocess.run(
+        [*command, "--data", str(tmp_path), "--adapter-path", str(trained), *told],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "MLX_DEFAULT_DEVICE": "cpu"},
+    )
+
+    assert is_mlx(trained)
+    asked = probes_of(base).rows[:4]
+    bare = [answer(base.model, row, "next-token") for row in asked]
+    import_mlx(base.model, trained)
+    with MLXRuntime(model, trained) as runtime:
+        for row, before in zip(asked, bare, strict=True):
+            wanted = runtime.answer(row, "next-token")
+            assert (wanted - before).abs().max() > 0.1
+            torch.testing.assert_close(answer(base.model, row, "next-token"), wanted, atol=1e-4, rtol=0)
 
 
 @needs_mlx

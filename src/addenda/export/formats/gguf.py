@@ -10,9 +10,10 @@ from torch import nn
 
 from addenda.bases import LoadedBase
 from addenda.core.planning import Plan
+from addenda.export.ends import tied_ends
 from addenda.export.format import Format
 from addenda.export.gguf.merging import AS_BASE, TYPES, audit_merged, write_merged_gguf
-from addenda.export.gguf.origin import origin_of, tied_ends, why_no_origin
+from addenda.export.gguf.origin import origin_of, why_no_head, why_no_origin
 from addenda.export.job import Job
 from addenda.export.ollama import modelfile
 from addenda.export.runtime import Runtime
@@ -39,13 +40,16 @@ class GGUF(Format):
         found = [problem] if (problem := why_no_origin(base)) else []
         if not planned.method.mergeable:
             found.append(f"method '{planned.method.name}' cannot be merged")
-        if tied := tied_ends(planned, model):
-            found.append(f"'{tied[0]}' shares its weight, and merging would change both")
+        tied = tied_ends([row.path for row in planned.rows], model)
+        if tied and (why := why_no_head(base)):
+            found.append(f"'{tied[0]}' shares its weight, merging would change both, and {why}")
         return found
 
     def space(self, job: Job) -> int:
-        """The file, and for the gate one in float32."""
-        return 8 * job.numbers + 2**26
+        """The file, and for the gate one in float32; with a head of its own where tied ends part."""
+        parting = tied_ends(job.handle.paths, job.model)
+        head = max((job.handle.view(path).d_in * job.handle.view(path).d_out for path in parting), default=0)
+        return 8 * (job.numbers + head) + 2**26
 
     def write(self, job: Job, folder: Path) -> None:
         write_merged_gguf(job, origin_of(job.base), folder / FILE, job.type or AS_BASE)

@@ -13,10 +13,12 @@ from addenda.bases.gguf_header import read_header
 from addenda.core.planning import Plan
 from addenda.core.whole import is_whole
 from addenda.errors import BaseModelError, CheckpointError, UnsafeError
+from addenda.export.ends import tied_ends
 from addenda.export.format import Format
-from addenda.export.gguf.adapter import ALPHA, Factors, factors_of, read_adapter, write_adapter
+from addenda.export.gguf.adapter import ALPHA, read_adapter, write_adapter
 from addenda.export.gguf.copying import write_like
-from addenda.export.gguf.origin import Exact, Origin, origin_of, tied_ends, why_no_origin
+from addenda.export.gguf.factors import Factors, factors_of, trimmed
+from addenda.export.gguf.origin import Exact, Origin, origin_of, why_no_origin
 from addenda.export.gguf.told import differences
 from addenda.export.job import Job
 from addenda.export.runtime import Runtime
@@ -50,8 +52,11 @@ class GGUFLoRA(Format):
             found.append(
                 f"a GGUF adapter holds products of two factors alone; '{planned.method.name}' is more at '{other[0]}'"
             )
-        if tied := tied_ends(planned, model):
-            found.append(f"'{tied[0]}' shares its weight, and a GGUF adapter would change both")
+        if tied := tied_ends([row.path for row in planned.rows], model):
+            found.append(
+                f"'{tied[0]}' shares its weight, and llama.cpp takes an adapter for neither: it has no head to add "
+                "one to, and one of the embedding ends it where the head reads that"
+            )
         return found
 
     def space(self, job: Job) -> int:
@@ -86,7 +91,12 @@ class GGUFLoRA(Format):
 
 def audit_adapter(job: Job, file: Path) -> list[str]:
     """Read an adapter file back, and return what is other than the adapter in memory."""
-    origin, meant = origin_of(job.base), factors_of(job.handle)
+    origin = origin_of(job.base)
+    meant = {
+        path: kept
+        for path, each in factors_of(job.handle).items()
+        if (kept := trimmed(each) if path in origin.experts else each)
+    }
     try:
         found = read_adapter(file, origin)
     except (BaseModelError, CheckpointError, UnsafeError) as error:

@@ -27,7 +27,7 @@ from addenda.export.as_base import (
 from addenda.export.bitsandbytes import quantizer_of
 from addenda.export.format import Format
 from addenda.export.job import Job
-from addenda.export.merged import write_merged
+from addenda.export.merged import merged_audit, write_merged
 from addenda.export.runtime import ModelRuntime, Runtime
 
 __all__ = ["FORMAT", "Merged"]
@@ -89,8 +89,9 @@ class Merged(Format):
             return _opened(Path(twin))
 
     def audit(self, job: Job, folder: Path) -> list[str]:
-        form = _form(job)
-        return audit_as_base(form, folder) if form else []
+        if form := _form(job):
+            return audit_as_base(form, folder)
+        return merged_audit(job.handle, folder, getattr(torch, str(job.type)))
 
     def usage(self, job: Job) -> str:
         return _USAGE + (_NEEDS if job.type in _PACKED else "")

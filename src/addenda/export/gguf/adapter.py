@@ -4,75 +4,31 @@ Layout (llama.cpp, llama-adapter.cpp): ``general.type`` is ``adapter``, ``adapte
 ``<name>.lora_a`` (rank, d_in) and ``<name>.lora_b`` (d_out, rank), and for the token embedding ``lora_a`` the other way
 round. The runtime scales their product by ``adapter.lora.alpha`` over the rank, one alpha for all. Rows of ``lora_b``
 lie as those of the base's tensor do, which for queries and keys of Llama is another order than in the model; a file
-that gets this wrong loads without an error.
+that gets this wrong loads without an error. Of a tensor that stacks the weights of experts, both factors are stacked
+likewise: (experts, rank, d_in) and (experts, d_out, rank).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
-import numpy as np
 from torch import Tensor
 
 from addenda.bases.gguf_header import read_header
 from addenda.core.handle import Handle
-from addenda.core.whole import WholeAdapter
-from addenda.errors import CheckpointError, ExportError
+from addenda.errors import CheckpointError
 from addenda.export.gguf.copying import read_tensor, unpack
+from addenda.export.gguf.factors import Factors, StackedFactors, apart, factors_of, stacked
 from addenda.export.gguf.origin import Origin
 
-__all__ = ["ALPHA", "BASE_NAME", "EMBEDDING", "Factors", "factors_of", "read_adapter", "write_adapter"]
+__all__ = ["ALPHA", "BASE_NAME", "EMBEDDING", "read_adapter", "write_adapter"]
 
 ALPHA = "adapter.lora.alpha"
 BASE_NAME = "general.base_model.0.name"
 EMBEDDING = "token_embd.weight"
-
-
-@dataclass(frozen=True)
-class Factors:
-    """scaling B A is added to a weight."""
-
-    A: Tensor
-    """(rank, d_in) float32."""
-    B: Tensor
-    """(d_out, rank) float32; rows in the model's order."""
-    scaling: float
-
-    @property
-    def alpha(self) -> float:
-        """The scaling times the rank, as a file holds it."""
-        return float(np.float32(self.scaling * len(self.A)))
-
-    def delta(self) -> Tensor:
-        """Return scaling B A, (d_out, d_in)."""
-        return self.scaling * (self.B @ self.A)
-
-
-def factors_of(handle: Handle) -> dict[str, Factors]:
-    """Return the factors of an adapter on each layer, by path.
-
-    Raises:
-        ExportError: on some layer it is not a change of low rank alone.
-    """
-    found, other = {}, []
-    for path, adapter in handle.adapters.items():
-        term = None if isinstance(adapter, WholeAdapter) else adapter.eval().low_rank_term()
-        if term is None:
-            other.append(path)
-            continue
-        A, B, scaling = term
-        found[path] = Factors(A.detach().float().cpu(), B.detach().float().cpu(), float(scaling))
-    if other:
-        raise ExportError(
-            f"a GGUF adapter holds changes of low rank alone, and on {len(other)} layers this one is another",
-            where={"first": other[0], "method": handle.method.name},
-            hint="'--to gguf' merges it into the base, if its method can be merged",
-        )
-    return found
 
 
 def write_adapter(handle: Handle, origin: Origin, target: Path, *, base_name: str = "") -> None:
@@ -98,6 +54,8 @@ def write_adapter(handle: Handle, origin: Origin, target: Path, *, base_name: st
             writer.add_base_model_count(1)
             writer.add_base_model_name(0, base_name)
         for path, each in factors.items():
+            if path in origin.experts:
+                continue
             way = origin.way(path)
             # One alpha for the file: what a layer's differs by goes into its B.
             B = each.B if each.alpha == alpha else each.B * (each.alpha / alpha)
@@ -106,6 +64,11 @@ def write_adapter(handle: Handle, origin: Origin, target: Path, *, base_name: st
                 B = way.back(B)
             writer.add_tensor(f"{way.tensor}.lora_a", A.contiguous().numpy())
             writer.add_tensor(f"{way.tensor}.lora_b", B.contiguous().numpy())
+        for name, stack in origin.stacks.items():
+            whole = stacked([factors.get(path) for path in origin.paths(stack)], stack.rows, alpha)
+            if whole is not None:
+                writer.add_tensor(f"{name}.lora_a", whole.A.numpy())
+                writer.add_tensor(f"{name}.lora_b", whole.B.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -135,41 +98,66 @@ def read_adapter(file: Path, origin: Origin) -> dict[str, Factors]:
             hint="take the adapter that was made for this base, as convert_lora_to_gguf or addenda export writes it",
         )
     with file.open("rb") as opened:
-        tensors = {each.name: unpack(read_tensor(opened, each), each.type) for each in header.tensors}
+        tensors = {
+            each.name: unpack(read_tensor(opened, each), each.type).reshape(each.shape)
+            for each in header.tensors
+        }
     return _paired(tensors, meta.get(ALPHA), origin, file)
 
 
 def _paired(
     tensors: Mapping[str, Tensor], alpha: float | None, origin: Origin, file: Path
 ) -> dict[str, Factors]:
-    found, problems = {}, []
-    names = sorted({name.rpartition(".lora_")[0] for name in tensors})
-    for name in names:
+    found: dict[str, Factors] = {}
+    stacks: dict[str, list[StackedFactors]] = {}
+    problems = []
+    for name in sorted({name.rpartition(".lora_")[0] for name in tensors}):
         A, B = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
-        parameter = origin.parameters.get(name)
         if A is None or B is None:
             problems.append(f"'{name}' has one factor only")
-        elif parameter is None:
-            problems.append(f"the base has no tensor '{name}'")
-        else:
-            A = A.t() if name == EMBEDDING else A
-            shape = origin.tensors[name].shape
-            if name == EMBEDDING:
-                shape = shape[::-1]
-            if (B.shape[0], A.shape[1]) != shape or A.shape[0] != B.shape[1]:
-                problems.append(
-                    f"factors of '{name}' are {tuple(A.shape)} and {tuple(B.shape)} at a weight of {shape}"
-                )
-                continue
-            rank = len(A)
-            rows = B if name == EMBEDDING else origin.ways[parameter].there(B)
-            path = parameter.removesuffix(".weight")
-            # Without an alpha the runtime does not scale at all.
-            found[path] = Factors(A.contiguous(), rows.contiguous(), alpha / rank if alpha else 1.0)
+            continue
+        if problem := _misfit(name, A, B, origin):
+            problems.append(problem)
+            continue
+        # Without an alpha the runtime does not scale at all.
+        scaling = alpha / B.shape[-1] if alpha else 1.0
+        if stack := origin.stacks.get(name):
+            stacks.setdefault(stack.parameter, []).append(StackedFactors(A, B, stack.rows, scaling))
+            continue
+        parameter = origin.parameters[name]
+        A, B = (A.t(), B) if name == EMBEDDING else (A, origin.ways[parameter].there(B))
+        found[parameter.removesuffix(".weight")] = Factors(A.contiguous(), B.contiguous(), scaling)
     if problems:
         raise CheckpointError(
             f"the adapter does not fit the base: {'; '.join(problems[:3])}",
             where={"file": file, "problems": len(problems)},
             hint="take the adapter that was made for this base",
         )
-    return found
+    return {**found, **_of_experts(stacks, origin)}
+
+
+def _misfit(name: str, A: Tensor, B: Tensor, origin: Origin) -> str:
+    """Why two factors are not of this tensor, or ""."""
+    if name not in origin.parameters and name not in origin.stacks:
+        return f"the base has no tensor '{name}'"
+    shape = origin.tensors[name].shape
+    shape = (1, *shape) if len(shape) == 1 else shape
+    given = tuple(A.shape), tuple(B.shape)
+    if name == EMBEDDING:
+        A, shape = A.mT, shape[::-1]
+    *experts, d_out, d_in = shape
+    rank = B.shape[-1]
+    if tuple(A.shape) == (*experts, rank, d_in) and tuple(B.shape) == (*experts, d_out, rank):
+        return ""
+    return f"factors of '{name}' are {given[0]} and {given[1]} at a weight of {shape}"
+
+
+def _of_experts(found: Mapping[str, list[StackedFactors]], origin: Origin) -> dict[str, Factors]:
+    made = {}
+    for parameter, stacks in found.items():
+        own = [stack for stack in origin.stacks.values() if stack.parameter == parameter]
+        d_out = max(stack.rows.stop for stack in own)
+        for path, factors in zip(origin.paths(own[0]), apart(stacks, d_out), strict=True):
+            if factors is not None:
+                made[path] = factors
+    return made

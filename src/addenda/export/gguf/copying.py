@@ -13,16 +13,23 @@ import torch
 from torch import Tensor
 
 from addenda.bases import formats
-from addenda.bases.gguf_header import METADATA_START, GGUFTensor, read_header
+from addenda.bases.gguf_header import METADATA_START, GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_pack import DENSE_TYPES
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
 
 __all__ = ["Changes", "pack", "read_tensor", "row_bytes", "set_number", "unpack", "write_like"]
 
+_COUNT = 8
+"""Where a file says how many tensors it has: after its mark and its version, a 64-bit number."""
+
 
 class Changes:
     """Asked once for each tensor of the file, in its order; the base class changes nothing."""
+
+    def tensors_of(self, header: GGUFHeader) -> tuple[GGUFTensor, ...]:
+        """Return the tensors to write: the file's own, or others of its bytes beside them."""
+        return header.tensors
 
     def type_of(self, tensor: GGUFTensor) -> str:
         """Return the format in which the tensor is written."""
@@ -42,12 +49,15 @@ def write_like(
         ExportError: a row is not whole blocks of the format that it should be written in.
     """
     header = read_header(origin)
-    types = {tensor.name: changes.type_of(tensor) for tensor in header.tensors}
+    tensors = changes.tensors_of(header)
+    types = {tensor.name: changes.type_of(tensor) for tensor in tensors}
     with origin.open("rb") as old, target.open("wb") as new:
-        new.write(old.read(header.metadata_end))
-        start = _write_table(new, header.tensors, types, header.alignment)
-        total = sum(_bytes(tensor, types[tensor.name]) for tensor in header.tensors)
-        for tensor in header.tensors:
+        before = bytearray(old.read(header.metadata_end))
+        struct.pack_into("<Q", before, _COUNT, len(tensors))
+        new.write(before)
+        start = _write_table(new, tensors, types, header.alignment)
+        total = sum(_bytes(tensor, types[tensor.name]) for tensor in tensors)
+        for tensor in tensors:
             new.write(_data(old, tensor, types[tensor.name], changes.rows_of(tensor)))
             new.write(b"\0" * (-(new.tell() - start) % header.alignment))
             if on_progress:

@@ -16,7 +16,8 @@ from addenda.core.handle import Handle
 from addenda.core.planning import require_possible
 from addenda.core.targets import exact
 from addenda.errors import CheckpointError
-from addenda.export.gguf.adapter import BASE_NAME, Factors, read_adapter
+from addenda.export.gguf.adapter import BASE_NAME, read_adapter
+from addenda.export.gguf.factors import Factors
 from addenda.export.gguf.origin import origin_of
 from addenda.methods.lora import LoRA
 

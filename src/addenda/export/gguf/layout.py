@@ -77,6 +77,8 @@ class Layout:
             tensor = tensor.float() + 1
         if name.endswith(".weight") and name.split(".")[-2] in self.architecture.transposed:
             tensor = tensor.T
+        if name.endswith("shared_expert_gate.weight"):
+            tensor = tensor.flatten()  # its one row is a vector there, by which others tell its shape
         return {self._required(name): self.rows(name, tensor)}
 
     def _required(self, name: str) -> str:

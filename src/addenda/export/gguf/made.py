@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from addenda.bases import LoadedBase
 from addenda.bases.cache import cache_root, locked, require_space, staged, sweep
-from addenda.bases.gguf_ways import Way
+from addenda.bases.gguf_ways import Stack, Way
 from addenda.bases.loaded import vocabulary_of
 from addenda.core.fingerprints import fingerprint
 from addenda.core.packed_layers import packed_numel
 from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
 from addenda.export.gguf.layout import Layout, layout_of
-from addenda.export.gguf.own import OwnTensors, narrowest
 from addenda.export.gguf.tokenizer import tokenizer_keys
 from addenda.export.gguf.writing import write_base
+from addenda.export.own import OwnTensors, narrowest
 
 __all__ = ["made_gguf", "ways_by_layout", "why_not_made"]
 
-_VERSION = 1
+_VERSION = 2
 """Part of the folder's name: raised whenever another file would be written."""
 
 
@@ -59,21 +59,23 @@ def made_gguf(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Pat
     return folder / "model.gguf"
 
 
-def ways_by_layout(base: LoadedBase) -> Mapping[str, Way]:
-    """Return how the file's tensors become the model's parameters, by their names; of those that stand for one each."""
+def ways_by_layout(base: LoadedBase) -> tuple[Mapping[str, Way], Mapping[str, Stack]]:
+    """Return how the file's tensors become the model's parameters, as `addenda.bases.gguf_ways.ways_of` does."""
     layout = layout_of(base.model.config)
-    found = {}
+    ways: dict[str, Way] = {}
+    stacks: dict[str, Stack] = {}
     for name, tensor in OwnTensors(base.model).items():
-        way = _way(layout, name, tensor.shape)
-        if way is not None:
-            found[name] = way
-    return found
+        if len(tensor.shape) == 3:
+            stacks |= {stack.tensor: stack for stack in _stacks(layout, name, tensor.shape)}
+        elif way := _way(layout, name, tensor.shape):
+            ways[name] = way
+    return ways, stacks
 
 
 def _way(layout: Layout, name: str, shape: torch.Size) -> Way | None:
-    """Learnt by sending row numbers; stacked experts and transposed matrices have none."""
+    """Learnt by sending row numbers; transposed matrices have none."""
     rows = torch.arange(shape[0], dtype=torch.float32)
-    sent = layout.tensors(name, rows if len(shape) == 1 else rows[:, None]) if len(shape) < 3 else {}
+    sent = layout.tensors(name, rows if len(shape) == 1 else rows[:, None])
     if not sent:
         return None
     ((tensor, came),) = sent.items()
@@ -82,3 +84,13 @@ def _way(layout: Layout, name: str, shape: torch.Size) -> Way | None:
     offset = float(came.min())
     order = (came.flatten() - offset).argsort()
     return Way(tensor, None if torch.equal(order, rows.long()) else order, -offset)
+
+
+def _stacks(layout: Layout, name: str, shape: torch.Size) -> Iterator[Stack]:
+    """Learnt by sending numbers that tell expert and row."""
+    sent = torch.arange(shape[0] * shape[1]).view(*shape[:2], 1)
+    for tensor, came in layout.tensors(name, sent).items():
+        first = int(came[0, 0])
+        rows = slice(first, first + came.shape[1])
+        if torch.equal(came, sent[:, rows]):
+            yield Stack(tensor, name, rows)

@@ -14,13 +14,14 @@ from torch import Tensor
 from addenda.bases import formats
 from addenda.bases.gguf_header import METADATA_START, GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_pack import DENSE_TYPES
-from addenda.bases.gguf_ways import Way
+from addenda.bases.gguf_ways import Stack, Way
 from addenda.core.handle import Handle
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError
 from addenda.export.careful import careful_rows
+from addenda.export.ends import tied_ends
 from addenda.export.gguf.copying import Changes, pack, read_tensor, set_number, unpack, write_like
-from addenda.export.gguf.origin import Origin, dense
+from addenda.export.gguf.origin import Origin, dense, parted
 from addenda.export.gguf.told import what_is_wrong
 from addenda.export.job import Job
 
@@ -52,27 +53,38 @@ class Merged(Changes):
 
     def __init__(self, job: Job, origin: Origin, kind: str) -> None:
         self._job, self._origin, self._kind = job, origin, kind
-        self.adapted = {origin.way(path).tensor: path for path in job.handle.paths}
+        paths = set(job.handle.paths)
+        self.adapted = {origin.way(path).tensor: path for path in paths - origin.experts}
+        self.stacks = {
+            name: stack for name, stack in origin.stacks.items() if paths & set(origin.paths(stack))
+        }
+        """Those with an adapter on some expert."""
+
+    def tensors_of(self, header: GGUFHeader) -> tuple[GGUFTensor, ...]:
+        return self._origin.header.tensors
 
     def type_of(self, tensor: GGUFTensor) -> str:
         if self._kind in {AS_BASE, CAREFUL} or len(tensor.shape) < 2:
             return tensor.type
         if self._kind == WIDE:
-            return _fitting("Q8_0", tensor) if tensor.name in self.adapted else tensor.type
+            changed = tensor.name in self.adapted or tensor.name in self.stacks
+            return _fitting("Q8_0", tensor) if changed else tensor.type
         return _fitting(self._kind.upper(), tensor)
 
     def rows_of(self, tensor: GGUFTensor) -> Tensor | None:
         kind = self.type_of(tensor)
+        if tensor.name in self.stacks:
+            return self._experts(self.stacks[tensor.name], tensor, kind)
         parameter = self._origin.parameters.get(tensor.name)
         path = self.adapted.get(tensor.name)
         if path is None:
             path = self._with_bias(parameter)
         if path is not None and parameter is not None:
             return self._folded(path, parameter, tensor, kind)
-        if kind == tensor.type or parameter is None:
+        if kind == tensor.type:
             return None  # the file's own numbers, which the model in memory may have rounded
-        weight = dense(self._job.model, parameter)
-        return pack(self._origin.ways[parameter].back(weight.float()), kind, tensor.name)
+        weight = self._origin.weight(self._job.model, tensor.name)
+        return None if weight is None else pack(weight, kind, tensor.name)
 
     def _with_bias(self, parameter: str | None) -> str | None:
         """The adapted layer whose bias this is."""
@@ -86,9 +98,34 @@ class Merged(Changes):
         assert changed is not None
         if kind == tensor.type and torch.equal(changed, dense(self._job.model, parameter).to(changed.dtype)):
             return None  # the adapter changes nothing here, and its rounding would
-        if is_weight and kind not in DENSE_TYPES and formats.find(kind) and not way.offset:
+        by_rows = self._job.handle.view(path).pointwise  # an embedding's matrix lies the other way
+        if is_weight and by_rows and kind not in DENSE_TYPES and formats.find(kind) and not way.offset:
             return way.back(self._rounded(path, kind))
         return pack(way.back(changed.float()), kind, tensor.name)
+
+    def _experts(self, stack: Stack, tensor: GGUFTensor, kind: str) -> Tensor:
+        """The raw rows of all experts; of those without an adapter the file's own, if they are in that format."""
+        weight = self._origin.weight(self._job.model, tensor.name)
+        assert weight is not None
+        with self._origin.path.open("rb") as file:
+            own = read_tensor(file, tensor).chunk(len(weight)) if kind == tensor.type else None
+        made = []
+        for expert, path in enumerate(self._origin.paths(stack)):
+            rows = None
+            if path in self._job.handle.paths:
+                rows = self._expert(path, stack, weight[expert], tensor, kind)
+            if rows is None:
+                rows = own[expert] if own else pack(weight[expert], kind, tensor.name)
+            made.append(rows)
+        return torch.cat(made)
+
+    def _expert(self, path: str, stack: Stack, bare: Tensor, tensor: GGUFTensor, kind: str) -> Tensor | None:
+        changed = self._job.handle.folded(path)[0][stack.rows]
+        if kind == tensor.type and torch.equal(changed, bare.to(changed.dtype)):
+            return None
+        if kind not in DENSE_TYPES and formats.find(kind):
+            return self._rounded(path, kind)[stack.rows]
+        return pack(changed.float(), kind, tensor.name)
 
     def _rounded(self, path: str, kind: str) -> Tensor:
         """The raw rows of a folded layer, in the model's order."""
@@ -109,20 +146,28 @@ def _fitting(kind: str, tensor: GGUFTensor) -> str:
 def write_merged_gguf(job: Job, origin: Origin, target: Path, kind: str) -> None:
     """Write the base with the adapter folded in; with one that changes nothing, and ``base``, the same bytes.
 
+    An embedding and an output head that share a weight get a tensor each where the adapter stands on one of them.
+
     Raises:
         ExportError: a folded layer has no tensor in the file.
         MethodError: the method has no such weight.
     """
+    origin = _with_ends(job, origin)
     require_places(job.handle, origin)
     write_like(origin.path, target, Merged(job, origin, kind), on_progress=job.on_progress)
     if kind in _FILE_TYPES:
         set_number(target, "general.file_type", int(gguf.LlamaFileType[_FILE_TYPES[kind]]))
 
 
+def _with_ends(job: Job, origin: Origin) -> Origin:
+    return parted(origin, job.model) if tied_ends(job.handle.paths, job.model) else origin
+
+
 def require_places(handle: Handle, origin: Origin) -> None:
     """Refuse an adapter that folds into a tensor which the file does not have."""
     for path in handle.paths:
-        origin.way(path)
+        if path not in origin.experts:
+            origin.way(path)
         if handle.folded(path)[1] is not None:
             origin.way(path, "bias")
 
@@ -132,6 +177,7 @@ def require_places(handle: Handle, origin: Origin) -> None:
 
 def audit_merged(job: Job, origin: Origin, file: Path, kind: str) -> list[str]:
     """Read a merged file back: what of its metadata and its tensors is not what was meant."""
+    origin = _with_ends(job, origin)
     try:
         header = read_header(file)
     except AddendaError as error:
@@ -186,6 +232,10 @@ def _told(  # noqa: PLR0917  (one tensor as meant and as found, and what else th
     changes: Merged, origin: Origin, tensor: GGUFTensor, rows: Tensor, found: Tensor, base: BinaryIO
 ) -> str:
     name, kind = tensor.name, changes.type_of(tensor)
+    own = read_tensor(base, tensor)
+    adapted = name in changes.adapted or name in changes.stacks
+    if adapted and torch.equal(own.reshape(-1), found.reshape(-1)):
+        return "is the base's own, without the adapter"
     for other in ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "F16", "BF16"):
         again = pack(unpack(pack(unpack(rows, kind), other, name), other), kind, name)
         if other != kind and torch.equal(again.reshape(-1), found.reshape(-1)):
@@ -195,9 +245,24 @@ def _told(  # noqa: PLR0917  (one tensor as meant and as found, and what else th
             theirs = changes.rows_of(twin)
             if torch.equal(read_tensor(base, twin) if theirs is None else theirs, found):
                 return f"holds what belongs to '{twin.name}'"
+    if name in origin.stacks:
+        return _told_of_experts(tensor, rows, found, own, kind)
     parameter = origin.parameters.get(name)
     way = origin.ways[parameter] if parameter else Way(name, None)
     meant, came = (way.there(unpack(each, kind).reshape(tensor.shape)) for each in (rows, found))
-    if name in changes.adapted and torch.equal(read_tensor(base, tensor).reshape(-1), found.reshape(-1)):
-        return "is the base's own, without the adapter"
     return what_is_wrong(name, {name: meant}, came, way.order)
+
+
+def _told_of_experts(tensor: GGUFTensor, rows: Tensor, found: Tensor, own: Tensor, kind: str) -> str:
+    """What became of the first expert in a stack that is not the one meant."""
+    count = tensor.shape[0]
+    meant, came, bare = (each.reshape(-1, each.shape[-1]).chunk(count) for each in (rows, found, own))
+    wrong = next(expert for expert in range(count) if not torch.equal(meant[expert], came[expert]))
+    for other in range(count):
+        if other != wrong and torch.equal(meant[other], came[wrong]):
+            return f"holds in place of expert {wrong} what belongs to expert {other}"
+    if torch.equal(bare[wrong], came[wrong]):
+        return f"holds expert {wrong} as the base has it, without the adapter"
+    name = f"{tensor.name} {wrong}"
+    told = what_is_wrong(name, {name: unpack(meant[wrong], kind)}, unpack(came[wrong], kind), None)
+    return f"holds an expert, number {wrong}, that {told}"

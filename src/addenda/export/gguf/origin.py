@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from addenda.bases import LoadedBase
 from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_origin import from_gguf, gguf_of
-from addenda.bases.gguf_ways import Way, ways_of
+from addenda.bases.gguf_ways import Stack, Way, ways_of
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
-from addenda.core.layers import layer_at
-from addenda.core.planning import Plan
 from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
+from addenda.export.ends import ends_of
+from addenda.export.gguf.architectures import ARCHITECTURES
 from addenda.export.gguf.copying import Changes, pack
 from addenda.export.gguf.made import made_gguf, ways_by_layout, why_not_made
 
-__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "tied_ends", "why_no_origin"]
+__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "parted", "why_no_head", "why_no_origin"]
+
+HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Origin:
     header: GGUFHeader
     ways: Mapping[str, Way]
     """By the parameters' names in the model."""
+    stacks: Mapping[str, Stack] = field(default_factory=dict)
+    """Tensors that hold the weights of all experts of a layer, by name."""
 
     @functools.cached_property
     def parameters(self) -> dict[str, str]:
@@ -44,6 +48,22 @@ class Origin:
     def tensors(self) -> dict[str, GGUFTensor]:
         """The file's tensors by name."""
         return {tensor.name: tensor for tensor in self.header.tensors}
+
+    @functools.cached_property
+    def experts(self) -> frozenset[str]:
+        """Paths of the layers whose weights lie in stacks."""
+        return frozenset(path for stack in self.stacks.values() for path in self.paths(stack))
+
+    def paths(self, stack: Stack) -> list[str]:
+        """Return the paths of the layers that a stack holds rows of, expert by expert."""
+        return [stack.path(expert) for expert in range(self.tensors[stack.tensor].shape[0])]
+
+    def weight(self, model: nn.Module, tensor: str) -> Tensor | None:
+        """Return a tensor as numbers from the base in memory; None where the model has no parameter of it."""
+        if stack := self.stacks.get(tensor):
+            return model.get_parameter(stack.parameter).detach()[:, stack.rows]
+        parameter = self.parameters.get(tensor)
+        return None if parameter is None else self.ways[parameter].back(dense(model, parameter).float())
 
     def way(self, path: str, last: str = "weight") -> Way:
         """Return the way of a layer's weight or bias.
@@ -70,12 +90,12 @@ def why_no_origin(base: LoadedBase | None) -> str:
     return "" if from_gguf(base) else why_not_made(base)
 
 
-def tied_ends(planned: Plan, model: nn.Module) -> list[str]:
-    """Return the adapted layers among an embedding and an output head that hold one and the same weight."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        return []
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    return [row.path for row in planned.rows if layer_at(model, row.path) in ends]
+def why_no_head(base: LoadedBase | None) -> str:
+    """Return why llama.cpp keeps no output head beside the embedding that it shares a weight with, or ""."""
+    kind = str(base.model.config.model_type) if base else ""
+    if kind not in ARCHITECTURES or not ARCHITECTURES[kind].taken_for_granted.get("tie_word_embeddings"):
+        return ""
+    return f"llama.cpp has no output head of its own for models of type '{kind}'"
 
 
 def file_of(base: LoadedBase, *, on_progress: OnProgress | None = None) -> Path:
@@ -99,7 +119,7 @@ def origin_of(base: LoadedBase | None, *, on_progress: OnProgress | None = None)
     assert base is not None
     path = file_of(base, on_progress=on_progress)
     if not from_gguf(base):
-        return Origin(path, read_header(path), ways_by_layout(base))
+        return Origin(path, read_header(path), *ways_by_layout(base))
     config = base.model.config
     return _origin(path, json.dumps(config.to_dict(), sort_keys=True, default=str), _Held(config))
 
@@ -117,9 +137,21 @@ class _Held:
         return 0
 
 
+def parted(origin: Origin, model: nn.Module) -> Origin:
+    """Return the file of a model with tied ends as if it held the embedding once more, as the weight of its head."""
+    ends = ends_of(model)
+    if ends is None or HEAD in origin.tensors:
+        return origin
+    shared = origin.tensors[EMBEDDING]
+    tensors = (*origin.header.tensors, replace(shared, name=HEAD))
+    way = replace(origin.ways[origin.parameters[EMBEDDING]], tensor=HEAD)
+    header = replace(origin.header, tensors=tensors)
+    return replace(origin, header=header, ways={**origin.ways, f"{ends[1]}.weight": way})
+
+
 @functools.lru_cache(maxsize=2)
 def _origin(path: Path, _key: str, config: _Held) -> Origin:
-    return Origin(path, read_header(path), ways_of(path, config.value))
+    return Origin(path, read_header(path), *ways_of(path, config.value))
 
 
 def dense(model: nn.Module, parameter: str) -> Tensor:
@@ -141,8 +173,5 @@ class Exact(Changes):
         return "F32"
 
     def rows_of(self, tensor: GGUFTensor) -> Tensor | None:
-        parameter = self._origin.parameters.get(tensor.name)
-        if parameter is None:
-            return None
-        weight = dense(self._model, parameter).float()
-        return pack(self._origin.ways[parameter].back(weight), "F32", tensor.name)
+        weight = self._origin.weight(self._model, tensor.name)
+        return None if weight is None else pack(weight, "F32", tensor.name)

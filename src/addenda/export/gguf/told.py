@@ -49,10 +49,16 @@ def what_is_wrong(name: str, meant: Mapping[str, Tensor], found: Tensor, order: 
             return f"holds what belongs to '{other}'"
     if not bool(found.any()):
         return "is zero"
+    if _same(torch.cat(own.chunk(2)[::-1]), found):
+        return "has the halves of its rows exchanged, as gate and up"
+    empty = ~found.any(1) & own.any(1)
+    if bool(empty.any()) and _same(own * ~empty[:, None], found):
+        return f"is zero in {int(empty.sum()):,} of its {len(own):,} rows"
     factor = float((own * found).sum() / (own * own).sum())
-    if _same(own * factor, found):
+    if abs(factor - 1) > _CLOSE and _same(own * factor, found):
         return f"is scaled by {factor:.4g}"
     wrong = int((~torch.isclose(own, found, rtol=1e-4, atol=float(own.abs().max()) * 1e-6)).sum())
+    wrong = wrong or int((own != found).sum())
     cosine = float((own * found).sum() / (own.norm() * found.norm()))
     return f"differs in {wrong:,} of {own.numel():,} numbers (cosine {cosine:.3f})"
 

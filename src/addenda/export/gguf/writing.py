@@ -16,7 +16,7 @@ from addenda.errors import ConfigError
 from addenda.export.gguf.architectures import Value
 from addenda.export.gguf.layout import Layout, layout_of
 from addenda.export.gguf.metadata import base_keys
-from addenda.export.gguf.own import OwnTensors
+from addenda.export.own import OwnTensors
 
 __all__ = ["add_key", "write_base", "written_kinds"]
 

@@ -17,6 +17,7 @@ from addenda.core.handle import Handle
 from addenda.core.layers import LayerKind, kind_of, layer_at
 from addenda.core.views import PartView
 from addenda.errors import ExportError
+from addenda.export.ends import tied_ends
 
 __all__ = ["CONFIG", "KINDS", "TENSORS", "adapter_audit", "layers_without", "write_adapter"]
 
@@ -35,9 +36,9 @@ def why_not(kind: LayerKind) -> str | None:
 
 
 def layers_without(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """Return those of the paths at whose layers mlx-lm has no low-rank adapter."""
-    kinds = {path: kind_of(layer_at(model, path)) for path in paths}
-    return [path for path, kind in kinds.items() if kind is None or why_not(kind)]
+    """Return those of the paths at whose layers mlx-lm has no low-rank adapter; a tied head is no layer there."""
+    kinds, ends = {path: kind_of(layer_at(model, path)) for path in paths}, tied_ends(paths, model)
+    return [path for path, kind in kinds.items() if kind is None or why_not(kind) or path in ends]
 
 
 def write_adapter(handle: Handle, folder: Path, *, base_name: str) -> None:
