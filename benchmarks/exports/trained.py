@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 import addenda
 from addenda.bases import LoadedBase
+from addenda.bases.place import in_float32
 from addenda.recipe import load_adapted
 from addenda.recipe.calibrating import calibration_rows
 
 DECODER = (
-    "peft", "merged:float32", "merged:bfloat16", "gguf-lora", "gguf:f32", "gguf:base", "gguf:careful",
+    "peft", "merged:float32", "merged:bfloat16", "merged:base", "merged:careful", "gguf-lora", "gguf:f32", "gguf:base", "gguf:careful",
     "gguf:base+q8_0", "gguf:q8_0", "gguf:q4_0", "onnx:float32", "onnx:int8", "mlx:adapter", "mlx:float32",
     "executorch:float32", "executorch:int8",
 )  # fmt: skip
@@ -48,8 +49,7 @@ def of_run(folder: str, base: str | None, calibrate: str | None) -> Trained:
         pass
 
     loaded, handle, provenance = load_adapted(folder, source=base, device="cpu", on_event=quiet)
-    if loaded.weights == "dense":
-        loaded.model.float()
+    in_float32(loaded.model)
     rows = calibration_rows(calibrate, loaded, quiet) if calibrate else ()
     return Trained(loaded.name, loaded, handle, DECODER, {"provenance": provenance, "calibration": rows})
 
