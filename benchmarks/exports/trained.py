@@ -20,7 +20,8 @@ from addenda.recipe import load_adapted
 from addenda.recipe.calibrating import calibration_rows
 
 DECODER = (
-    "peft", "merged:float32", "merged:bfloat16", "merged:base", "merged:careful", "gguf-lora", "gguf:f32", "gguf:base", "gguf:careful",
+    "peft", "merged:float32", "merged:bfloat16", "merged:base", "merged:careful", "gguf-lora", "gguf:f32",
+    "gguf:base", "gguf:careful",
     "gguf:base+q8_0", "gguf:q8_0", "gguf:q4_0", "onnx:float32", "onnx:int8", "mlx:adapter", "mlx:float32",
     "executorch:float32", "executorch:int8",
 )  # fmt: skip
