@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.metadata
 import json
 import math
 import shutil
@@ -71,6 +72,8 @@ def test_each_format_and_type_is_shown_once_with_the_latest_finding(
         assert facts.twin_difference == record["parity"]["twin"]["largest_difference"]
         assert 0 < facts.bytes <= sum(each.stat().st_size for each in out.iterdir())
     assert list(shown(trained)) == ["peft", "merged float32", "merged bfloat16"]
+    runtime = shown(trained)["merged float32"].runtime
+    assert runtime == f"transformers {importlib.metadata.version('transformers')}"
     assert (
         replace(RunRecord.from_json((trained / "record.json").read_text()), exports=before.exports) == before
     )

@@ -58,7 +58,7 @@ def with_layers(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and path != "lm_head":
             model.set_submodule(path, make(module))
-    return model.to("cpu").eval()  # int8 of bitsandbytes rounds its input in training mode only
+    return model.to("cpu").eval()  # on a CPU int8 of bitsandbytes rounds its input in this mode only
 
 
 def four_bit(layer: nn.Linear, **settings: object) -> nn.Module:

@@ -21,7 +21,7 @@ from addenda.core.merging import tied
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError, ExportError
 from addenda.export.bitsandbytes import (
-    is_nf4,
+    own_format,
     packed_again,
     packed_as,
     quantizer_of,
@@ -98,7 +98,6 @@ class Form(ABC):
         names = tensor_names(self.base.folder)
         self._stems = {path: stem for path in self.layers if (stem := _stem_of(path, names)) is not None}
         self._paths = {stem: path for path, stem in self._stems.items()}
-        self._names = set(names)
 
     @abstractmethod
     def weight(self, path: str, *, adapted: bool = True) -> Mapping[str, Tensor] | None:
@@ -112,9 +111,9 @@ class Form(ABC):
         """Yield what stands against folding the adapter into the base's files."""
         views = {path: self.handle.view(path) for path in self.handle.paths}
         shared = tied(self.base.model, {path: view for path, view in views.items() if view.writable})
-        coarse = [path for path in self.packed if not self.in_nf4(path)]
-        if self.careful and coarse:
-            yield f"a careful merge writes NF4 in blocks of 64, which '{coarse[0]}' is not in"
+        unable = [path for path in self.packed if self.careful and not self.careful_format(path)]
+        if unable:
+            yield f"a careful merge writes int8 and NF4 in blocks of 64, and '{unable[0]}' is in neither"
         yield from (f"'{path}' shares its weight with '{other}'" for path, other in shared.items())
         for path in self.layers:
             if path not in self._stems:
@@ -132,9 +131,9 @@ class Form(ABC):
         """Whether adapted weights are rounded with care; what was trained through a rounding is exact without."""
         return self.job.type == CAREFUL and not self.handle.through
 
-    def in_nf4(self, path: str) -> bool:
-        """Whether a packed layer is in NF4, whole blocks of 64 in each row."""
-        return False
+    def careful_format(self, path: str) -> str | None:
+        """Return the format that a packed layer is rounded to with care; None where there is none that fits."""
+        return None
 
     def folded(self, path: str) -> tuple[Tensor, Tensor | None]:
         """Return a layer's weight and bias with the adapter, in float32 where it is packed."""
@@ -228,8 +227,8 @@ class PackedNow(Form):
             )
         return tensors_of(raw, layer.weight_format, layer.width)
 
-    def in_nf4(self, path: str) -> bool:
-        return self._packed[path].weight_format.name == "NF4"
+    def careful_format(self, path: str) -> str | None:
+        return self._packed[path].weight_format.name
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
         entry = next(iter(self._packed.values())).weight_format
@@ -262,11 +261,12 @@ class Quantized(Form):
         if not self.changes(path):
             return None
         if self.careful:
-            return packed_as(view.module, careful_rows(self.job, "NF4", path, self.packed))
+            name = str(self.careful_format(path))
+            return packed_as(view.module, careful_rows(self.job, name, path, self.packed))
         return packed_again(view.module, self.folded(path)[0])
 
-    def in_nf4(self, path: str) -> bool:
-        return is_nf4(self.handle.view(path).module)
+    def careful_format(self, path: str) -> str | None:
+        return own_format(self.handle.view(path).module)
 
     def settings(self, config: dict[str, Any]) -> dict[str, Any]:
         return config

@@ -21,7 +21,7 @@ from addenda.bases.formats import WeightFormat
 from addenda.bases.formats.bits import singles
 from addenda.bases.formats.normal import LEVELS, to_bitsandbytes
 
-__all__ = ["is_nf4", "packed_again", "packed_as", "quantizer_of", "settings_for", "tensors_of"]
+__all__ = ["own_format", "packed_again", "packed_as", "quantizer_of", "settings_for", "tensors_of"]
 
 
 def tensors_of(raw: Tensor, entry: WeightFormat, d_in: int) -> dict[str, Tensor]:
@@ -93,15 +93,14 @@ def quantizer_of(model: nn.Module) -> str | None:
     return str(getattr(named, "value", named))
 
 
-def is_nf4(layer: Any) -> bool:
-    """Whether a layer of bitsandbytes is in NF4 with blocks of 64, none of which goes beyond a row."""
+def own_format(layer: Any) -> str | None:
+    """Return which of INT8 and NF4 a layer of bitsandbytes is in, its blocks of four bits ours; or None."""
     state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return "INT8"
     block = formats.get("NF4").block
-    return (
-        state is not None
-        and (state.quant_type, state.blocksize) == ("nf4", block)
-        and layer.in_features % block == 0
-    )
+    alike = (state.quant_type, state.blocksize, layer.in_features % block) == ("nf4", block, 0)
+    return "NF4" if alike else None
 
 
 def packed_again(layer: Any, weight: Tensor) -> dict[str, Tensor]:
@@ -129,7 +128,9 @@ def packed_again(layer: Any, weight: Tensor) -> dict[str, Tensor]:
 
 
 def packed_as(layer: Any, raw: Tensor) -> dict[str, Tensor]:
-    """Return raw rows of NF4 in the layout of a layer of bitsandbytes for which `is_nf4` is true."""
+    """Return raw rows of a layer's `own_format` in its layout."""
+    if getattr(layer.weight, "quant_state", None) is None:
+        return _eight_bits(raw)
     codes, absmax = to_bitsandbytes(raw)
     made = copy.copy(layer.weight.quant_state)
     if made.nested:

@@ -45,7 +45,9 @@ _DAMPING = 0.01
 _NARROWER = (-0.4, 0.4, 1.1, 2.0, 3.0)
 """By how many steps the range of a block's codes is made narrower than the writer makes it, or wider; all are tried.
 The writer's own range is left out: where the base came from a file of that format, it gives each weight the code that
-it had, and what the adapter changed of it is gone."""
+it had, and what the adapter changed of it is gone. Where a row is one block, one range is taken."""
+_COLUMNS = 64
+"""That are rounded before the others are told, where a row is one block."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ def careful_merge(
     paths: Iterable[str] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, MergedLayer]:
-    """Return each layer rounded so that its outputs on calibration rows change least.
+    """Return each linear layer rounded so that its outputs on calibration rows change least.
 
     Each layer keeps the (d_in, d_in) products of its inputs meanwhile.
 
     Args:
         handle: an active adapter, trained beside the weights as they are.
-        to: name of a format whose codes are numbers times a block's scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, NF4.
+        to: name of a format whose codes are numbers times a block's scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, NF4,
+            INT8.
         batches: of the data, as for `addenda.observe`; some thousand tokens.
         paths: of the layers; None for all.
         on_progress: told how many batches and layers are done.
@@ -109,7 +112,9 @@ def careful_merge(
             f"'{handle.name}' is trained through {handle.through}: its merge is exact as it is",
             hint="merge it plainly, into that format",
         )
-    views = {path: handle.view(path) for path in (handle.paths if paths is None else paths)}
+    # An embedding has no inputs to weigh errors by: each of its columns is one token's alone.
+    asked = handle.paths if paths is None else paths
+    views = {path: view for path in asked if (view := handle.view(path)).pointwise}
     grams = {path: _Gram(view.d_in) for path, view in views.items()}
     watch(handle.model, handle.method, views, grams, batches=batches, on_progress=on_progress)
     made: dict[str, MergedLayer] = {}
@@ -173,17 +178,20 @@ def compensated(weight: Tensor, gram: Tensor, entry: WeightFormat) -> Tensor:
     Returns:
         Raw rows, ``(d_out, bytes)`` uint8.
     """
-    grid, width = entry.grid, entry.block
+    grid, width = entry.grid, entry.block or _COLUMNS
     assert grid is not None
-    assert width is not None
     entry.row_bytes(weight.shape[1])
+    whole = None if entry.block else _scales(weight, grid, _NARROWER[1:2])
     left, factor = weight.clone(), _inverse_factor(gram)
     found = []
     for start in range(0, weight.shape[1], width):
         span = slice(start, start + width)
-        block, errors = _rounded_block(left[:, span].contiguous(), factor[span, span], grid)
+        block = left[:, span].contiguous()
+        made, errors = _rounded_block(block, factor[span, span], grid, whole or _scales(block, grid))
         left[:, span.stop :].addmm_(errors, factor[span, span.stop :], alpha=-1)
-        found.append(block)
+        found.append(made)
+    if whole:
+        return grid.pack(found[0][0], found[0][1], torch.cat([codes for _, _, codes in found], dim=1))
     scale, least, codes = (torch.stack(part, dim=1).flatten(0, 1) for part in zip(*found, strict=True))
     return grid.pack(scale, least, codes).view(len(weight), -1)
 
@@ -198,19 +206,22 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _rounded_block(block: Tensor, factor: Tensor, grid: Grid) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+def _rounded_block(
+    block: Tensor, factor: Tensor, grid: Grid, scales: tuple[Tensor, Tensor]
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     """Round the columns of a block one after another with each of some scales, and keep for each row the best.
 
     Args:
         block: ``(rows, width)``.
         factor: ``(width, width)``, its part of the inverse factor.
         grid: of the format.
+        scales: to try, and the least numbers, ``(scales, rows)`` each.
 
     Returns:
         Scale and least number ``(rows, 1)`` and codes ``(rows, width)`` uint8; and the errors ``(rows, width)``, each
         in units of what it costs.
     """
-    scale, least = _scales(block, grid)
+    scale, least = scales
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     left = block.t()[:, None].repeat(1, len(scale), 1)  # (width, scales, rows): a column lies in one piece
     errors, codes = torch.empty_like(left), torch.empty_like(left, dtype=torch.uint8)
@@ -225,16 +236,16 @@ def _rounded_block(block: Tensor, factor: Tensor, grid: Grid) -> tuple[tuple[Ten
     return (scale.gather(0, best).t(), least.gather(0, best).t(), chosen), lost
 
 
-def _scales(block: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scales to try, and the least number that goes with each, as the format holds them: (scales, rows)."""
+def _scales(block: Tensor, grid: Grid, narrower: Sequence[float] = _NARROWER) -> tuple[Tensor, Tensor]:
+    """Scales to try, and the least number that goes with each, as the format keeps them: (scales, rows)."""
     scale, least = (each[:, 0] for each in grid.scales(block))
-    share = 1 - torch.tensor(_NARROWER)[:, None] / grid.most
+    share = 1 - torch.tensor(narrower)[:, None] / grid.most
+    tried = (share * scale).to(grid.kept).float()
     if grid.levels is not None:
-        return share * scale, torch.zeros_like(share * scale)
-    narrower = (share * scale).half().float()
+        return tried, torch.zeros_like(tried)
     if grid.centre is not None:
-        return narrower, -grid.centre * narrower
-    return narrower, (least + (1 - share) / 2 * grid.most * scale).half().float()
+        return tried, -grid.centre * tried
+    return tried, (least + (1 - share) / 2 * grid.most * scale).to(grid.kept).float()
 
 
 # ------------------------------------------------------------------------------------------------- keeping some at Q8_0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from addenda.bases import LoadedBase
-from addenda.bases.model_config import quiet_transformers
-from addenda.bases.packed_layers import packed_layers
+from addenda.bases.saving import alone, keeps_names, write_settings, write_whole
 from addenda.core.handle import Handle
-from addenda.core.host import adapter_prefixes
+from addenda.core.merging import tied
+from addenda.core.parts import Place
 from addenda.core.progress import OnProgress, Progress
 from addenda.errors import ExportError
 from addenda.export.ends import ends_of, tied_ends, untied
 from addenda.export.own import OwnTensors
+from addenda.export.tensor_file import TensorFile
 
 __all__ = ["merged_audit", "write_merged"]
+
+_WEIGHTS = "model.safetensors"
 
 
 def write_merged(
@@ -36,9 +40,10 @@ def write_merged(
 ) -> None:
     """Write base and adapter as one model folder: safetensors, configuration, tokenizer and chat template.
 
-    The weights are folded in float32 and rounded once to ``dtype``. Packed ones are unpacked. An embedding and an
-    output head that share a weight get one each where the adapter stands on one of them. The model in memory stays as
-    it was.
+    The weights are folded in float32 and rounded once to ``dtype``, one after another; an architecture whose files
+    group them otherwise than the model does, such as experts, needs all at once. Packed ones are unpacked. An embedding
+    and an output head that share a weight get one each where the adapter stands on one of them. The model in memory
+    stays as it was.
 
     Args:
         base: the loaded base, best in float32, carrying the adapter.
@@ -52,108 +57,96 @@ def write_merged(
         MethodError: the method cannot be merged, or a weight is shared otherwise with another layer.
         ExportError: the architecture has no place for a merged weight.
     """
-    _say(on_progress, 0)
-    _write_weights(base, handle, folder, dtype, adapted=adapted)
-    _say(on_progress, 1)
+    say = _told(on_progress)
+    ends = tied_ends(handle.paths, base.model) if adapted else []
+    merged = _Merged(base.model, handle if adapted else None)
+    _require_apart(handle, [path for path in handle.paths if path not in ends] if adapted else [])
+    parted = [f"{path}.weight" for path in ends_of(base.model) or () if ends]
+    with untied(base.model) if ends else contextlib.nullcontext():
+        names = {*alone(base.model, merged.kept), *parted}
+        wanted = [name for name in merged if name in names]
+        if keeps_names(base.model, {name: merged.kept[name] for name in wanted}):
+            write_settings(base.model, folder)
+            _stream(merged, wanted, dtype, folder / _WEIGHTS, say)
+        else:
+            say(0, 1)
+            write_whole(base.model, folder, {name: _rounded(merged[name], dtype) for name in wanted})
+            say(1, 1)
+    _tell_dtype(folder / "config.json", dtype)
     base.tokenizer.save_pretrained(folder)
 
 
-def _say(on_progress: OnProgress | None, done: int) -> None:
-    if on_progress:
-        on_progress(Progress("write the merged weights", done, 1, "models"))
+Say = Callable[[int, int], None]
 
 
-def _write_weights(
-    base: LoadedBase, handle: Handle, work: Path, dtype: torch.dtype, *, adapted: bool
+def _told(on_progress: OnProgress | None) -> Say:
+    def say(done: int, total: int) -> None:
+        if on_progress:
+            on_progress(Progress("write the merged weights", done, total, "tensors"))
+
+    return say
+
+
+def _require_apart(handle: Handle, paths: Sequence[str]) -> None:
+    shared = tied(handle.model, {path: handle.view(path) for path in paths})
+    if shared:
+        path, other = next(iter(shared.items()))
+        raise ExportError(
+            f"merging would also change a layer that shares its weight: '{path}' with '{other}'",
+            hint="keep the adapter beside its base: --to peft",
+        )
+
+
+def _stream(
+    tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype, path: Path, say: Say
 ) -> None:
-    ends = tied_ends(handle.paths, base.model) if adapted else []
-    with untied(base.model) if ends else contextlib.nullcontext():
-        if base.weights == "dense" and adapted:
-            _merge_and_write(base, handle, ends, work, dtype)
-        else:
-            _save(base, _unpacked_state(base, handle, handle.paths if adapted else []), work, dtype)
-    config = work / "config.json"
+    with TensorFile(path, names=sum(len(json.dumps(name)) for name in names), count=len(names)) as file:
+        for done, name in enumerate(names):
+            say(done, len(names))
+            file.add(name, _rounded(tensors[name], dtype))
+    say(len(names), len(names))
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _tell_dtype(config: Path, dtype: torch.dtype) -> None:
     settings = json.loads(config.read_text(encoding="utf-8"))
     settings["dtype"] = str(dtype).removeprefix("torch.")
     config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save(base: LoadedBase, state: Mapping[str, Tensor], work: Path, dtype: torch.dtype) -> None:
-    stored = base.model.config.dtype
-    try:
-        with quiet_transformers():
-            base.model.save_pretrained(work, state_dict=_rounded(state, dtype))
-    finally:  # else the configuration in memory says what the numbers were widened to
-        base.model.config.dtype = stored
+class _Merged(OwnTensors):
+    """A model's tensors with an adapter folded in, each made when it is asked for."""
 
+    def __init__(self, model: nn.Module, handle: Handle | None) -> None:
+        super().__init__(model)
+        self._changes: dict[str, list[tuple[str, int, Place]]] = {}
+        if handle is None:
+            return
+        self._folded = functools.lru_cache(maxsize=1)(handle.folded)  # weight and bias are asked for in turn
+        owners = {id(module): path for path, module in model.named_modules()}
+        for path in handle.paths:
+            view = handle.view(path)
+            for number, place in enumerate((view.weight_place(), view.bias_place())):
+                if place is not None:
+                    name = f"{owners[id(place.module)]}.{place.name}"
+                    self._changes.setdefault(name, []).append((path, number, place))
+        self._with_bias = {p for name in self for p, number, _ in self._changes.get(name, ()) if number == 1}
 
-def _merge_and_write(
-    base: LoadedBase, handle: Handle, ends: Sequence[str], work: Path, dtype: torch.dtype
-) -> None:
-    """Merge, write, and take the adapter out again; tied ends, whose one weight holds no two, are folded aside."""
-    before = _own_state(base.model)
-    inner = handle.without(ends)
-    if inner.paths:
-        inner.merge()
-    try:
-        state = _own_state(base.model)
-        _require_place(base, [key for key in state if key not in before])
-        for path in ends:
-            state |= _folded(base, handle, path, state)
-        _save(base, state, work, dtype)
-    finally:
-        if inner.paths:
-            inner.unmerge()
-
-
-def _folded(base: LoadedBase, handle: Handle, path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one layer with the adapter folded in."""
-    weight, bias = handle.folded(path)
-    if bias is None:
-        return {f"{path}.weight": weight}
-    _require_place(base, [f"{path}.bias"] if f"{path}.bias" not in state else [])
-    return {f"{path}.weight": weight, f"{path}.bias": bias}
-
-
-def _require_place(base: LoadedBase, new: list[str]) -> None:
-    if new:
-        raise ExportError(
-            f"merging gives {type(base.model).__name__} {len(new)} weights it has no place for, first '{new[0]}'",
-            hint="the architecture has no biases there; keep the adapter beside its base",
-        )
-
-
-def _unpacked_state(base: LoadedBase, handle: Handle, paths: Sequence[str]) -> dict[str, Tensor]:
-    """The dense model's tensors: packed weights unpacked, the adapter folded into those at ``paths``."""
-    layers, state = packed_layers(base.model), _own_state(base.model)
-    made = {key: tensor for key, tensor in state.items() if key.removesuffix(".raw") not in layers}
-    unpacked: dict[int, Tensor] = {}
-    for path, layer in layers.items():
-        place = layer.raw.data_ptr()
-        if place not in unpacked:
-            unpacked[place] = layer.dequantized()
-        made[f"{path}.weight"] = unpacked[place]
-    for path in paths:
-        made |= _folded(base, handle, path, made)
-    return made
-
-
-def _own_state(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own tensors, without those of any adapter."""
-    inside = adapter_prefixes(model)
-    return {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(inside)}
-
-
-def _rounded(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Round floating tensors to ``dtype``; tensors that share memory go on sharing it, so that ties are kept."""
-    made: dict[tuple[int, torch.Size], Tensor] = {}
-    rounded = {}
-    for key, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape)
-        if place not in made:
-            made[place] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        rounded[key] = made[place]
-    return rounded
+    def __getitem__(self, name: str) -> Tensor:
+        whole = None
+        for path, number, place in self._changes.get(name, ()):
+            found = self._folded(path)
+            if found[1] is not None and path not in self._with_bias:
+                raise ExportError(
+                    f"merging gives '{path}' a bias, for which the architecture has no place",
+                    hint="keep the adapter beside its base: --to peft",
+                )
+            if (part := found[number]) is not None:
+                whole = place.into(whole, part)
+        return super().__getitem__(name) if whole is None else whole
 
 
 def _wrong_ends(handle: Handle, folder: Path, files: Mapping[str, Any], dtype: torch.dtype) -> Iterator[str]:

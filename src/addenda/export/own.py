@@ -21,17 +21,18 @@ class OwnTensors(Mapping[str, Tensor]):
         self._packed = packed_layers(model)
         state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
         raw = {f"{path}.raw": f"{path}.weight" for path in self._packed}
-        self._state = {raw.get(name, name): tensor for name, tensor in state.items()}
+        self.kept = {raw.get(name, name): tensor for name, tensor in state.items()}
+        """As the model keeps them, packed ones as bytes; tied ones share theirs."""
 
     def __getitem__(self, name: str) -> Tensor:
         packed = self._packed.get(name.removesuffix(".weight"))
-        return packed.dequantized() if packed is not None and name.endswith(".weight") else self._state[name]
+        return packed.dequantized() if packed is not None and name.endswith(".weight") else self.kept[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
+        return iter(self.kept)
 
     def __len__(self) -> int:
-        return len(self._state)
+        return len(self.kept)
 
 
 def narrowest(state: Mapping[str, Tensor]) -> str:

@@ -70,7 +70,7 @@ def _reported(run: Path, began: str, made: Sequence[ExportFacts]) -> str:
         with lock_run(run):
             record = _read(run)
             if record.finished != began:
-                raise CheckpointError("the run was trained anew in the meantime")
+                raise CheckpointError("the run was trained anew in the meantime", hint="export it again")
             latest = {(each.format, each.type): each for each in (*record.exports, *made)}
             record = dataclasses.replace(record, exports=tuple(latest.values()))
             write_text(run / RECORD, record.to_json() + "\n")

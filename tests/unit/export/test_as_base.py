@@ -23,6 +23,7 @@ from addenda.core.layers import view_of
 from addenda.core.through import merged_rows
 from addenda.errors import ExportError
 from addenda.export.as_base import audit_as_base, own_form, write_as_base
+from addenda.export.formats.merged import FORMAT
 from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
@@ -152,6 +153,18 @@ def test_bitsandbytes_computes_with_the_weights_that_were_trained_through(
     assert "bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_without_bitsandbytes_it_is_written_and_said_to_be_unverified(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, find = load_base(folder, weights="nf4"), importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    parity = export_adapter(base, attached(base), "merged", tmp_path / "out", type="base")
+    assert parity.verdict == "unverified"
+    assert "addenda[quantized]" in parity.words
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_is_lost_is_measured_in_bitsandbytes(folder: Path, tmp_path: Path, kind: str) -> None:
@@ -171,6 +184,30 @@ def test_a_base_without_a_packing_of_its_own_is_refused(folder: Path, tmp_path: 
         export_adapter(base, handle, "merged", tmp_path / "out", type="base")
     assert "bfloat16" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"weights": "packed"}, "'--to gguf --type base' writes again"),
+        ({}, "packed by torchao, which alone writes such"),
+    ],
+)
+def test_packings_that_others_write_are_named(
+    folder: Path, tmp_path: Path, changed: dict[str, str], words: str
+) -> None:
+    base = replace(load_base(folder), **changed)
+    if not changed:
+        base.model.config.quantization_config = {"quant_method": "torchao"}
+    handle = attached(base)
+    with pytest.raises(ExportError, match=words):
+        own_form(Job(base.model, handle, probes_of(base), base, "base"))
+    problems = FORMAT.problems(addenda.plan(load_base(folder).model, addenda.LoRA()), base.model, base)
+    assert problems == (
+        []
+        if changed
+        else ["the base keeps weights that torchao quantized, and folding would round them anew"]
+    )
 
 
 def test_a_tied_weight_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -214,12 +251,9 @@ def unadapted(base: addenda.LoadedBase, handle: addenda.Handle) -> dict[str, Ten
     return {path: packed_layers(base.model)[path].dequantized() for path in rest}
 
 
-def test_care_needs_rows_and_a_format_whose_scales_can_be_chosen(folder: Path, tmp_path: Path) -> None:
+def test_care_needs_rows_of_the_task(folder: Path, tmp_path: Path) -> None:
     base = load_base(folder, weights="nf4")
     with pytest.raises(ExportError, match="needs rows of the task"):
-        export_adapter(base, attached(base, FITTING), "merged", tmp_path / "out", type="careful")
-    base = load_base(folder, weights="int8")
-    with pytest.raises(ExportError, match="writes NF4 in blocks of 64"):
         export_adapter(base, attached(base, FITTING), "merged", tmp_path / "out", type="careful")
     assert list(tmp_path.iterdir()) == []
 
@@ -308,14 +342,14 @@ def test_care_writes_their_layout_too(quantized: Path, tmp_path: Path) -> None:
     handle = attached(base, FITTING)
     ids = torch.randint(5, 90, (8, 40))
     job = Job(base.model, handle, probes_of(base), base, "careful", calibration=({"input_ids": ids},))
-    if "nf4" not in quantized.name:
-        with pytest.raises(ExportError, match="writes NF4 in blocks of 64"):
+    if quantized.name == "fp4":
+        with pytest.raises(ExportError, match="int8 and NF4 in blocks of 64"):
             own_form(job)
         return
     write_as_base(job, own_form(job), tmp_path)
     assert audit_as_base(own_form(job), tmp_path) == []
     again = load_base(tmp_path)
-    for path, merged in job.kept["NF4"].items():
+    for path, merged in next(iter(job.kept.values())).items():
         found = view_of(again.model.get_submodule(path), path).exact_weight()
         wanted = merged.weight(found.shape[1])
         assert (found - wanted).norm() < 0.02 * wanted.norm(), "but for the rounding of the magnitudes"

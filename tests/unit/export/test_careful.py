@@ -20,7 +20,7 @@ from addenda.export.careful import (
     plain_merge,
 )
 
-GRIDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "NF4"]
+GRIDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "NF4", "INT8"]
 
 
 def alike(count: int, d_in: int) -> Tensor:
@@ -36,7 +36,7 @@ def test_the_outputs_change_less_than_by_plain_rounding(name: str) -> None:
     assert careful.shape == plain.shape
     lost = [((entry.dequantize(raw, 128) - weight) @ x.t()).norm() for raw in (plain, careful)]
     assert lost[1] < 0.5 * lost[0]
-    if name != "NF4":
+    if name not in {"NF4", "INT8"}:
         back = gguf.quants.dequantize(careful.numpy(), gguf.GGMLQuantizationType[name])
         assert torch.equal(torch.from_numpy(back), entry.dequantize(careful, 128))
 
@@ -110,8 +110,8 @@ def test_a_careful_merge_is_nearer_to_the_adapted_model() -> None:
 
 
 def test_a_careful_merge_is_refused_where_it_makes_no_sense() -> None:
-    with pytest.raises(ConfigError, match="INT8 cannot be chosen"):
-        careful_merge(adapted(), "int8", [torch.randn(3, 64)])
+    with pytest.raises(ConfigError, match="IQ4_NL cannot be chosen"):
+        careful_merge(adapted(), "iq4_nl", [torch.randn(3, 64)])
     handle = addenda.attach(Net(), addenda.LoRA(rank=4), through="q4_1")
     with pytest.raises(ConfigError, match="exact as it is"):
         careful_merge(handle, "q4_1", [torch.randn(3, 64)])

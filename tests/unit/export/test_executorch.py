@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import addenda
 from addenda.errors import ExportError
-from addenda.export.executorch.lowering import bounds_of
+from addenda.export.executorch.lowering import bounds_of, write_program
 from addenda.export.formats.executorch import FILE, FORMAT
 from addenda.export.job import Job
 from addenda.export.probes import Probes, Row, answer
 from addenda.export.run import export_adapter
+from addenda.export.runtimes.executorch import ExecuTorchRuntime
 
 needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason="ExecuTorch is not installed: make test-edge"
@@ -159,6 +160,45 @@ def test_int8_is_smaller_and_says_what_it_has_lost(name: str, tmp_path: Path) ->
     assert parity.real.largest_difference > parity.twin.largest_difference
     assert parity.real.effect_cosine is not None
     assert parity.real.effect_cosine.value > 0.9
+
+
+@needs_executorch
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("layer", ["linear", "convolution", "convolution with its norm"])
+def test_what_is_clamped_has_all_eight_bits_for_what_is_left(
+    layer: str, inplace: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    made: list[nn.Module] = [nn.Linear(8, 8)] if layer == "linear" else [nn.Conv2d(3, 8, 3)]
+    made += [nn.BatchNorm2d(8)] if "norm" in layer else []
+    model = nn.Sequential(*made, nn.ReLU6(inplace=inplace), nn.Flatten()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20)
+    shape = (200, 8) if layer == "linear" else (4, 3, 32, 32)
+    rows = [{"input": torch.randn(shape)} for _ in range(8)]
+    write_program(model, rows, bounds_of(rows), tmp_path / FILE, int8=True)
+    with ExecuTorchRuntime(tmp_path / FILE, ["input"]) as runtime:
+        found = torch.cat([runtime.answer(row, "features").flatten() for row in rows])
+    assert 5.9 < found.max() <= 6.1
+    assert len(found.unique()) > 128  # if the whole range had been spread over 256 steps, a few would be left
+
+
+@needs_executorch
+def test_int8_has_room_for_what_calibration_shows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval()
+    small = [{"input": torch.rand(2, 3, 8, 8)} for _ in range(4)]
+    large = [{"input": 20 * row["input"]} for row in small]
+    differences = {}
+    for name, seen in {"none": (), "large": large}.items():
+        write_program(model, small, bounds_of(small), tmp_path / name, int8=True, seen=seen)
+        with ExecuTorchRuntime(tmp_path / name, ["input"]) as runtime, torch.no_grad():
+            wanted = torch.cat([model(**row) for row in large])
+            found = torch.cat([runtime.answer(row, "features") for row in large])
+        differences[name] = float((found - wanted).norm() / wanted.norm())
+    assert differences["large"] < 0.05
+    assert differences["none"] > 0.5
 
 
 @needs_executorch

@@ -111,7 +111,9 @@ def test_what_is_said_beforehand_is_what_writing_says(name: str, base: Any, tmp_
 def test_a_type_is_one_of_those_that_a_format_writes(base: Any, tmp_path: Any) -> None:
     handle = addenda.attach(base.model, addenda.LoRA(rank=2))
     inputs = [{"input_ids": torch.arange(4, 12)[None]}]
-    with pytest.raises(ConfigError, match=r"takes one of float32, bfloat16, float16, not 'q9_9'"):
+    with pytest.raises(
+        ConfigError, match=r"takes one of float32, bfloat16, float16, base, careful, not 'q9_9'"
+    ):
         export_adapter(
             base.model, handle, "merged", tmp_path / "out", type="q9_9", inputs=inputs, kind="next-token"
         )

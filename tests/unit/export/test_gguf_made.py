@@ -84,8 +84,9 @@ def test_it_answers_in_llama_cpp_as_trained(family: str, to: str, tmp_path: Path
     parity = export_adapter(base, adapted(base), to, tmp_path / "out")
     assert parity.verdict == "passed"
     assert parity.twin.largest_difference < parity.twin.limit < parity.effect
-    # llama.cpp reads the GELU of a Gemma from a table of float16 numbers.
-    assert parity.twin.limit == pytest.approx(0.05 if family == "gemma2" else 1e-3)
+    # llama.cpp reads the GELU of a Gemma from a table of float16 numbers; what that changes is asked of the model.
+    least, most = (1e-3, 0.1) if family == "gemma2" else (0.999e-3, 1.001e-3)
+    assert least < parity.twin.limit < most
     assert parity.chat.same_tokens == parity.chat.conversations
 
 
@@ -159,6 +160,14 @@ def test_what_llama_cpp_has_no_place_for_is_refused_before_training(tmp_path: Pa
     planned = addenda.plan(base.model, addenda.LoRA(), "all-linear")
     with pytest.raises(ConfigError, match=r"splits text by .*Whitespace"):
         require_formats(["gguf", "gguf-lora"], planned, base.model, base)
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-lora"])
+def test_transposed_weights_are_refused_before_training(to: str, tmp_path: Path) -> None:
+    base = load_base(saved(tmp_path / "base", "gpt2"))
+    planned = addenda.plan(base.model, addenda.LoRA(), "all-linear")
+    with pytest.raises(ConfigError, match=r"'transformer\.h\.0\.attn\.c_attn' lies transposed"):
+        require_formats([to], planned, base.model, base)
 
 
 @pytest.mark.parametrize(

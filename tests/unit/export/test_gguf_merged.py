@@ -21,7 +21,7 @@ from addenda.core import registry
 from addenda.errors import ConfigError, ExportError
 from addenda.export.format import require_formats
 from addenda.export.formats.gguf import FILE
-from addenda.export.gguf.copying import Changes, read_tensor, unpack, write_like
+from addenda.export.gguf.copying import Changes, pack, read_tensor, unpack, write_like
 from addenda.export.gguf.merging import TYPES, audit_merged, write_merged_gguf
 from addenda.export.gguf.origin import Origin, dense, origin_of
 from addenda.export.job import Job
@@ -257,8 +257,6 @@ def without_adapter(origin: Origin, name: str) -> Callable[..., torch.Tensor | N
 
 
 def rounded_twice(file: Path, name: str) -> Callable[..., torch.Tensor | None]:
-    from addenda.export.gguf.copying import pack
-
     [found] = [each for each in read_header(file).tensors if each.name == name]
 
     def change(tensor: str, rows: torch.Tensor, opened: Any) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import transformers
 
 import addenda
 from addenda.bases import load_base
+from addenda.export.merged import write_merged
 from addenda.export.run import export_adapter
 
 spec = importlib.util.spec_from_file_location(
@@ -52,3 +54,24 @@ def test_it_is_unpacked_and_answers_alike(base: addenda.LoadedBase, tmp_path: Pa
     assert type(again.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert all(torch.equal(tensor, raw[name]) for name, tensor in base.model.state_dict().items())
     handle.detach()
+
+
+def test_a_few_weights_are_in_memory_at_a_time(
+    base: addenda.LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = attached(base, "all-linear")
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    fold = addenda.Handle.folded
+
+    def watched(self: addenda.Handle, path: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        alive.append(sum(each() is not None for each in made))
+        weight, bias = fold(self, path)
+        made.append(weakref.ref(weight))
+        return weight, bias
+
+    monkeypatch.setattr(addenda.Handle, "folded", watched)
+    write_merged(base, handle, tmp_path, torch.bfloat16)
+    handle.detach()
+    assert len(made) == 14
+    assert max(alive) <= 1

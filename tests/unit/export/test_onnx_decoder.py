@@ -76,6 +76,23 @@ def test_windows_of_attention_and_tied_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_experts_with_adapters_are_chosen_for_each_token(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(
+        **TINY, num_hidden_layers=2, num_key_value_heads=2, num_local_experts=4
+    )
+    model = transformers.MixtralForCausalLM(config).eval()
+    before = model.config._experts_implementation
+    handle = addenda.attach(model, addenda.LoRA(rank=2), ["gate_up_proj", "down_proj"], seed=1)
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=0.3)
+    rows = [{"input_ids": torch.randint(5, 90, (1, n))} for n in (12, 25)]
+    parity = export_adapter(model, handle, "onnx", tmp_path / "out", inputs=rows, kind="next-token")
+    assert parity.verdict == "passed"
+    assert model.config._experts_implementation == before
+
+
+@pytest.mark.slow
 def test_a_decoder_in_whole_numbers_keeps_what_was_trained(tmp_path: Path) -> None:
     model = llama()
     handle = addenda.attach(model, addenda.LoRA(rank=2), ["q_proj", "v_proj", "up_proj"], seed=1)

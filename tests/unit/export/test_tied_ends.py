@@ -25,6 +25,7 @@ from addenda.export.gguf.merging import audit_merged, write_merged_gguf
 from addenda.export.gguf.origin import HEAD, dense, origin_of
 from addenda.export.job import Job
 from addenda.export.merged import write_merged
+from addenda.export.own import OwnTensors
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
 
@@ -124,6 +125,22 @@ def test_a_packed_head_parts_from_its_embedding(
 ) -> None:
     parity = export_adapter(packed, adapt(packed, [HEAD_PATH]), to, tmp_path / "out", type=kind)
     assert parity.verdict == "passed"
+
+
+@installed
+def test_a_careful_merge_rounds_an_embedding_as_it_is(
+    tmp_path: Path, packed: addenda.LoadedBase, adapt: Adapt
+) -> None:
+    """No input weighs its errors; beside it the head is rounded with care."""
+    base = load_base(packed.source, cache_dir=tmp_path / "cache", weights="dense", dtype=torch.float32)
+    rows = [{"input_ids": torch.randint(5, 90, (1, 60))} for _ in range(4)]
+    handle = adapt(base, ENDS)
+    parity = export_adapter(base, handle, "gguf", tmp_path / "out", type="careful", calibration=rows)
+    assert parity.verdict == "passed"
+    kind = origin_of(base).tensors[EMBEDDING].type
+    rounded = merged.unpack(merged.pack(handle.folded(EMBEDDING_PATH)[0], kind, EMBEDDING), kind)
+    found = merged.numbers(tmp_path / "out" / "model.gguf", EMBEDDING)
+    assert torch.equal(found, rounded.reshape(found.shape))
 
 
 @installed
@@ -285,11 +302,13 @@ def test_where_writer_and_reader_take_both_for_one_the_answers_show_it(
         ways = {key: way for key, way in origin.ways.items() if key != EMBEDDING_KEY}
         return replace(origin, ways={**ways, HEAD_KEY: Way(EMBEDDING, None)})
 
-    def folded(base: Any, handle: addenda.Handle, path: str, state: Any) -> Tensors:
-        return {key: handle.folded(path)[0] for key in (HEAD_KEY, EMBEDDING_KEY)}
+    made = OwnTensors.__getitem__
+
+    def both(self: OwnTensors, name: str) -> torch.Tensor:
+        return handle.folded(HEAD_PATH)[0] if name == EMBEDDING_KEY else made(self, name)
 
     monkeypatch.setattr("addenda.export.gguf.merging._with_ends", shared)
-    monkeypatch.setattr("addenda.export.merged._folded", folded)
+    monkeypatch.setattr("addenda.export.own.OwnTensors.__getitem__", both)
     monkeypatch.setattr("addenda.export.formats.merged.merged_audit", lambda *given: [])
     with pytest.raises(ExportError, match="an answer differs by"):
         export_adapter(base, handle, to, tmp_path / "out", allow_drift=True)

@@ -38,7 +38,7 @@ def _pack(absmax: Tensor, _least: Tensor, codes: Tensor) -> Tensor:
     return torch.cat([absmax.contiguous().view(torch.uint8), codes[:, ::2] << 4 | codes[:, 1::2]], dim=1)
 
 
-_GRID = Grid(15, None, _scales, _pack, LEVELS)
+_GRID = Grid(15, None, _scales, _pack, torch.float32, LEVELS)
 
 
 def _encode(blocks: Tensor) -> Tensor:

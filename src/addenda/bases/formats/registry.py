@@ -29,11 +29,12 @@ class Grid:
     scales: Callable[[Tensor], tuple[Tensor, Tensor]]
     """``(n, block)`` float32 -> the scale and the least number that the writer takes, ``(n, 1)`` each, in float32."""
     pack: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Scale and least number ``(n, 1)``, codes ``(n, block)`` uint8 -> ``(n, bytes)``; both are kept in half
-    precision where ``levels`` is None."""
+    """Scale and least number ``(n, 1)``, codes ``(n, block)`` uint8 -> ``(n, bytes)``."""
+    kept: torch.dtype = torch.float16
+    """In which scale and least number are kept."""
     levels: tuple[float, ...] | None = None
-    """The level of each code, rising, from -1 to 1: the scale is the largest magnitude, the least number zero, and both
-    are kept in float32. None where a code is its own level."""
+    """The level of each code, rising from -1 to 1, so that the scale is the largest magnitude, the least number zero.
+    None where a code is its own level."""
 
     def nearest(self, scaled: Tensor) -> Tensor:
         """Return the codes of the levels that are nearest to some numbers, in units of the scale from the least one."""
@@ -64,7 +65,7 @@ class WeightFormat:
     source: str
     """What defines the layout."""
     grid: Grid | None = None
-    """How codes may be chosen by somebody else; None where their scales are searched, or the whole row is a block."""
+    """How codes may be chosen by somebody else; None where their scales are searched."""
 
     def row_bytes(self, d_in: int) -> int:
         """Bytes of a row of ``d_in`` weights.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from addenda.bases.formats.bits import signed, singles
-from addenda.bases.formats.registry import WeightFormat, register
+from addenda.bases.formats.registry import Grid, WeightFormat, register
 
 __all__ = ["from_bitsandbytes"]
 
@@ -25,9 +25,18 @@ def _encode(weight: Tensor) -> Tensor:
     return from_bitsandbytes((weight * scale[:, None]).round().to(torch.int8), absmax)
 
 
+def _scales(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = rows.abs().amax(1, keepdim=True) / 127
+    return scale, -127 * scale
+
+
+def _pack(scale: Tensor, _least: Tensor, codes: Tensor) -> Tensor:
+    return from_bitsandbytes((codes.to(torch.int16) - 127).to(torch.int8), 127 * scale)
+
+
 def from_bitsandbytes(codes: Tensor, absmax: Tensor) -> Tensor:
     """Take over codes ``(rows, d_in)`` int8 and row magnitudes ``(rows,)`` (there called CB and SCB)."""
-    head = absmax.float().reshape(-1, 1).contiguous().view(torch.uint8)
+    head = absmax.float().flatten().contiguous()[:, None].view(torch.uint8)
     return torch.cat([head, codes.contiguous().view(torch.uint8)], dim=1)
 
 
@@ -39,5 +48,6 @@ register(
         _decode,
         _encode,
         "Dettmers et al. 2022; codes and magnitudes as bitsandbytes keeps them",
+        Grid(254, 127, _scales, _pack, torch.float32),
     )
 )

@@ -78,6 +78,7 @@ def write_program(
     path: Path,
     *,
     int8: bool,
+    seen: Sequence[Row] = (),
 ) -> None:
     """Trace a model as it is now, adapters that are not merged included, and write its program.
 
@@ -87,7 +88,8 @@ def write_program(
         bounds: as of `bounds_of`.
         path: the file.
         int8: round weights to 8 bits, a scale a channel. Activations are rounded as they come where the inputs are
-            whole numbers, and by ranges that the rows show where they are not.
+            whole numbers, and by the ranges that are seen where they are not.
+        seen: rows that show these ranges; the others where there are none.
 
     Raises:
         ExportError: PyTorch or ExecuTorch cannot trace it, or a weight is not finite.
@@ -102,7 +104,7 @@ def write_program(
             Positional(model, names), example, dynamic_shapes=(shapes,), strict=False
         )
         if int8:
-            rounded = rounded_program(program, [[row[name] for name in names] for row in rows])
+            rounded = rounded_program(program, [[row[name] for name in names] for row in seen or rows])
             program = torch.export.export(rounded, example, dynamic_shapes=shapes, strict=False)
         save(program, path)
 
@@ -189,11 +191,33 @@ def rounded_program(program: torch.export.ExportedProgram, rows: Sequence[Sequen
         chosen.transform_for_annotation = lambda graph: graph
     else:
         chosen.set_global(numbers)
+        annotate = chosen.annotate
+        chosen.annotate = lambda graph: _rounded_once_clamped(annotate(graph))
     prepared = pt2e.prepare_pt2e(program.module(), chosen)
     for row in rows:
         prepared(*row)
     made: nn.Module = pt2e.convert_pt2e(prepared)
     return made
+
+
+def _rounded_once_clamped(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Move the rounding of an output that is clamped at once, as by ReLU6, behind the clamp.
+
+    XNNPACK computes both in one, but the quantizer knows of ReLU only: 8 bits would be spread over all that comes
+    out of a convolution, where a narrow part of it is left.
+    """
+    aten = torch.ops.aten
+    for node in graph.graph.nodes:
+        if node.target not in (aten.hardtanh.default, aten.hardtanh_.default):
+            continue
+        before = node.args[0]
+        told = before.meta.get("quantization_annotation")
+        fusible = before.target in (aten.conv2d.default, aten.linear.default) and len(before.users) == 1
+        if fusible and told is not None and told.output_qspec is not None:
+            clamped = node.meta["quantization_annotation"]
+            clamped.input_qspec_map, clamped.output_qspec = {}, told.output_qspec
+            told.output_qspec = None
+    return graph
 
 
 @contextlib.contextmanager

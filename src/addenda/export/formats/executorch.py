@@ -118,7 +118,9 @@ def _write(job: Job, folder: Path, *, int8: bool) -> None:
             told = facts(job.model, job.base)
             write_decoder(job.model, folder / FILE, context=_context(job), int8=int8, told=told)
         else:
-            write_program(job.model, job.probes.rows, _bounds(job), folder / FILE, int8=int8)
+            write_program(
+                job.model, job.probes.rows, _bounds(job), folder / FILE, int8=int8, seen=job.calibration
+            )
     job.say("write the program", 1, 1, "programs")
 
 

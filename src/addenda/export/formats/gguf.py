@@ -13,7 +13,7 @@ from addenda.core.planning import Plan
 from addenda.export.ends import tied_ends
 from addenda.export.format import Format
 from addenda.export.gguf.merging import AS_BASE, TYPES, audit_merged, write_merged_gguf
-from addenda.export.gguf.origin import origin_of, why_no_head, why_no_origin
+from addenda.export.gguf.origin import origin_of, why_no_head, why_no_origin, why_no_place
 from addenda.export.job import Job
 from addenda.export.ollama import modelfile
 from addenda.export.runtime import Runtime
@@ -37,7 +37,7 @@ class GGUF(Format):
     library = "gguf"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
-        found = [problem] if (problem := why_no_origin(base)) else []
+        found = [problem for problem in (why_no_origin(base), why_no_place(planned)) if problem]
         if not planned.method.mergeable:
             found.append(f"method '{planned.method.name}' cannot be merged")
         tied = tied_ends([row.path for row in planned.rows], model)

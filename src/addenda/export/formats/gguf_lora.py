@@ -18,7 +18,7 @@ from addenda.export.format import Format
 from addenda.export.gguf.adapter import ALPHA, read_adapter, write_adapter
 from addenda.export.gguf.copying import write_like
 from addenda.export.gguf.factors import Factors, factors_of, trimmed
-from addenda.export.gguf.origin import Exact, Origin, origin_of, why_no_origin
+from addenda.export.gguf.origin import Exact, Origin, origin_of, why_no_origin, why_no_place
 from addenda.export.gguf.told import differences
 from addenda.export.job import Job
 from addenda.export.runtime import Runtime
@@ -43,7 +43,7 @@ class GGUFLoRA(Format):
     library = "gguf"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
-        found = [problem] if (problem := why_no_origin(base)) else []
+        found = [problem for problem in (why_no_origin(base), why_no_place(planned)) if problem]
         whole = [row.path for row in planned.rows if is_whole(planned.method, row.path)]
         if whole:
             found.append(f"a GGUF adapter holds no layer that is trained whole, as '{whole[0]}' is")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("this folder")
 model = AutoModelForCausalLM.from_pretrained("this folder", dtype="auto")
 ```"""
+_PACKED = (AS_BASE, CAREFUL)
 _NEEDS = """
 
 It needs `pip install bitsandbytes accelerate`."""
@@ -46,7 +48,7 @@ It needs `pip install bitsandbytes accelerate`."""
 class Merged(Format):
     """Safetensors, tokenizer and template of a model that needs no adapter any more."""
 
-    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", AS_BASE, CAREFUL)
+    types: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16", *_PACKED)
     library = "transformers"
 
     def problems(self, planned: Plan, model: nn.Module, base: LoadedBase | None) -> list[str]:
@@ -81,7 +83,8 @@ class Merged(Format):
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
         if not exact or job.type == "float32":
-            return _opened(folder)
+            packed = job.type in _PACKED
+            return _opened(folder, " with bitsandbytes" if packed else "")
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as twin:
             self.write(replace(job, type="float32"), Path(twin))
             return _opened(Path(twin))
@@ -92,14 +95,16 @@ class Merged(Format):
         return merged_audit(job.handle, folder, getattr(torch, str(job.type)))
 
     def usage(self, job: Job) -> str:
-        return _USAGE + (_NEEDS if job.type in {AS_BASE, CAREFUL} else "")
+        return _USAGE + (_NEEDS if job.type in _PACKED else "")
 
 
 def _form(job: Job) -> Form | None:
     """What is made of the tensors of the base's folder, where the merge is written by it."""
-    if job.type in {AS_BASE, CAREFUL}:
+    if job.type in _PACKED:
         return own_form(job)
-    return unpacked_form(job, getattr(torch, str(job.type))) if quantizer_of(job.model) else None
+    if job.base and quantizer_of(job.model):
+        return unpacked_form(job, getattr(torch, str(job.type)))
+    return None
 
 
 def _write(job: Job, folder: Path, dtype: str) -> None:
@@ -111,8 +116,9 @@ def _write(job: Job, folder: Path, dtype: str) -> None:
     write_merged(job.base, job.handle, folder, getattr(torch, dtype), on_progress=job.on_progress)
 
 
-def _opened(folder: Path) -> Runtime:
-    return ModelRuntime("transformers", load_base(folder, dtype=torch.float32).model)
+def _opened(folder: Path, beside: str = "") -> Runtime:
+    name = f"transformers {importlib.metadata.version('transformers')}{beside}"
+    return ModelRuntime(name, load_base(folder, dtype=torch.float32).model)
 
 
 FORMAT = Merged()

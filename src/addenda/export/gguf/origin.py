@@ -16,6 +16,7 @@ from addenda.bases.gguf_header import GGUFHeader, GGUFTensor, read_header
 from addenda.bases.gguf_origin import from_gguf, gguf_of
 from addenda.bases.gguf_ways import Stack, Way, ways_of
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear
+from addenda.core.planning import Plan
 from addenda.core.progress import OnProgress
 from addenda.errors import ExportError
 from addenda.export.ends import ends_of
@@ -23,7 +24,17 @@ from addenda.export.gguf.architectures import ARCHITECTURES
 from addenda.export.gguf.copying import Changes, pack
 from addenda.export.gguf.made import made_gguf, ways_by_layout, why_not_made
 
-__all__ = ["Exact", "Origin", "dense", "file_of", "origin_of", "parted", "why_no_head", "why_no_origin"]
+__all__ = [
+    "Exact",
+    "Origin",
+    "dense",
+    "file_of",
+    "origin_of",
+    "parted",
+    "why_no_head",
+    "why_no_origin",
+    "why_no_place",
+]
 
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
 
@@ -88,6 +99,16 @@ def why_no_origin(base: LoadedBase | None) -> str:
     if base.kind != "causal-lm":
         return f"'{base.name}' is no causal language model, and llama.cpp is asked for those only"
     return "" if from_gguf(base) else why_not_made(base)
+
+
+def why_no_place(planned: Plan) -> str:
+    """Return which adapted layer lies otherwise in a GGUF file than this package can follow, or ""."""
+    turned = next((row.path for row in planned.rows if row.kind == "conv1d-transposed"), None)
+    return (
+        f"the weight of '{turned}' lies transposed in a GGUF file, which adapters here do not follow"
+        if turned
+        else ""
+    )
 
 
 def why_no_head(base: LoadedBase | None) -> str:

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from addenda.core.layers.experts import ExpertPart
 from addenda.errors import ExportError
 from addenda.export.onnx.packages import require
 
@@ -71,7 +72,7 @@ def trace(
     require("onnx_ir", "onnxscript")
     shapes = tuple(dict.fromkeys(dims[name], torch.export.Dim.DYNAMIC) for name in example)
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), _experts_in_batches(module):
             program = torch.export.export(
                 module, tuple(example.values()), dynamic_shapes=(shapes,), strict=False
             )
@@ -91,6 +92,24 @@ def trace(
         ) from problem
     assert made is not None
     return made.model
+
+
+@contextlib.contextmanager
+def _experts_in_batches(module: nn.Module) -> Iterator[None]:
+    """Let transformers multiply by gathered weights of experts; its own choice is an operation that ONNX lacks."""
+    configs = [
+        each.config
+        for each in cast("Iterator[Any]", module.modules())
+        if ExpertPart.held_by(each) and hasattr(getattr(each, "config", None), "_experts_implementation")
+    ]
+    before = [config._experts_implementation for config in configs]
+    try:
+        for config in configs:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._experts_implementation = implementation
 
 
 def _reason(problem: BaseException) -> str:
