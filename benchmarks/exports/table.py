@@ -32,7 +32,7 @@ def table(path: Path) -> str:
     latest = {(line["base"], named(line)): line for line in lines}
     ordered = sorted(latest.values(), key=lambda line: (place(line["base"]), line["base"], named(line)))
     rows = [HEADS, ["---"] * len(HEADS), *map(cells, ordered)]
-    return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows)
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows)
 
 
 def place(base: str) -> int:
