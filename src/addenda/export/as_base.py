@@ -300,7 +300,7 @@ class Unpacked(Form):
 
 
 def write_as_base(job: Job, form: Form, folder: Path) -> None:
-    """Write the base's folder with the adapter folded in, tokenizer and template too; one weight file at a time."""
+    """Write the base's folder with the adapter folded in, tokenizer and template too; one tensor after another."""
     assert job.base is not None
     for done, _ in enumerate(rewrite(job.base.folder, folder, form.change, form.settings), start=1):
         job.say("write the merged weights", done, done, "files")

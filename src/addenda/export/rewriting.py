@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from addenda.bases.guard import read_object, weight_files
+from addenda.export.tensor_file import TensorFile
 
 __all__ = ["Change", "differences", "read_tensor", "rewrite", "tensor_names"]
 
@@ -21,6 +21,8 @@ Change = Callable[[str], Mapping[str, Tensor] | None]
 """From the name of a tensor to those that stand in its place, by name; None for the tensor as it is."""
 
 _INDEX = "model.safetensors.index.json"
+_PARTS, _SUFFIX = 4, 64
+"""How many tensors come of one that was not packed, and how much longer their names are; at most."""
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -50,7 +52,7 @@ def read_tensor(folder: Path, name: str) -> Tensor:
 def rewrite(
     source: Path, target: Path, change: Change, settings: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Iterator[Path]:
-    """Write a model folder's weights and configuration, one of its weight files in memory at a time.
+    """Write a model folder's weights and configuration, one tensor after another.
 
     Args:
         source: a model folder.
@@ -64,10 +66,13 @@ def rewrite(
     places: dict[str, str] = {}
     total = 0
     for path in weight_files(source):
-        made = dict(_changed(path, change))
-        save_file(made, target / path.name, metadata={"format": "pt"})
-        places |= dict.fromkeys(made, path.name)
-        total += sum(tensor.nbytes for tensor in made.values())
+        stored = _names(path)
+        names = _PARTS * sum(len(name) + _SUFFIX for name in stored)
+        with TensorFile(target / path.name, names=names, count=_PARTS * len(stored)) as file:
+            for name, tensor in _changed(path, change):
+                file.add(name, tensor)
+                places[name] = path.name
+                total += tensor.nbytes
         yield target / path.name
     if len(set(places.values())) > 1:
         _write(target / _INDEX, {"metadata": {"total_size": total}, "weight_map": places})
