@@ -25,8 +25,8 @@ check: setup ## formatter, linter, types, import contracts, sizes, generated pag
 	@$(PY) tools/size.py --quiet
 	@$(PY) tools/docs.py --check
 
-test: setup check ## check, then every test but the slow and the GPU ones
-	@$(PY) -m pytest -m "not slow and not gpu"
+test: setup check ## check, then every test but the slow and the GPU ones, on every core
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m "not slow and not gpu"
 
 test-all: setup check ## check, then every test that this machine can run
 	@$(PY) -m pytest
