@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,18 +23,19 @@ from torch import Tensor
 from addenda.export.chat import ChatParity, compare_chats
 from addenda.export.job import Job
 from addenda.export.probes import Kind, answer
+from addenda.export.roundoff import with_last_bits_disturbed
 from addenda.export.runtime import Runtime
 from addenda.intervals import Interval, interval_of_ratio
 
 __all__ = ["Closeness", "Parity", "Verdict", "compare", "gate", "unopened"]
 
 EXACT_LIMIT = 1e-3
-"""Nats that a log-probability may differ where nothing is rounded; 4e-5 is usual."""
+"""Nats that a log-probability may differ where nothing is rounded, beside what `ROUNDINGS` leaves; 4e-5 is usual."""
 FEATURE_LIMIT = 1e-4
 """The same for features, as a share of the largest."""
-ROUNDINGS = 2.0
-"""How many times the change that a program's own rounding makes to the trained model its answers may differ more: the
-model that was trained and the one that the program runs are each one of the many that round so."""
+ROUNDINGS, DRAWS = 2.0, 2
+"""How many times as much as the last bits of sums move the trained model's answer at a position, and whatever else a
+program rounds by itself, its answer there may differ more; and how often that is tried."""
 LEAST_EFFECT = 20.0
 """How many times the limit the adapter must change some answer, so that a fault cannot hide."""
 LEAST_COSINE, LEAST_SIZE, MOST_SIZE = 0.7, 0.8, 1.25
@@ -52,9 +54,10 @@ class Closeness:
     runtime: str
     positions: int
     largest_difference: float
-    """Of a log-probability in nats, or of a feature in its own unit; over all that the runtime tells."""
+    """Of a log-probability in nats, or of a feature in its own unit, of all that the runtime tells at the position that
+    comes nearest to its limit."""
     limit: float
-    """What the largest difference may be where nothing is rounded."""
+    """What may differ there where nothing is rounded."""
     kl: Interval | None
     """KL divergence of the runtime's distribution from the trained model's, nats per position; None for features."""
     top1_agreement: float | None
@@ -116,7 +119,7 @@ def gate(job: Job, open_export: Open, *, drifts: bool, findings: Sequence[str] =
             bare = _Spool(Path(place) / "bare", _answers(job, "ask the base"))
         effect = max(float((a - b).abs().max()) for a, b in zip(trained, bare, strict=True))
         with open_export(not drifts) as runtime:
-            slack = 0.0 if drifts else _left_open(runtime, job, trained)
+            slack = None if drifts else _left_open(runtime, job, trained)
             real = compare(runtime, job, trained, bare, task="ask the export", slack=slack)
             chat = compare_chats(job, runtime.chat) if runtime.chat and job.base else None
         twin = None if drifts else real
@@ -150,13 +153,16 @@ def _answers(job: Job, task: str) -> Iterator[Tensor]:
     return _told(job, (answer(job.model, row, job.probes.kind) for row in job.probes.rows), task)
 
 
-def _left_open(runtime: Runtime, job: Job, trained: Iterable[Tensor]) -> float:
-    """How far two right answers may lie apart, since the program rounds on its way: asked of the model itself."""
-    if runtime.rounding is None:
-        return 0.0
-    with runtime.rounding(job.model):
-        rounded = _answers(job, "ask the trained model, rounded as the program rounds")
-        return ROUNDINGS * _largest(float((a - b).abs().max()) for a, b in zip(trained, rounded, strict=True))
+def _left_open(runtime: Runtime, job: Job, trained: Iterable[Tensor]) -> list[Tensor]:
+    """How far two right answers may lie apart at each position, (n,) a row: asked of the trained model itself."""
+    moved = [torch.zeros(len(each)) for each in trained]
+    for draw in range(DRAWS):
+        rounding = runtime.rounding(job.model) if runtime.rounding else nullcontext()
+        with rounding, with_last_bits_disturbed(job.model, draw):
+            rounded = _answers(job, "ask the trained model, rounded otherwise")
+            pairs = zip(moved, trained, rounded, strict=True)
+            moved = [most.maximum((a - b).abs().amax(-1)) for most, a, b in pairs]
+    return [ROUNDINGS * each for each in moved]
 
 
 def _told(job: Job, made: Iterator[Tensor], task: str) -> Iterator[Tensor]:
@@ -188,7 +194,7 @@ class _Sums:
 
     positions: int
     difference: float
-    scale: float
+    limit: float
     kl: float
     same: int
     along: float
@@ -204,7 +210,7 @@ def compare(
     *,
     task: str,
     switch: bool = True,
-    slack: float = 0.0,
+    slack: Sequence[Tensor] | None = None,
 ) -> Closeness:
     """Ask a runtime every row and compare.
 
@@ -216,7 +222,7 @@ def compare(
         task: what progress is reported as.
         switch: whether to ask a runtime that can switch the adapter off without it too, so that what its own
             arithmetic does to the base is not taken for a loss of the adapter's.
-        slack: how much more than usual may differ where the file rounds nothing.
+        slack: how much more than usual may differ at each position where the file rounds nothing, (n,) a row.
     """
     rows, kind = job.probes.rows, job.probes.kind
     with tempfile.TemporaryDirectory() as place:
@@ -225,15 +231,19 @@ def compare(
         if switch and runtime.has_base:
             alone = runtime.answers(rows, kind, adapted=False)
             before = _Spool(Path(place) / "before", _told(job, alone, f"{task}, without the adapter"))
-        sums = [_sums(*each, kind) for each in zip(trained, bare, found, before, strict=True)]
+        usual = (
+            EXACT_LIMIT if kind != "features" else FEATURE_LIMIT * max(float(a.abs().max()) for a in trained)
+        )
+        limits = [usual + each for each in slack or [torch.zeros(len(each)) for each in trained]]
+        sums = [_sums(*each, kind) for each in zip(trained, bare, found, before, limits, strict=True)]
     scores = kind != "features"
     positions = sum(each.positions for each in sums)
-    scale = 1.0 if scores else max(each.scale for each in sums)
+    worst = max(sums, key=lambda each: each.difference / each.limit)
     return Closeness(
         runtime=runtime.name,
         positions=positions,
-        largest_difference=_largest(each.difference for each in sums),
-        limit=slack + (EXACT_LIMIT if scores else FEATURE_LIMIT * scale),
+        largest_difference=worst.difference,
+        limit=worst.limit,
         kl=_ratio([s.kl for s in sums], [s.positions for s in sums]) if scores else None,
         top1_agreement=sum(each.same for each in sums) / positions if scores else None,
         effect_cosine=_ratio([s.along for s in sums], [math.sqrt(s.meant * s.kept) for s in sums]),
@@ -241,24 +251,21 @@ def compare(
     )
 
 
-def _largest(values: Iterator[float] | Any) -> float:
-    """The largest, or infinity where one is no number, so that it passes no limit."""
-    found = list(values)
-    return math.inf if any(math.isnan(value) for value in found) else max(found)
-
-
 def _ratio(amounts: list[float], weights: list[float] | list[int]) -> Interval | None:
     usable = [(a, w) for a, w in zip(amounts, weights, strict=True) if w > 0 and math.isfinite(a)]
     return interval_of_ratio([a for a, _ in usable], [w for _, w in usable]) if usable else None
 
 
-def _sums(wanted: Tensor, base: Tensor, found: Tensor, before: Tensor, kind: Kind) -> _Sums:
+def _sums(wanted: Tensor, base: Tensor, found: Tensor, before: Tensor, limits: Tensor, kind: Kind) -> _Sums:  # noqa: PLR0917
     """Sum up one row; entries that the runtime does not tell (NaN) count for nothing, and none told is a fault."""
     if found.shape != wanted.shape:
-        return _Sums(len(wanted), math.nan, 0.0, math.inf, 0, 0.0, 0.0, 0.0)
+        return _Sums(len(wanted), math.inf, float(limits.max()), math.inf, 0, 0.0, 0.0, 0.0)
     told = ~(found.isnan() | before.isnan())
     zero = torch.zeros(())
-    difference = torch.where(told, found - wanted, zero).abs().max() if bool(told.any()) else zero + math.nan
+    differences = torch.where(told, found - wanted, zero).abs().amax(-1).nan_to_num(nan=math.inf)
+    if not bool(told.any()):
+        differences = torch.full_like(differences, math.inf)
+    worst = int((differences / limits).argmax())
     meant = torch.where(told, wanted - base, zero).double()
     kept = torch.where(told, found - before, zero).double()
     if kind != "features":  # what is all but impossible does not count as much as what is likely
@@ -267,8 +274,8 @@ def _sums(wanted: Tensor, base: Tensor, found: Tensor, before: Tensor, kind: Kin
     scores = kind != "features"
     return _Sums(
         positions=len(wanted),
-        difference=float(difference),
-        scale=float(wanted.abs().max()),
+        difference=float(differences[worst]),
+        limit=float(limits[worst]),
         kl=max(0.0, float(_kl(wanted, found, told).sum())) if scores else 0.0,
         same=int((_filled(found).argmax(-1) == wanted.argmax(-1)).sum()) if scores else 0,
         along=float((meant * kept).sum()),

@@ -85,7 +85,11 @@ def test_one_answer_past_the_limit_fails() -> None:
 
 
 class Coarse(Altered):
-    """A runtime that rounds by itself, whatever is written in the file."""
+    """A runtime that rounds by itself, whatever is written in the file, and errs some times as much."""
+
+    def __init__(self, job: Job, times: float) -> None:
+        super().__init__(job, lambda found: found)
+        self.times = times
 
     @staticmethod
     @contextmanager
@@ -96,23 +100,57 @@ class Coarse(Altered):
         yield
         hook.remove()
 
+    def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:
+        exact = super().answer(row, kind)
+        with self.rounding(self.job.model):
+            return exact + self.times * (super().answer(row, kind) - exact)
+
 
 def test_what_a_runtime_rounds_by_itself_is_left_open_and_no_more() -> None:
     job = job_of(size=2.0)
-    wanted = [answer(job.model, row, "classes") for row in job.probes.rows]
-    with Coarse.rounding(job.model):
-        rounded = [answer(job.model, row, "classes") for row in job.probes.rows]
-    most = max(float((a - b).abs().max()) for a, b in zip(wanted, rounded, strict=True))
-    assert most > 2 * EXACT_LIMIT
+    before = [answer(job.model, row, "classes") for row in job.probes.rows]
+    right = gate(job, lambda exact: Coarse(job, 1.0), drifts=False)
+    assert right.twin.exact
+    assert right.twin.limit > 2 * EXACT_LIMIT
+    assert gate(job, lambda exact: Coarse(job, 4.0), drifts=False).verdict == "failed"
+    after = [answer(job.model, row, "classes") for row in job.probes.rows]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # the model rounds no more
 
-    parity = gate(job, lambda exact: Coarse(job, lambda found: found + most), drifts=False)
-    assert parity.twin.exact
-    assert parity.twin.limit == pytest.approx(2 * most + EXACT_LIMIT)
-    assert (
-        gate(job, lambda exact: Coarse(job, lambda found: found + 3 * most), drifts=False).verdict == "failed"
-    )
-    again = [answer(job.model, row, "classes") for row in job.probes.rows]
-    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))  # the model rounds no more
+
+class Brittle(nn.Module):
+    """A small difference of large numbers for inputs of which the first is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.far, self.outer = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 9)
+        nn.init.eye_(self.far.weight)
+        nn.init.constant_(self.far.bias, 2e4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner(x)
+        back = self.far(inner) - self.far.bias
+        return self.outer(torch.tanh(torch.where(x[:, :1] > 0, back, inner)))
+
+
+def test_a_position_where_last_bits_matter_is_left_open_and_no_other() -> None:
+    model = Brittle()
+    handle = addenda.attach(model, addenda.LoRA(rank=3), ["inner", "outer"])
+    with torch.no_grad():
+        for parameter in handle.parameters():
+            parameter.normal_(std=0.5)
+    x = torch.randn(40, 6)
+    job = Job(model.eval(), handle, Probes(({"x": x},), "classes"))
+    brittle = x[:, 0] > 0
+
+    def moved(where: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda found: torch.where(where[:, None], found + 2 * EXACT_LIMIT, found)
+
+    assert judged(job, moved(~brittle)).verdict == "failed"
+    with torch.no_grad():
+        right = model.double()(x.double()).log_softmax(-1).float()
+    apart = (right - answer(model.float(), {"x": x}, "classes")).abs().amax(-1)
+    assert apart[brittle].max() > EXACT_LIMIT > 10 * apart[~brittle].max()
+    assert judged(job, lambda found: right).twin.exact
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
