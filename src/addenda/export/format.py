@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -61,6 +62,10 @@ class Format(ABC):
     def drifts(self, job: Job) -> bool:
         """Return whether weights are rounded on purpose, so that the file's answers differ from the trained model's."""
         return False
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let a model compute within a ``with`` block what the program rounds by itself, whatever the file holds."""
+        return nullcontext()
 
     @abstractmethod
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:

@@ -54,9 +54,15 @@ def write_merged(
         on_progress: told of the steps.
 
     Raises:
-        MethodError: the method cannot be merged, or a weight is shared otherwise with another layer.
-        ExportError: the architecture has no place for a merged weight.
+        ExportError: the method cannot be merged, a weight is shared otherwise with another layer, or the architecture
+            has no place for a bias.
+        MethodError: a folded value is not finite.
     """
+    if adapted and not handle.method.mergeable:
+        raise ExportError(
+            f"method '{handle.method.name}' cannot be merged",
+            hint="keep the adapter beside its base: --to peft",
+        )
     say = _told(on_progress)
     ends = tied_ends(handle.paths, base.model) if adapted else []
     merged = _Merged(base.model, handle if adapted else None)
@@ -141,7 +147,7 @@ class _Merged(OwnTensors):
             found = self._folded(path)
             if found[1] is not None and path not in self._with_bias:
                 raise ExportError(
-                    f"merging gives '{path}' a bias, for which the architecture has no place",
+                    f"merging gives '{path}' a bias that the architecture has no place for",
                     hint="keep the adapter beside its base: --to peft",
                 )
             if (part := found[number]) is not None:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from addenda.export.chat import ChatParity, compare_chats
 from addenda.export.job import Job
@@ -45,6 +45,7 @@ whatever noise the rounding of the base adds; that lowers the cosine, to 0.87 fo
 Verdict = Literal["passed", "drifted", "failed", "unproven", "unverified"]
 Open = Callable[[bool], Runtime]
 """Loads what was written: the exact twin if True, else the file itself."""
+Rounding = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,21 @@ class Parity:
         return f"{self.verdict}: {self.words}"
 
 
-def gate(job: Job, open_export: Open, *, drifts: bool, findings: Sequence[str] = ()) -> Parity:
+def gate(
+    job: Job,
+    open_export: Open,
+    *,
+    drifts: bool,
+    rounding: Rounding = lambda _model: nullcontext(),
+    findings: Sequence[str] = (),
+) -> Parity:
     """Compare an export with the model it was made from.
 
     Args:
         job: the model with its adapter at work, and what to ask.
         open_export: loads the export; called once, or twice where the file is rounded on purpose.
         drifts: whether it is.
+        rounding: lets a model compute within a ``with`` block what the program rounds by itself.
         findings: what reading the file back showed.
     """
     with tempfile.TemporaryDirectory() as place:
@@ -118,14 +127,13 @@ def gate(job: Job, open_export: Open, *, drifts: bool, findings: Sequence[str] =
         with job.handle.disabled():
             bare = _Spool(Path(place) / "bare", _answers(job, "ask the base"))
         effect = max(float((a - b).abs().max()) for a, b in zip(trained, bare, strict=True))
+        slack = _left_open(job, trained, rounding)
         with open_export(not drifts) as runtime:
-            slack = None if drifts else _left_open(runtime, job, trained)
             real = compare(runtime, job, trained, bare, task="ask the export", slack=slack)
             chat = compare_chats(job, runtime.chat) if runtime.chat and job.base else None
         twin = None if drifts else real
         if drifts:
             with open_export(True) as runtime:
-                slack = _left_open(runtime, job, trained)
                 twin = compare(
                     runtime, job, trained, bare, task="ask its exact twin", switch=False, slack=slack
                 )
@@ -153,12 +161,11 @@ def _answers(job: Job, task: str) -> Iterator[Tensor]:
     return _told(job, (answer(job.model, row, job.probes.kind) for row in job.probes.rows), task)
 
 
-def _left_open(runtime: Runtime, job: Job, trained: Iterable[Tensor]) -> list[Tensor]:
+def _left_open(job: Job, trained: Iterable[Tensor], rounding: Rounding) -> list[Tensor]:
     """How far two right answers may lie apart at each position, (n,) a row: asked of the trained model itself."""
     moved = [torch.zeros(len(each)) for each in trained]
     for draw in range(DRAWS):
-        rounding = runtime.rounding(job.model) if runtime.rounding else nullcontext()
-        with rounding, with_last_bits_disturbed(job.model, draw):
+        with rounding(job.model), with_last_bits_disturbed(job.model, draw):
             rounded = _answers(job, "ask the trained model, rounded otherwise")
             pairs = zip(moved, trained, rounded, strict=True)
             moved = [most.maximum((a - b).abs().amax(-1)) for most, a, b in pairs]
@@ -209,8 +216,8 @@ def compare(
     bare: Iterable[Tensor],
     *,
     task: str,
+    slack: Sequence[Tensor],
     switch: bool = True,
-    slack: Sequence[Tensor] | None = None,
 ) -> Closeness:
     """Ask a runtime every row and compare.
 
@@ -234,7 +241,7 @@ def compare(
         usual = (
             EXACT_LIMIT if kind != "features" else FEATURE_LIMIT * max(float(a.abs().max()) for a in trained)
         )
-        limits = [usual + each for each in slack or [torch.zeros(len(each)) for each in trained]]
+        limits = [usual + each for each in slack]
         sums = [_sums(*each, kind) for each in zip(trained, bare, found, before, limits, strict=True)]
     scores = kind != "features"
     positions = sum(each.positions for each in sums)

@@ -168,6 +168,7 @@ def _proven(form: Format, job: Job, work: Path, tell: Callable[[Parity], object]
             job,
             lambda exact: form.open(job, work, exact=exact),
             drifts=form.drifts(job),
+            rounding=form.rounding,
             findings=findings,
         )
     except MissingDependencyError as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
@@ -42,9 +41,6 @@ class Runtime(ABC):
     """None where the runtime takes token ids or tensors only."""
     has_base: ClassVar[bool] = False
     """Whether it can answer without the adapter too."""
-    rounding: Callable[[nn.Module], AbstractContextManager[None]] | None = None
-    """Makes a model compute for a while what the program rounds by itself, whatever the file; None where that is
-    nothing."""
 
     @abstractmethod
     def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:

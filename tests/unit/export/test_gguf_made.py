@@ -85,7 +85,7 @@ def test_it_answers_in_llama_cpp_as_trained(family: str, to: str, tmp_path: Path
     assert parity.verdict == "passed"
     assert parity.twin.largest_difference < parity.twin.limit < parity.effect
     # llama.cpp reads the GELU of a Gemma from a table of float16 numbers; what that changes is asked of the model.
-    least, most = (1e-3, 0.1) if family == "gemma2" else (0.999e-3, 1.001e-3)
+    least, most = (1.3e-3, 0.1) if family == "gemma2" else (0.999e-3, 1.3e-3)
     assert least < parity.twin.limit < most
     assert parity.chat.same_tokens == parity.chat.conversations
 

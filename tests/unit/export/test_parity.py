@@ -84,6 +84,15 @@ def test_one_answer_past_the_limit_fails() -> None:
     assert judged(job_of(), lambda found: found + 0.3 * EXACT_LIMIT).verdict == "passed"
 
 
+@contextmanager
+def coarse(model: nn.Module) -> Iterator[None]:
+    hook = model.get_submodule("inner").register_forward_hook(
+        lambda _module, _inputs, output: output.bfloat16().float()
+    )
+    yield
+    hook.remove()
+
+
 class Coarse(Altered):
     """A runtime that rounds by itself, whatever is written in the file, and errs some times as much."""
 
@@ -91,28 +100,20 @@ class Coarse(Altered):
         super().__init__(job, lambda found: found)
         self.times = times
 
-    @staticmethod
-    @contextmanager
-    def rounding(model: nn.Module) -> Iterator[None]:
-        hook = model.get_submodule("inner").register_forward_hook(
-            lambda _module, _inputs, output: output.bfloat16().float()
-        )
-        yield
-        hook.remove()
-
     def answer(self, row: Row, kind: Kind, *, adapted: bool = True) -> Tensor:
         exact = super().answer(row, kind)
-        with self.rounding(self.job.model):
+        with coarse(self.job.model):
             return exact + self.times * (super().answer(row, kind) - exact)
 
 
 def test_what_a_runtime_rounds_by_itself_is_left_open_and_no_more() -> None:
     job = job_of(size=2.0)
     before = [answer(job.model, row, "classes") for row in job.probes.rows]
-    right = gate(job, lambda exact: Coarse(job, 1.0), drifts=False)
+    right = gate(job, lambda exact: Coarse(job, 1.0), drifts=False, rounding=coarse)
     assert right.twin.exact
     assert right.twin.limit > 2 * EXACT_LIMIT
-    assert gate(job, lambda exact: Coarse(job, 4.0), drifts=False).verdict == "failed"
+    assert gate(job, lambda exact: Coarse(job, 1.0), drifts=False).verdict == "failed"
+    assert gate(job, lambda exact: Coarse(job, 4.0), drifts=False, rounding=coarse).verdict == "failed"
     after = [answer(job.model, row, "classes") for row in job.probes.rows]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # the model rounds no more
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from addenda.export.gguf.origin import origin_of, why_no_head, why_no_origin, wh
 from addenda.export.job import Job
 from addenda.export.ollama import modelfile
 from addenda.export.runtime import Runtime
+from addenda.export.runtimes.gelu_table import with_gelu_table
 from addenda.export.runtimes.llama_cpp import require_llama_cpp, run_in_llama_cpp
 
 __all__ = ["FILE", "FORMAT", "GGUF"]
@@ -58,6 +60,9 @@ class GGUF(Format):
 
     def drifts(self, job: Job) -> bool:
         return True  # llama.cpp's usual settings round, whatever the file holds
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None]:
+        return with_gelu_table(model)
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
         require_llama_cpp()

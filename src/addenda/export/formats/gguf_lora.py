@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from addenda.export.gguf.origin import Exact, Origin, origin_of, why_no_origin, 
 from addenda.export.gguf.told import differences
 from addenda.export.job import Job
 from addenda.export.runtime import Runtime
+from addenda.export.runtimes.gelu_table import with_gelu_table
 from addenda.export.runtimes.llama_cpp import require_llama_cpp, run_in_llama_cpp
 
 __all__ = ["FILE", "FORMAT", "GGUFLoRA"]
@@ -69,6 +71,9 @@ class GGUFLoRA(Format):
 
     def drifts(self, job: Job) -> bool:
         return True  # its numbers are exact; the base's own file and llama.cpp's usual settings are not
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None]:
+        return with_gelu_table(model)
 
     def open(self, job: Job, folder: Path, *, exact: bool) -> Runtime:
         require_llama_cpp()

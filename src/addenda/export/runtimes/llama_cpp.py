@@ -25,7 +25,6 @@ from addenda.errors import ExportError, MissingDependencyError
 from addenda.export.job import Job
 from addenda.export.probes import Kind, Row
 from addenda.export.runtime import Runtime
-from addenda.export.runtimes.gelu_table import gelus_of, with_gelu_table
 
 __all__ = ["LlamaCpp", "LlamaCppWithAdapter", "require_llama_cpp", "run_in_llama_cpp"]
 
@@ -63,7 +62,6 @@ class LlamaCpp(Runtime):
         context: tokens that must fit.
         vocabulary: rows of the trained model's output.
         tools: whether the model's template writes tools.
-        gelu: whether the model has that activation.
 
     Raises:
         MissingDependencyError: llama.cpp is not installed.
@@ -81,9 +79,7 @@ class LlamaCpp(Runtime):
         context: int,
         vocabulary: int,
         tools: bool = False,
-        gelu: bool = False,
     ) -> None:
-        self.rounding = with_gelu_table if gelu else None
         self.name = require_llama_cpp() + (", float32 cache" if exact else "")
         self._vocabulary, self._adapters = vocabulary, list(adapters)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the process)
@@ -216,7 +212,6 @@ def run_in_llama_cpp(job: Job, model: Path, adapter: Path | None = None, *, exac
         context=max(row["input_ids"].shape[1] for row in job.probes.rows) + 8,
         vocabulary=vocabulary_of(job.model),
         tools="tools" in (job.base.chat_template or ""),
-        gelu=bool(gelus_of(job.model)),
     )
 
 
