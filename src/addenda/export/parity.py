@@ -264,14 +264,17 @@ def _ratio(amounts: list[float], weights: list[float] | list[int]) -> Interval |
 
 
 def _sums(wanted: Tensor, base: Tensor, found: Tensor, before: Tensor, limits: Tensor, kind: Kind) -> _Sums:  # noqa: PLR0917
-    """Sum up one row; entries that the runtime does not tell (NaN) count for nothing, and none told is a fault."""
-    if found.shape != wanted.shape:
+    """Sum up one row; what the runtime does not tell (NaN) counts for nothing, and nothing told is a fault."""
+    same_form = found.shape == wanted.shape
+    told = ~(found.isnan() | before.isnan()) if same_form else torch.zeros(())
+    heard = told.any(-1)  # some programs tell the answer after a part of the row alone
+    if not bool(heard.any()):
         return _Sums(len(wanted), math.inf, float(limits.max()), math.inf, 0, 0.0, 0.0, 0.0)
-    told = ~(found.isnan() | before.isnan())
+    wanted, base, found, before, limits, told = (
+        each[heard] for each in (wanted, base, found, before, limits, told)
+    )
     zero = torch.zeros(())
     differences = torch.where(told, found - wanted, zero).abs().amax(-1).nan_to_num(nan=math.inf)
-    if not bool(told.any()):
-        differences = torch.full_like(differences, math.inf)
     worst = int((differences / limits).argmax())
     meant = torch.where(told, wanted - base, zero).double()
     kept = torch.where(told, found - before, zero).double()

@@ -207,6 +207,18 @@ def test_a_file_that_lost_the_change_has_drifted() -> None:
     assert parity.twin.exact
 
 
+def test_positions_that_a_runtime_does_not_tell_are_none_of_those_counted() -> None:
+    def last_two(found: Tensor) -> Tensor:
+        told = torch.full_like(found, math.nan)
+        told[2:] = found[2:]
+        return told
+
+    parity = judged(job_of(), last_two)
+    assert parity.verdict == "passed"
+    assert parity.real.positions == 24
+    assert parity.real.top1_agreement == 1
+
+
 def test_what_a_runtime_does_not_tell_is_left_out() -> None:
     job = job_of()
 
