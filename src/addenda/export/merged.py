@@ -167,7 +167,8 @@ def _wrong_ends(handle: Handle, folder: Path, files: Mapping[str, Any], dtype: t
         yield f"config.json says tie_word_embeddings is {told}"
     there = [path for path in ends if f"{path}.weight" in files]
     if not parted:
-        yield from (f"'{ends[1]}.weight' is there and should not be" for _ in range(len(there) > 1))
+        if len(there) > 1:
+            yield f"'{ends[1]}.weight' is there and should not be"
         return
     yield from (f"'{path}.weight' is missing" for path in ends if path not in there)
     bare = OwnTensors(model)[f"{ends[0]}.weight"].to(dtype)
