@@ -1,7 +1,7 @@
 """Call a kernel with tensors; each function here says what its kernel takes and gives.
 
-A kernel takes tensors of one dtype, float32 or bfloat16, on the CPU; `usable`, `dequantizes` and `quantizes` ask before
-anything is made for it.
+A kernel takes tensors of one dtype, float32 or bfloat16, on the CPU; `usable`, `dequantizes`, `quantizes` and
+`searches` ask before anything is made for it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ __all__ = [
     "quantizes",
     "rms_norm_backward",
     "rms_norm_forward",
+    "search",
+    "searches",
     "usable",
 ]
 
@@ -145,6 +147,18 @@ def quantize(weight_format: str, weight: Tensor, row_bytes: int) -> Tensor:
     """weight: (rows, d_in) of whole blocks, finite -> its raw rows, (rows, row_bytes) uint8."""
     raw = torch.empty(len(weight), row_bytes, dtype=torch.uint8)
     _call(f"quantize_{weight_format}", weight.dtype, weight, raw, *raw.shape, weight.shape[1])
+    return raw
+
+
+def searches(weight_format: str) -> bool:
+    """Whether there is a kernel that searches for the format's scales."""
+    return hasattr(kernels(), f"search_{weight_format}_float32")
+
+
+def search(weight_format: str, blocks: Tensor, block_bytes: int) -> Tensor:
+    """blocks: (n, weights) finite float32 on the CPU, contiguous -> (n, block_bytes) uint8."""
+    raw = torch.empty(len(blocks), block_bytes, dtype=torch.uint8)
+    _call(f"search_{weight_format}", blocks.dtype, blocks, raw, len(blocks))
     return raw
 
 

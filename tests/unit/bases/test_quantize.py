@@ -14,6 +14,7 @@ from torch import Tensor
 
 from addenda.bases import formats, ggml
 from addenda.errors import BaseModelError, MissingDependencyError
+from addenda.kernels import calls
 from addenda.kernels.library import enable, kernels_off
 
 SIMPLE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -126,6 +127,41 @@ def test_ggml_itself_gives_the_same_bytes(name: str) -> None:
     weight = torch.cat([awkward_rows()[1:], torch.randn(200, 64)])
     packed = ggml.encoder(name)(weight.view(-1, 32))
     assert torch.equal(packed.view(len(weight), -1), formats.get(name).quantize(weight))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+def test_a_kernel_searches_as_ggml_does(name: str) -> None:
+    pytest.importorskip("xllamacpp")
+    if not enable():
+        pytest.skip("no compiler on this machine")
+    groups = awkward_rows().view(-1, 32)
+    mixed = groups[torch.randint(len(groups), (8 * 500,))].view(-1, 256)
+    sizes = torch.logspace(-6, 2, 8)[torch.randint(8, (500, 8))].repeat_interleave(32, dim=1)
+    weight = torch.cat([
+        mixed,
+        torch.randn(500, 256) * torch.logspace(-44, 38, 500)[:, None],
+        torch.randn(500, 256) * sizes,
+        torch.randint(-9, 9, (501, 256)) / 8,
+    ])  # fmt: skip
+    weight = weight[weight.isfinite().all(dim=1)]
+    weight = weight[1 - len(weight) % 2 :]  # an odd number: some machines take blocks by two
+    raw = formats.get(name).quantize(weight)
+    with kernels_off():
+        assert torch.equal(formats.get(name).quantize(weight), raw)
+
+
+def test_where_the_installed_ggml_rounds_otherwise_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp")
+    if not enable():
+        pytest.skip("no compiler on this machine")
+    entry, weight = formats.get("Q5_K"), torch.randn(3, 256)
+    expected = entry.quantize(weight)
+    monkeypatch.setattr(
+        calls, "search", lambda name, blocks, size: torch.zeros(len(blocks), size, dtype=torch.uint8)
+    )
+    ggml._same.cache_clear()
+    assert torch.equal(entry.quantize(weight), expected)
+    ggml._same.cache_clear()
 
 
 def test_without_llama_cpp_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 // The bits are those of the PyTorch forms in bases/formats. A fused multiply-add changes none of them: a half-precision
 // scale times a group's integer scale times a code needs at most 24 bits, so each product is exact before the sum.
 #include "common.h"
+#include "half.h"
 #include "normal.h"
 
 #ifdef __AVX512F__
@@ -31,16 +32,6 @@ static inline u16v codes(const uint8_t* p) { return widened(*reinterpret_cast<co
 static inline v16 floats(u16v x) { return __builtin_convertvector((i16v)x, v16); }
 static const u16v LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Without a multiplication, which would lose subnormal numbers where a thread flushes them to zero.
-static inline float half(const uint8_t* p) {
-    uint32_t bits = p[0] | uint32_t(p[1]) << 8, sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 31;
-    uint32_t fraction = bits & 1023;
-    if (exponent == 0) return std::copysign(float(fraction) * 0x1p-24f, sign ? -1.0f : 1.0f);
-    bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction << 13;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
 static inline float single(const uint8_t* p) {
     float x;
     std::memcpy(&x, p, 4);

@@ -6,30 +6,11 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 #include "common.h"
+#include "half.h"
 #include "normal.h"
 
 typedef uint8_t b16 __attribute__((vector_size(16), aligned(1)));
 
-// To half precision: nearest, ties to even; beyond its range infinity.
-static inline void half(uint8_t* p, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff, made;
-    if (size >= 0x477ff000) {
-        made = 0x7c00;
-    } else if (size < 0x38800000) {  // subnormal: one half has as its last place what such a number counts in
-        float shifted;
-        std::memcpy(&shifted, &size, 4);
-        shifted += 0.5f;
-        std::memcpy(&made, &shifted, 4);
-        made -= 0x3f000000;
-    } else {
-        made = (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
-    }
-    made |= sign;
-    p[0] = uint8_t(made);
-    p[1] = uint8_t(made >> 8);
-}
 static inline v16 size(v16 x) { return (v16)((u16v)x & 0x7fffffff); }
 static inline v16 choose(i16v mask, v16 yes, v16 no) { return (v16)((mask & (i16v)yes) | (~mask & (i16v)no)); }
 // What a number is multiplied by in place of being divided; zero where nothing is to be told apart.
