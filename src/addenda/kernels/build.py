@@ -18,7 +18,10 @@ from addenda.folders import cache_root
 __all__ = ["build", "built", "compiler"]
 
 SOURCES = Path(__file__).parent / "source"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+NATIVE = "native"
+"""The instruction set of the machine that compiles."""
+
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 OPTIONAL_FLAGS = ("-fopenmp",)
 """Left out where the compiler refuses them: the kernels are then right, on one core."""
 
@@ -41,13 +44,16 @@ def built() -> Path | None:
     return path if path and path.is_file() else None
 
 
-def build() -> Path:
+def build(instructions: str = NATIVE) -> Path:
     """Return the library, compiling it if need be (some seconds).
+
+    Args:
+        instructions: the instruction set it may use, by the compiler's name for it.
 
     Raises:
         KernelError: there is no compiler, it fails, or the result cannot be kept.
     """
-    path = _library_path()
+    path = _library_path(instructions)
     if path is None:
         raise KernelError("no C++ compiler found", hint=HINT)
     if path.is_file():
@@ -56,7 +62,7 @@ def build() -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as work:
             made = Path(work) / path.name
-            _compile(made)
+            _compile(made, instructions)
             made.replace(path)
     except OSError as error:
         raise KernelError(
@@ -67,11 +73,11 @@ def build() -> Path:
     return path
 
 
-def _compile(target: Path) -> None:
+def _compile(target: Path, instructions: str) -> None:
     sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
     said = ""
-    for flags in ((*FLAGS, *OPTIONAL_FLAGS), FLAGS):
-        command = [str(compiler()), *flags, *sources, "-o", str(target)]
+    for optional in (OPTIONAL_FLAGS, ()):
+        command = [str(compiler()), *_flags(instructions), *optional, *sources, "-o", str(target)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -87,12 +93,18 @@ def _compile(target: Path) -> None:
     )
 
 
+def _flags(instructions: str) -> tuple[str, ...]:
+    # The sources say themselves what may be contracted, which Clang does not heed at 'fast' and GCC only there.
+    contraction = "on" if "clang" in _compiler_version() else "fast"
+    return (*FLAGS, f"-ffp-contract={contraction}", f"-march={instructions}")
+
+
 @functools.cache
-def _library_path() -> Path | None:
+def _library_path(instructions: str = NATIVE) -> Path | None:
     if compiler() is None:
         return None
     digest = hashlib.sha256()
-    for part in (*FLAGS, *OPTIONAL_FLAGS, _compiler_version(), _processor()):
+    for part in (*_flags(instructions), *OPTIONAL_FLAGS, _compiler_version(), _processor()):
         digest.update(part.encode() + b"\0")
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -100,6 +112,7 @@ def _library_path() -> Path | None:
     return cache_root() / "kernels" / f"{digest.hexdigest()[:24]}{suffix}"
 
 
+@functools.cache
 def _compiler_version() -> str:
     try:
         done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -11,14 +12,30 @@ import torch
 from torch.nn import functional
 
 from addenda import kernels
+from addenda.bases import formats
 from addenda.bases.fast.attention import attend
 from addenda.bases.fast.segments import Rule, Segments, turned
-from addenda.kernels import build, calls
+from addenda.kernels import build, calls, library
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler on this machine")
 
 UNITS = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 """Relative error of a result of few operations."""
+
+
+SETS = {"AVX512": ["native", "x86-64-v3", "x86-64"], "AVX2": ["native", "x86-64"]}.get(
+    torch.backends.cpu.get_cpu_capability(), ["native"]
+)
+"""Registers of 64, 32 and 16 bytes, of which a machine has the smaller ones too."""
+
+
+@pytest.fixture(params=SETS)
+def instructions(request, monkeypatch):
+    """Run a test with the kernels compiled for each instruction set."""
+    monkeypatch.setattr(library._State, "library", ctypes.CDLL(str(build.build(request.param))))
+    calls._function.cache_clear()
+    yield request.param
+    calls._function.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +48,7 @@ def assert_near(ours, exact, *, units=1.0):
     assert (ours.double() - exact).norm() <= units * UNITS[ours.dtype] * exact.norm()
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rms_norm(dtype, offset):
@@ -52,6 +70,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("name", calls.ACTIVATIONS)
 def test_activation(dtype, name):
@@ -63,6 +82,7 @@ def test_activation(dtype, name):
     assert_near(calls.activation(x, name, g), grad, units=2)
 
 
+@pytest.mark.usefixtures("instructions")
 def test_gelu_is_right_to_its_own_last_digits_far_below_zero_and_near_it():
     x = torch.cat([torch.linspace(-9, 9, 1600), torch.randn(1600) * 1e-3])
     exact = x.double() * torch.special.erfc(x.double() / -(2**0.5)) / 2  # not 1 + erf, which cancels
@@ -72,6 +92,7 @@ def test_gelu_is_right_to_its_own_last_digits_far_below_zero_and_near_it():
     assert calls.activation(torch.full((16,), torch.nan), "gelu").isnan().all()
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("activation", calls.ACTIVATIONS)
 def test_gated(dtype, activation):
@@ -87,12 +108,14 @@ def test_gated(dtype, activation):
     assert torch.equal(again, calls.gated_forward(gate, up, activation))
 
 
+@pytest.mark.usefixtures("instructions")
 def test_far_out_gates_give_no_infinity():
     gate = torch.tensor([-1e30, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4, 1.0] * 2)
     y = calls.gated_forward(gate, torch.ones(16), "silu")
     torch.testing.assert_close(y, functional.silu(gate), rtol=1e-5, atol=1e-30)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("vocabulary", [5, 48, 1003])
 def test_cross_entropy(dtype, vocabulary):
@@ -111,6 +134,7 @@ def test_cross_entropy(dtype, vocabulary):
     assert_near(scores, gradient)
 
 
+@pytest.mark.usefixtures("instructions")
 def test_not_a_number_in_one_row_stays_in_it():
     scores = torch.randn(3, 40)
     scores[1, 7] = torch.nan
@@ -146,6 +170,7 @@ RULES = {
 }
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize(
@@ -177,6 +202,7 @@ def test_attention(dtype, rule, lengths, heads, key_heads):
         assert_near(b, e, units=6)
 
 
+@pytest.mark.usefixtures("instructions")
 def test_tokens_of_no_segment_get_zeros_and_give_none():
     query, key, value = (torch.randn(2, 20, 16, requires_grad=True) for _ in range(3))
     out = attend(query, key, value, Segments((9, 4)), Rule(0.3))
@@ -186,6 +212,7 @@ def test_tokens_of_no_segment_get_zeros_and_give_none():
         assert grad[:, :13].abs().sum() > 0
 
 
+@pytest.mark.usefixtures("instructions")
 def test_one_thread_and_several_give_the_same_bits():
     query, key, value = (torch.randn(4, 200, 32) for _ in range(3))
 
@@ -201,6 +228,22 @@ def test_one_thread_and_several_give_the_same_bits():
             assert torch.equal(a, b)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", formats.names())
+def test_packed_weights_do_not_depend_on_the_instruction_set(name, monkeypatch):
+    entry, weight = formats.get(name), torch.randn(3, 512) * torch.logspace(-9, 5, 512)
+    with kernels.kernels_off():
+        raw = entry.quantize(weight)
+        exact = entry.dequantize(raw, 512)
+    for each in SETS:
+        monkeypatch.setattr(library._State, "library", ctypes.CDLL(str(build.build(each))))
+        calls._function.cache_clear()
+        assert torch.equal(entry.quantize(weight), raw), each
+        assert torch.equal(entry.dequantize(raw, 512), exact), each
+        half = torch.empty(3, 512, dtype=torch.bfloat16)
+        assert torch.equal(entry.dequantize(raw, 512, half), exact.bfloat16()), each
+    calls._function.cache_clear()
 
 
 @pytest.mark.parametrize("what", ["contiguous", "strided", "float64", "narrow"])

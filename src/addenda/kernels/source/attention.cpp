@@ -92,14 +92,12 @@ static void transpose(float* to, const float* from, long d) {
             float lines[16][16];
             for (int r = 0; r < 16; r++) store(lines[r], load(from + (i + r) * d + k));
             for (int c = 0; c < 16; c++) {
-                v16 column;
-                for (int r = 0; r < 16; r++) column[r] = lines[r][c];
-                store(to + (k + c) * BLOCK + i, column);
+                for (int r = 0; r < 16; r++) to[(k + c) * BLOCK + i + r] = lines[r][c];
             }
         }
 }
 
-static inline v16 capped(v16 score, float cap) {
+INLINE v16 capped(v16 score, float cap) {
     v16 grown = exponential(score * (2.0f / cap));
     return cap - 2.0f * cap / (grown + 1.0f);
 }
@@ -119,7 +117,11 @@ static inline long first_block_seen(const Layer& at, long first_query) {
     return at.window ? std::max(0L, first_query - (long)at.window + 1) / BLOCK : 0;
 }
 
-static const i16v PLACES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+// Whether each of sixteen keys, from the one at `first` on, is seen.
+INLINE i16v visible(const Span& span, int first) {
+    i16v place = places() + first;
+    return (place < (int)span.high) & (place >= (int)span.low);
+}
 
 // Columns of a row group's scores that may be seen, in v16.
 static inline int vectors_seen(const Layer& at, long last_query, long first_key) {
@@ -172,19 +174,18 @@ static void attend_block(const Layer& at, const Task& task, const int64_t* bound
             for (long r = r0; r < r0 + ROWS; r++) {
                 float* row = scores + r * BLOCK;
                 Span span = seen(at, first + r, first_key, here);
-                v16 peak = all(HIDDEN);
+                v16 peak = HIDDEN;
                 for (int v = 0; v < vecs; v++) {
                     v16 x = load(row + 16 * v);
                     if (at.softcap != 0.0f) x = capped(x, at.softcap);
-                    i16v place = PLACES + 16 * v;
-                    x = ((place < (int)span.high) & (place >= (int)span.low)) ? x : all(HIDDEN);
+                    x = choose(visible(span, 16 * v), x, v16(HIDDEN));
                     store(row + 16 * v, x);
                     peak = largest(x, peak);
                 }
                 float highest_now = std::max(most[r], highest(peak));
                 float shrink = std::exp(most[r] - highest_now);
                 most[r] = highest_now;
-                v16 added = all(0.0f);
+                v16 added = 0.0f;
                 for (int v = 0; v < vecs; v++) {
                     v16 p = exponential(load(row + 16 * v) - highest_now);
                     store(row + 16 * v, p);
@@ -256,7 +257,7 @@ static void backward_head(const Layer& at, const Task& task, const int64_t* boun
         read_block(g + i * BLOCK * d_v, grad + task.head * d_v, at.out_token, from, count, d_v, cos, sin, 0, 1.0f);
     }
     for (long t = 0; t < lines; t++) {
-        v16 total = all(0.0f);
+        v16 total = 0.0f;
         const T* answer = out + (start + t) * at.out_token + task.head * d_v;
         if (t < length)
             for (long c = 0; c < d_v; c += 16) total += load(answer + c) * load(g + t * d_v + c);
@@ -284,20 +285,18 @@ static void backward_head(const Layer& at, const Task& task, const int64_t* boun
                     Span span = seen(at, t, first_key, here);
                     float *row = weights + r * BLOCK, *slope = inner + r * BLOCK;
                     for (int v = 0; v < vecs; v++) {
-                        v16 x = load(row + 16 * v), steep = all(1.0f);
+                        v16 x = load(row + 16 * v), steep = 1.0f;
                         if (at.softcap != 0.0f) {
                             x = capped(x, at.softcap);
                             steep = 1.0f - (x / at.softcap) * (x / at.softcap);
                         }
-                        i16v place = PLACES + 16 * v;
-                        v16 p = exponential(x - logs[t]);
-                        p = ((place < (int)span.high) & (place >= (int)span.low)) ? p : all(0.0f);
+                        v16 p = choose(visible(span, 16 * v), exponential(x - logs[t]), v16(0.0f));
                         store(row + 16 * v, p);
                         store(slope + 16 * v, p * (load(slope + 16 * v) - mean[t]) * steep);
                     }
                     for (int v = vecs; v < BLOCK / 16; v++) {
-                        store(row + 16 * v, all(0.0f));
-                        store(slope + 16 * v, all(0.0f));
+                        store(row + 16 * v, 0.0f);
+                        store(slope + 16 * v, 0.0f);
                     }
                 }
                 strip(grad_query + (i * BLOCK + r0) * d, d, inner + r0 * BLOCK, BLOCK, 1, key, d, 16L * vecs,

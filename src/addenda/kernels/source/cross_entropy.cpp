@@ -10,7 +10,7 @@ static void cross_entropy(T* scores, const int64_t* targets, float* nll, uint8_t
     for (long r = 0; r < rows; r++) {
         T* row = scores + r * v;
         long whole = v - v % 16;
-        v16 peaks = all(-INFINITY), doubt = all(0.0f);
+        v16 peaks = -INFINITY, doubt = 0.0f;
         for (long c = 0; c < whole; c += 16) {
             v16 x = load(row + c);
             peaks = largest(x, peaks);
@@ -18,7 +18,7 @@ static void cross_entropy(T* scores, const int64_t* targets, float* nll, uint8_t
         }
         float peak = highest(peaks);
         for (long c = whole; c < v; c++) peak = one(row + c) > peak ? one(row + c) : peak;
-        v16 masses = all(0.0f);
+        v16 masses = 0.0f;
         for (long c = 0; c < whole; c += 16) masses += exponential(load(row + c) - peak);
         float mass = sum(masses) + sum(doubt), chosen = one(row + targets[r]);
         for (long c = whole; c < v; c++) mass += std::exp(one(row + c) - peak);

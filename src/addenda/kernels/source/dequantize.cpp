@@ -5,33 +5,8 @@
 #include "half.h"
 #include "normal.h"
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-typedef uint8_t b16 __attribute__((vector_size(16), aligned(1)));
-typedef int8_t s16 __attribute__((vector_size(16), aligned(1)));
-
-// GCC 12 widens bytes one at a time where it is not told the instruction.
-static inline u16v widened(b16 x) {
-#ifdef __AVX512F__
-    return (u16v)_mm512_cvtepu8_epi32((__m128i)x);
-#else
-    return __builtin_convertvector(x, u16v);
-#endif
-}
-static inline v16 integers(const uint8_t* p) {
-    s16 x = *reinterpret_cast<const s16*>(p);
-#ifdef __AVX512F__
-    return __builtin_convertvector((i16v)_mm512_cvtepi8_epi32((__m128i)x), v16);
-#else
-    return __builtin_convertvector(x, v16);
-#endif
-}
-static inline u16v codes(const uint8_t* p) { return widened(*reinterpret_cast<const b16*>(p)); }
-static inline v16 floats(u16v x) { return __builtin_convertvector((i16v)x, v16); }
-static const u16v LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
+INLINE v16 signed_codes(const uint8_t* p) { return floats(widened(reinterpret_cast<const int8_t*>(p))); }
+INLINE u16v codes(const uint8_t* p) { return u16v(widened(p)); }
 static inline float single(const uint8_t* p) {
     float x;
     std::memcpy(&x, p, 4);
@@ -42,15 +17,6 @@ static inline uint32_t word(const uint8_t* p) {
     std::memcpy(&x, p, 4);
     return x;
 }
-static inline v16 picked(const float* table, u16v index) {
-#if defined(__clang__)
-    v16 out;
-    for (int i = 0; i < 16; i++) out[i] = table[index[i]];
-    return out;
-#else
-    return __builtin_shuffle(load(table), (i16v)index);
-#endif
-}
 
 // ------------------------------------------------------------------------------------------- blocks of 32, one scale
 
@@ -58,7 +24,7 @@ struct Q4_0 {
     enum { WEIGHTS = 32, BYTES = 18 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 d = all(half(p));
+        v16 d = half(p);
         u16v q = codes(p + 2);
         store(out, d * (floats(q & 15) - 8.0f));
         store(out + 16, d * (floats(q >> 4) - 8.0f));
@@ -68,7 +34,7 @@ struct Q4_1 {
     enum { WEIGHTS = 32, BYTES = 20 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 d = all(half(p)), m = all(half(p + 2));
+        v16 d = half(p), m = half(p + 2);
         u16v q = codes(p + 4);
         store(out, d * floats(q & 15) + m);
         store(out + 16, d * floats(q >> 4) + m);
@@ -78,29 +44,29 @@ struct Q5_0 {
     enum { WEIGHTS = 32, BYTES = 22 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 d = all(half(p));
-        u16v q = codes(p + 6), fifth = u16v{} + word(p + 2);
-        store(out, d * (floats((q & 15) | (fifth >> LANE & 1) << 4) - 16.0f));
-        store(out + 16, d * (floats(q >> 4 | (fifth >> (LANE + 16) & 1) << 4) - 16.0f));
+        v16 d = half(p);
+        u16v q = codes(p + 6), fifth = word(p + 2);
+        store(out, d * (floats((q & 15) | (fifth >> u16v(places()) & 1) << 4) - 16.0f));
+        store(out + 16, d * (floats(q >> 4 | (fifth >> (u16v(places()) + 16) & 1) << 4) - 16.0f));
     }
 };
 struct Q5_1 {
     enum { WEIGHTS = 32, BYTES = 24 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 d = all(half(p)), m = all(half(p + 2));
-        u16v q = codes(p + 8), fifth = u16v{} + word(p + 4);
-        store(out, d * floats((q & 15) | (fifth >> LANE & 1) << 4) + m);
-        store(out + 16, d * floats(q >> 4 | (fifth >> (LANE + 16) & 1) << 4) + m);
+        v16 d = half(p), m = half(p + 2);
+        u16v q = codes(p + 8), fifth = word(p + 4);
+        store(out, d * floats((q & 15) | (fifth >> u16v(places()) & 1) << 4) + m);
+        store(out + 16, d * floats(q >> 4 | (fifth >> (u16v(places()) + 16) & 1) << 4) + m);
     }
 };
 struct Q8_0 {
     enum { WEIGHTS = 32, BYTES = 34 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 d = all(half(p));
-        store(out, d * integers(p + 2));
-        store(out + 16, d * integers(p + 18));
+        v16 d = half(p);
+        store(out, d * signed_codes(p + 2));
+        store(out + 16, d * signed_codes(p + 18));
     }
 };
 
@@ -114,7 +80,7 @@ struct Q2_K {
 #pragma GCC unroll 16
         for (int group = 0; group < 16; group++) {
             u16v q = codes(p + 16 + group / 8 * 32 + group % 2 * 16) >> (group % 8 / 2 * 2) & 3;
-            v16 scale = all(d * float(p[group] & 15)), m = all(least * float(p[group] >> 4));
+            v16 scale = d * float(p[group] & 15), m = least * float(p[group] >> 4);
             store(out + 16 * group, scale * floats(q) - m);
         }
     }
@@ -130,7 +96,7 @@ struct Q3_K {
             int low = scales[group % 8] >> (group / 8 * 4) & 15, high = scales[8 + group % 4] >> (group / 4 * 2) & 3;
             u16v q = codes(p + 32 + group / 8 * 32 + group % 2 * 16) >> (group % 8 / 2 * 2) & 3;
             u16v third = codes(p + group % 2 * 16) >> (group / 2) & 1;
-            store(out + 16 * group, all(d * float((low | high << 4) - 32)) * (floats(q | third << 2) - 4.0f));
+            store(out + 16 * group, d * float((low | high << 4) - 32) * (floats(q | third << 2) - 4.0f));
         }
     }
 };
@@ -158,8 +124,8 @@ struct Q4_K {
         for (int part = 0; part < 8; part++) {  // 16 bytes give 16 weights of an even group and 16 of the odd one
             int even = part / 2 * 2, at = part % 2 * 16;
             u16v q = codes(p + 16 + 16 * part);
-            store(out + 32 * even + at, all(s.scale[even]) * floats(q & 15) - s.least[even]);
-            store(out + 32 * even + 32 + at, all(s.scale[even + 1]) * floats(q >> 4) - s.least[even + 1]);
+            store(out + 32 * even + at, s.scale[even] * floats(q & 15) - s.least[even]);
+            store(out + 32 * even + 32 + at, s.scale[even + 1] * floats(q >> 4) - s.least[even + 1]);
         }
     }
 };
@@ -173,8 +139,8 @@ struct Q5_K {
             int even = part / 2 * 2, at = part % 2 * 16;
             u16v q = codes(p + 48 + 16 * part), fifth = codes(p + 16 + at) >> even;
             v16 low = floats((q & 15) | (fifth & 1) << 4), high = floats(q >> 4 | (fifth >> 1 & 1) << 4);
-            store(out + 32 * even + at, all(s.scale[even]) * low - s.least[even]);
-            store(out + 32 * even + 32 + at, all(s.scale[even + 1]) * high - s.least[even + 1]);
+            store(out + 32 * even + at, s.scale[even] * low - s.least[even]);
+            store(out + 32 * even + 32 + at, s.scale[even + 1] * high - s.least[even + 1]);
         }
     }
 };
@@ -188,7 +154,7 @@ struct Q6_K {
             int side = group / 8, in = group % 8;
             u16v low = codes(p + 64 * side + in % 4 * 16) >> (in / 4 * 4) & 15;
             u16v high = codes(p + 128 + 32 * side + in % 2 * 16) >> (in / 2 * 2) & 3;
-            v16 scale = all(d * float(int8_t(p[192 + group])));
+            v16 scale = d * float(int8_t(p[192 + group]));
             store(out + 16 * group, scale * (floats(low | high << 4) - 32.0f));
         }
     }
@@ -202,7 +168,7 @@ struct IQ4_NL {
     enum { WEIGHTS = 32, BYTES = 18 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 d = all(half(p));
+        v16 d = half(p);
         u16v q = codes(p + 2);
         store(out, d * picked(UNEVEN, q & 15));
         store(out + 16, d * picked(UNEVEN, q >> 4));
@@ -217,7 +183,7 @@ struct IQ4_XS {
 #pragma GCC unroll 8
         for (int group = 0; group < 8; group++) {
             int scale = (p[4 + group / 2] >> (group % 2 * 4) & 15) | (high >> (2 * group) & 3) << 4;
-            v16 factor = all(d * float(scale - 32));
+            v16 factor = d * float(scale - 32);
             u16v q = codes(p + 8 + 16 * group);
             store(out + 32 * group, factor * picked(UNEVEN, q & 15));
             store(out + 32 * group + 16, factor * picked(UNEVEN, q >> 4));
@@ -229,16 +195,14 @@ struct NF4 {
     enum { WEIGHTS = 64, BYTES = 36 };
     template <class T>
     static inline void block(const uint8_t* p, T* out) {
-        v16 absmax = all(single(p));
-        const u16v shift = {4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0};  // the first of two in the upper half
-#pragma GCC unroll 2
-        for (int part = 0; part < 2; part++) {
-            b16 x = *reinterpret_cast<const b16*>(p + 4 + 16 * part);
-            b16 left = __builtin_shufflevector(x, x, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-            b16 right = __builtin_shufflevector(x, x, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15);
-            store(out + 32 * part, picked(NORMAL, widened(left) >> shift & 15) * absmax);
-            store(out + 32 * part + 16, picked(NORMAL, widened(right) >> shift & 15) * absmax);
+        v16 absmax = single(p);
+        uint8_t each[64];
+        for (int i = 0; i < 32; i++) {
+            each[2 * i] = p[4 + i] >> 4;  // the first of two in the upper half
+            each[2 * i + 1] = p[4 + i] & 15;
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < 64; i += 16) store(out + i, picked(NORMAL, codes(each + i)) * absmax);
     }
 };
 
@@ -258,7 +222,7 @@ static void int8_rows(const uint8_t* raw, T* out, long rows, long row_bytes, lon
         const uint8_t* p = raw + row * row_bytes;
         float absmax = single(p), part = 1.0f / 127.0f;
         long i = 0;
-        for (; i + 16 <= d_in; i += 16) store(out + row * d_in + i, integers(p + 4 + i) * absmax * part);
+        for (; i + 16 <= d_in; i += 16) store(out + row * d_in + i, signed_codes(p + 4 + i) * absmax * part);
         for (; i < d_in; i++) put(out + row * d_in + i, float(int8_t(p[4 + i])) * absmax * part);
     }
 }

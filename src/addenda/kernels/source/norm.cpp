@@ -2,7 +2,7 @@
 #include "common.h"
 
 template <class T>
-static inline v16 factor(const T* weight, long c, float offset) {
+INLINE v16 factor(const T* weight, long c, float offset) {
     return load(weight + c) + offset;
 }
 
@@ -11,7 +11,7 @@ static void forward(const T* x, const T* weight, T* y, float* scale, long rows, 
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
         const T* from = x + r * d;
-        v16 squares = all(0.0f);
+        v16 squares = 0.0f;
         for (long c = 0; c < d; c += 16) squares += load(from + c) * load(from + c);
         float by = 1.0f / std::sqrt(sum(squares) / d + eps);
         scale[r] = by;
@@ -26,7 +26,7 @@ static void backward(const T* x, const T* weight, const float* scale, const T* g
 #pragma omp parallel for schedule(static)
     for (long r = 0; r < rows; r++) {
         const T *from = x + r * d, *grad = g + r * d;
-        v16 pulls = all(0.0f);
+        v16 pulls = 0.0f;
         for (long c = 0; c < d; c += 16) pulls += load(grad + c) * factor(weight, c, offset) * load(from + c);
         float by = scale[r], pull = sum(pulls) * by * by * by / d;
         for (long c = 0; c < d; c += 16)

@@ -17,14 +17,14 @@ static inline void tile(float* c, long ldc, const float* a, long row, long step,
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < VECS; v++) total[r][v] = add ? load(c + r * ldc + 16 * v) : all(0.0f);
+        for (int v = 0; v < VECS; v++) total[r][v] = add ? load(c + r * ldc + 16 * v) : v16(0.0f);
     for (long k = 0; k < depth; k++) {
         v16 line[VECS];
 #pragma GCC unroll 4
         for (int v = 0; v < VECS; v++) line[v] = load(b + k * ldb + 16 * v);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
-            v16 factor = all(a[r * row + k * step]);
+            v16 factor = a[r * row + k * step];
 #pragma GCC unroll 4
             for (int v = 0; v < VECS; v++) total[r][v] += factor * line[v];
         }

@@ -1,38 +1,29 @@
 // Numbers to packed weights: whole rows to raw blocks, for GGUF's formats with one scale for 32 weights, and NF4.
 // The bytes are those of ggml's reference, which rounds every product before it adds: nothing here may be contracted.
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
+#define EXACT
 #include "common.h"
 #include "half.h"
 #include "normal.h"
 
-typedef uint8_t b16 __attribute__((vector_size(16), aligned(1)));
-
-static inline v16 size(v16 x) { return (v16)((u16v)x & 0x7fffffff); }
-static inline v16 choose(i16v mask, v16 yes, v16 no) { return (v16)((mask & (i16v)yes) | (~mask & (i16v)no)); }
 // What a number is multiplied by in place of being divided; zero where nothing is to be told apart.
 static inline float inverse(float d) { return d == 0.0f ? 0.0f : 1.0f / d; }
 // A code: its whole part, up to `most`; zero where the product overflowed.
-static inline u16v code(v16 x, float most) {
-    v16 held = choose(x < 256.0f, x, all(0.0f));
-    return (u16v)__builtin_convertvector(smallest(held, all(most)), i16v);
+INLINE u16v code(v16 x, float most) {
+    v16 held = choose(x < 256.0f, x, v16(0.0f));
+    return u16v(integers(smallest(held, most)));
 }
-static inline void bytes(uint8_t* p, u16v x) { *reinterpret_cast<b16*>(p) = __builtin_convertvector(x, b16); }
-static inline void fours(uint8_t* p, u16v a, u16v b) { bytes(p, (a & 15) | (b & 15) << 4); }
+INLINE void fours(uint8_t* p, u16v a, u16v b) { narrowed(p, (a & 15) | (b & 15) << 4); }
 // The fifth bit of 32 codes, one bit each.
-static inline void fifths(uint8_t* p, u16v a, u16v b) {
-    const u16v lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    u16v each = (a >> 4 & 1) << lane | (b >> 4 & 1) << (lane + 16);
-    uint32_t total = 0;
-    for (int i = 0; i < 16; i++) total |= each[i];
+INLINE void fifths(uint8_t* p, u16v a, u16v b) {
+    uint32_t each[32], total = 0;
+    stored(each, a >> 4 & 1);
+    stored(each + 16, b >> 4 & 1);
+    for (int i = 0; i < 32; i++) total |= each[i] << i;
     std::memcpy(p, &total, 4);
 }
-static inline float largest_of(v16 a, v16 b) { return highest(largest(a, b)); }
+INLINE float largest_of(v16 a, v16 b) { return highest(largest(a, b)); }
 // The number of largest magnitude with its sign; of several the first.
-static inline float extreme(const float* x, v16 a, v16 b) {
+INLINE float extreme(const float* x, v16 a, v16 b) {
     float amax = largest_of(size(a), size(b));
     for (int i = 0; i < 32; i++)
         if (std::fabs(x[i]) == amax) return x[i];
@@ -98,37 +89,37 @@ struct Q5_1 {
 struct Q8_0 {
     enum { WEIGHTS = 32, BYTES = 34 };
     // Halves away from zero.
-    static inline u16v rounded(v16 x) {
+    INLINE u16v rounded(v16 x) {
         v16 part = size(x);
-        part = choose(part < 256.0f, part, all(0.0f));
-        i16v whole = __builtin_convertvector(part, i16v);
-        whole -= (part - __builtin_convertvector(whole, v16)) >= 0.5f;
-        return (u16v)choose(x < 0.0f, (v16)-whole, (v16)whole);
+        part = choose(part < 256.0f, part, v16(0.0f));
+        i16v whole = integers(part);
+        whole -= (part - floats(whole)) >= 0.5f;
+        return u16v(choose(x < 0.0f, -whole, whole)) & 255;
     }
     static inline void block(const float* x, uint8_t* p) {
         v16 a = load(x), b = load(x + 16);
         float d = largest_of(size(a), size(b)) / 127.0f, by = inverse(d);
         half(p, d);
-        bytes(p + 2, rounded(a * by));
-        bytes(p + 18, rounded(b * by));
+        narrowed(p + 2, rounded(a * by));
+        narrowed(p + 18, rounded(b * by));
     }
 };
 
 struct NF4 {
     enum { WEIGHTS = 64, BYTES = 36 };
     // The nearest level: as many as there are middles between two levels below the number.
-    static inline u16v nearest(v16 x) {
-        i16v found = {};
+    INLINE u16v nearest(v16 x) {
+        i16v found = 0;
 #pragma GCC unroll 15
         for (int i = 0; i < 15; i++) found -= x > (NORMAL[i + 1] + NORMAL[i]) / 2;
-        return (u16v)found;
+        return u16v(found);
     }
     static inline void block(const float* x, uint8_t* p) {
         v16 part[4];
         for (int i = 0; i < 4; i++) part[i] = size(load(x + 16 * i));
         float absmax = largest_of(largest(part[0], part[1]), largest(part[2], part[3]));
         std::memcpy(p, &absmax, 4);
-        v16 by = all(absmax == 0.0f ? 1.0f : absmax);
+        v16 by = absmax == 0.0f ? 1.0f : absmax;
         for (int i = 0; i < 4; i++) {
             u16v code = nearest(load(x + 16 * i) / by);
             for (int k = 0; k < 8; k++) p[4 + 8 * i + k] = uint8_t(code[2 * k] << 4 | code[2 * k + 1]);

@@ -1,35 +1,20 @@
 // Numbers to Q4_K and Q5_K, whose scales are searched for: the arithmetic of ggml's reference (make_qkx2_quants and
 // quantize_row_q*_K_ref), on several groups of 32 weights at once, a group to a lane. Each lane adds in the reference's
 // order, and nothing may be contracted, so that the bytes are the same as long as ggml was compiled without that too.
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
+#define EXACT
 #include "common.h"
 #include "half.h"
 
-// One register of the machine: GCC takes comparisons of wider values apart, number by number.
-#if defined(__AVX512F__)
-enum { LANES = 16 };
-#elif defined(__AVX2__)
-enum { LANES = 8 };
-#else
-enum { LANES = 4 };
-#endif
-enum { GROUP = 32, GROUPS = 8, BLOCK = GROUP * GROUPS, TOGETHER = LANES > GROUPS ? LANES / GROUPS : 1 };
-enum { ALL = TOGETHER * GROUPS };
+enum { GROUP = 32, GROUPS = 8, BLOCK = GROUP * GROUPS, LANES = 16, TOGETHER = LANES / GROUPS };
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
-
-static inline vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
-static inline vec root(vec x) {
-    for (int i = 0; i < LANES; i++) x[i] = std::sqrt(x[i]);
-    return x;
+INLINE v16 root(v16 x) {
+    float each[16];
+    stored(each, x);
+    for (float& one : each) one = std::sqrt(one);
+    return loaded(each);
 }
 // To the nearest integer, ties to even, by the last bits of a large number; what is too large for that wraps round.
-static inline ivec whole(vec x) { return ((ivec)(x + 12582912.0f) & 0x007fffff) - 0x00400000; }
+INLINE i16v whole(v16 x) { return (i16v(x + 12582912.0f) & 0x007fffff) - 0x00400000; }
 static inline int whole(float x) {
     int32_t bits;
     x += 12582912.0f;
@@ -37,10 +22,10 @@ static inline int whole(float x) {
     return (bits & 0x007fffff) - 0x00400000;
 }
 template <int MOST>
-static inline vec code(vec scaled) {
-    ivec found = whole(scaled);
-    found = found < MOST ? found : ivec{} + MOST;
-    return __builtin_convertvector(found > 0 ? found : ivec{}, vec);
+INLINE v16 code(v16 scaled) {
+    i16v found = whole(scaled), most = MOST;
+    found = choose(found < most, found, most);
+    return floats(choose(found > 0, found, i16v(0)));
 }
 template <int MOST>
 static inline uint8_t code(float scaled) {
@@ -52,82 +37,80 @@ static inline uint8_t code(float scaled) {
 // Scale and least number for each lane's group, chosen among roundings by the error that the best line through each
 // leaves, weighted by magnitude; `by` and `from` tell how the codes of the chosen rounding came about.
 struct Line {
-    vec scale, least, by, from;
+    v16 scale, least, by, from;
 };
 template <int MOST>
-static inline Line searched(const vec* x, float first, int steps) {
-    vec squares = {}, weight[GROUP], codes[GROUP];
+static inline Line searched(const v16* x, float first, int steps) {
+    v16 squares = 0.0f, weight[GROUP], codes[GROUP];
     for (int i = 0; i < GROUP; i++) squares += x[i] * x[i];
-    vec usual = root(squares / 32.0f);
-    for (int i = 0; i < GROUP; i++) weight[i] = usual + (vec)((ivec)x[i] & 0x7fffffff);
+    v16 usual = root(squares / 32.0f);
+    for (int i = 0; i < GROUP; i++) weight[i] = usual + size(x[i]);
 
-    vec least = x[0], top = x[0], sum_w = weight[0], sum_x = sum_w * x[0];
+    v16 least = x[0], top = x[0], sum_w = weight[0], sum_x = sum_w * x[0];
     for (int i = 1; i < GROUP; i++) {
-        least = choose(x[i] < least, x[i], least);
-        top = choose(x[i] > top, x[i], top);
+        least = smallest(x[i], least);
+        top = largest(x[i], top);
         sum_w += weight[i];
         sum_x += weight[i] * x[i];
     }
-    least = choose(least > 0.0f, vec{}, least);
-    ivec flat = top == least;
-    vec by = float(MOST) / (top - least), scale = 1.0f / by, error = {};
+    least = choose(least > 0.0f, v16(0.0f), least);
+    i16v flat = top == least;
+    v16 by = float(MOST) / (top - least), scale = 1.0f / by, error = 0.0f;
     Line best = {scale, least, by, least};
     for (int i = 0; i < GROUP; i++) {
-        vec off = scale * code<MOST>(by * (x[i] - least)) + least - x[i];
+        v16 off = scale * code<MOST>(by * (x[i] - least)) + least - x[i];
         error += weight[i] * (off * off);
     }
     for (int step = 0; step <= steps; step++) {
-        vec from = best.least, tried = (first + 0.1f * float(step) + float(MOST)) / (top - from);
-        vec sum_l = {}, sum_l2 = {}, sum_xl = {};
+        v16 from = best.least, tried = (first + 0.1f * float(step) + float(MOST)) / (top - from);
+        v16 sum_l = 0.0f, sum_l2 = 0.0f, sum_xl = 0.0f;
         for (int i = 0; i < GROUP; i++) {
-            vec l = codes[i] = code<MOST>(tried * (x[i] - from)), wl = weight[i] * l;
+            v16 l = codes[i] = code<MOST>(tried * (x[i] - from)), wl = weight[i] * l;
             sum_l += wl;
             sum_l2 += wl * l;
             sum_xl += wl * x[i];
         }
-        vec det = sum_w * sum_l2 - sum_l * sum_l;
-        vec slope = (sum_w * sum_xl - sum_x * sum_l) / det, start = (sum_l2 * sum_x - sum_l * sum_xl) / det;
-        ivec above = start > 0.0f;
+        v16 det = sum_w * sum_l2 - sum_l * sum_l;
+        v16 slope = (sum_w * sum_xl - sum_x * sum_l) / det, start = (sum_l2 * sum_x - sum_l * sum_xl) / det;
+        i16v above = start > 0.0f;
         slope = choose(above, sum_xl / sum_l2, slope);
-        start = choose(above, vec{}, start);
-        vec found = {};
+        start = choose(above, v16(0.0f), start);
+        v16 found = 0.0f;
         for (int i = 0; i < GROUP; i++) {
-            vec off = slope * codes[i] + start - x[i];
+            v16 off = slope * codes[i] + start - x[i];
             found += weight[i] * (off * off);
         }
-        ivec better = (det > 0.0f) & (found < error) & ~flat;
+        i16v better = (det > 0.0f) & (found < error) & ~flat;
         error = choose(better, found, error);
         best.by = choose(better, tried, best.by);
         best.from = choose(better, from, best.from);
         best.scale = choose(better, slope, best.scale);
         best.least = choose(better, start, best.least);  // which the next rounding starts from
     }
-    best.scale = choose(flat, vec{}, best.scale);
-    best.by = choose(flat, vec{}, best.by);
+    best.scale = choose(flat, v16(0.0f), best.scale);
+    best.by = choose(flat, v16(0.0f), best.by);
     return best;
 }
 
 // What was found for the groups of some blocks.
 template <int MOST>
 struct Groups {
-    float x[GROUP][ALL], scale[ALL], less[ALL], by[ALL], from[ALL];
+    float x[GROUP][LANES], scale[LANES], less[LANES], by[LANES], from[LANES];
 
     Groups(const float* weights, int blocks, float first, int steps) {
-        for (int lane = 0; lane < ALL; lane++)
-            for (int i = 0; i < GROUP; i++) x[i][lane] = lane < blocks * GROUPS ? weights[lane * GROUP + i] : 0.0f;
-        for (int lane = 0; lane < ALL; lane += LANES) {
-            vec part[GROUP];
-            for (int i = 0; i < GROUP; i++) std::memcpy(&part[i], x[i] + lane, sizeof(vec));
-            Line line = searched<MOST>(part, first, steps);
-            vec less_ = -line.least;
-            std::memcpy(scale + lane, &line.scale, sizeof(vec));
-            std::memcpy(less + lane, &less_, sizeof(vec));
-            std::memcpy(by + lane, &line.by, sizeof(vec));
-            std::memcpy(from + lane, &line.from, sizeof(vec));
+        v16 lanes[GROUP];
+        for (int i = 0; i < GROUP; i++) {
+            for (int lane = 0; lane < LANES; lane++) x[i][lane] = lane < blocks * GROUPS ? weights[lane * GROUP + i] : 0.0f;
+            lanes[i] = loaded(x[i]);
         }
+        Line line = searched<MOST>(lanes, first, steps);
+        stored(scale, line.scale);
+        stored(less, -line.least);
+        stored(by, line.by);
+        stored(from, line.from);
     }
 
-    static inline float highest(const float* x) {
+    static inline float most_of(const float* x) {
         float most = 0.0f;
         for (int j = 0; j < GROUPS; j++) most = x[j] > most ? x[j] : most;
         return most;
@@ -140,7 +123,7 @@ struct Groups {
     // Writes the scales of one block, 16 bytes, and gives its codes, (GROUP, GROUPS).
     void finish(int block, uint8_t* p, uint8_t (*codes)[GROUPS]) const {
         const int start = block * GROUPS;
-        float most_scale = highest(scale + start), most_less = highest(less + start), unit[GROUPS], base[GROUPS];
+        float most_scale = most_of(scale + start), most_less = most_of(less + start), unit[GROUPS], base[GROUPS];
         float scale_by = most_scale > 0.0f ? 63.0f / most_scale : 0.0f;
         float less_by = most_less > 0.0f ? 63.0f / most_less : 0.0f;
         uint8_t* packed = p + 4;
