@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 import torch
 import transformers
 
@@ -16,14 +17,6 @@ import addenda
 from addenda.bases import load_base
 from addenda.cli.app import run as command_line
 from addenda.export.runtimes.llama_cpp import LlamaCppWithAdapter
-
-spec = importlib.util.spec_from_file_location(
-    "tiny_gguf", Path(__file__).parents[1] / "unit" / "bases" / "tiny_gguf.py"
-)
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not installed (extra 'llamacpp')"

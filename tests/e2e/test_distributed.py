@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import train_together
 
 from addenda.cli.app import run
 from addenda.core import registry
@@ -21,7 +22,6 @@ from addenda.core.mixing import Mixture
 from addenda.train.checkpoint import find_checkpoint
 from addenda.train.metrics import read_metrics
 
-HERE = Path(__file__).parent
 ALONE = [name for name in registry.names() if name != "lora" and not issubclass(registry.get(name), Mixture)]
 """Every method that needs no other adapters on the model; LoRA is what the other tests train."""
 EVERY_DAY = {
@@ -47,9 +47,8 @@ SECONDS = 45
 def context():
     """Start processes that have PyTorch and the tiny model's script loaded already."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *sys.path]))
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.syspath_prepend(str(HERE))
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train_together", "bitsandbytes"])  # the latter if it is there
         yield context
@@ -76,8 +75,6 @@ def free_port():
 
 def start(context, size, *arguments, function="process", of_rank=None, **settings):
     """Start ``size`` processes; ``of_rank`` holds further settings for some of them."""
-    import train_together
-
     port = free_port()
     found = []
     for rank in range(size):

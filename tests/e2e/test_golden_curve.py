@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import train_tiny as tiny
 
 from addenda.train.config import TrainConfig
 from addenda.train.events import StepEvent
 from addenda.train.loop import train
-
-spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).with_name("train_tiny.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 GOLDEN = Path(__file__).with_name("golden_curve.json")
 """Loss and gradient norm of each step. To keep another one: delete it, run the test, and look at what changed."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import train_tiny as tiny
 
 import addenda
 from addenda.cli.app import run
@@ -15,10 +15,6 @@ from addenda.core import registry
 from addenda.train.config import TrainConfig
 from addenda.train.events import StepEvent
 from addenda.train.loop import train
-
-spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).with_name("train_tiny.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 METHODS = [
     pytest.param(registry.get(name).from_settings(variant), id=f"{name}-{i}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
+import train_tiny as tiny
 from torch.nn import functional as F
 
 from addenda import LoRA
@@ -19,10 +18,6 @@ from addenda.train.events import EvalEvent, NoticeEvent, StartEvent, StepEvent
 from addenda.train.loop import train
 from addenda.train.session import Session
 from addenda.train.state import adapter_tensors, digest_of_tensors
-
-spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).with_name("train_tiny.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 
 def go(folder, base, handle, rows, heldout=(), *, events=None, **settings):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+import train_tiny as tiny
 
 import addenda
 from addenda.methods.adalora import AdaLoRA
@@ -14,10 +14,6 @@ from addenda.methods.alora import ALoRA
 from addenda.train.config import TrainConfig
 from addenda.train.events import StepEvent
 from addenda.train.loop import train
-
-spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).with_name("train_tiny.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

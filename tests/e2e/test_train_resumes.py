@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_tiny as tiny
 
 from addenda.errors import BusyError, CheckpointError, DiskFullError
 from addenda.train.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
@@ -24,11 +24,7 @@ from addenda.train.failpoints import FAILPOINTS
 from addenda.train.loop import train
 from addenda.train.metrics import read_metrics
 
-SCRIPT = Path(__file__).with_name("train_tiny.py")
-spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
-tiny = importlib.util.module_from_spec(spec)
-sys.modules["train_tiny"] = tiny
-spec.loader.exec_module(tiny)
+SCRIPT = Path(tiny.__file__)
 
 TIMES = {"seconds", "eta_seconds", "tokens_per_second", "folder", "bytes"}
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+import train_tiny as tiny
 
 import addenda
 from addenda.core.activating import active_composition
@@ -19,10 +18,6 @@ from addenda.train.events import CheckpointEvent, EvalEvent, StepEvent
 from addenda.train.interrupt import Interrupted
 from addenda.train.loop import train
 from addenda.train.together import Job, train_together
-
-spec = importlib.util.spec_from_file_location("train_tiny", Path(__file__).with_name("train_tiny.py"))
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 METHODS = {
     "small": addenda.LoRA(rank=2),

@@ -1,9 +1,9 @@
-"""The model as it is traced: the adapter in its weights where it has such a form, packed weights unpacked."""
+"""The model as it is traced: the adapter in its weights where it has such a form, packed weights unpacked, finite."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,22 @@ from torch import Tensor, nn
 from addenda.bases.packed_layers import PackedEmbedding, PackedLinear, packed_layers
 from addenda.core.handle import Handle
 from addenda.errors import ExportError, MethodError
+from addenda.export.probes import named_output
 
-__all__ = ["folded"]
+__all__ = ["Positional", "folded", "require_finite"]
+
+
+class Positional(nn.Module):
+    """A model whose inputs are given in order, and which returns the one tensor that is asked for."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+        self.eval()  # or the exporter puts the model inside into training mode as well
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Run the model on its inputs in the order of the names."""
+        return named_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
 
 
 @contextlib.contextmanager
@@ -57,6 +71,25 @@ def _unpacked(handle: Handle, layers: dict[str, PackedLinear | PackedEmbedding])
     finally:
         for path, layer in layers.items():
             handle.model.set_submodule(path, layer)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ExportError: some are; names them.
+    """
+    wrong = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if wrong:
+        raise ExportError(
+            f"'{wrong[0]}' holds values that are not finite",
+            where={"tensors": len(wrong)},
+            hint="the training went wrong, or the file it was loaded from is damaged; nothing was written",
+        )
 
 
 def _values(

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy
 import pytest
+import tiny_gguf
 import torch
 import transformers
 
@@ -15,11 +15,6 @@ from addenda.bases.gguf_header import read_header
 from addenda.core.progress import Progress
 from addenda.errors import BaseModelError, UnsafeError
 
-spec = importlib.util.spec_from_file_location("tiny_gguf", Path(__file__).with_name("tiny_gguf.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 LLAMA, TEMPLATE, TOKENS, write_gguf = (
     tiny_gguf.LLAMA,
     tiny_gguf.TEMPLATE,

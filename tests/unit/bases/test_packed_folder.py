@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import gguf as gguf_library
 import numpy
 import psutil
 import pytest
+import tiny_gguf
 import torch
 import transformers
 from torch import nn
@@ -24,11 +24,6 @@ from addenda.bases.packed_layers import PackedEmbedding, PackedLinear, packed_la
 from addenda.core import fingerprint
 from addenda.errors import BaseModelError, CheckpointError
 
-spec = importlib.util.spec_from_file_location("tiny_gguf", Path(__file__).with_name("tiny_gguf.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 TOKENS, write_gguf = tiny_gguf.TOKENS, tiny_gguf.write_gguf
 
 FORMATS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -27,14 +28,6 @@ from addenda.export.formats.merged import FORMAT
 from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
-
-spec = importlib.util.spec_from_file_location(
-    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
-)
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 
 needs_bitsandbytes = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("bitsandbytes", "accelerate")),

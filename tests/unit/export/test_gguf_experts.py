@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import test_gguf_lora as lora
+import test_gguf_made as made
+import test_gguf_merged as merged
+import test_gguf_writing as writing
 import torch
 
 import addenda
@@ -28,27 +29,11 @@ from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
 
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-lora, merged, made = beside("test_gguf_lora"), beside("test_gguf_merged"), beside("test_gguf_made")
-QWEN_2 = beside("test_gguf_writing").SPLITS["qwen2"][0]
+QWEN_2 = writing.SPLITS["qwen2"][0]
+pytestmark = pytest.mark.usefixtures("shared_home")
 installed = lora.installed
 RANKS = {"experts.1.down_proj": 2, "experts.2.gate_up_proj": 6}
 EXPERTS = "model.layers.0.mlp.experts"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADDENDA_HOME", str(tmp_path_factory.getbasetemp() / "home"))
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+import tiny_causal
 import torch
 
 from addenda.errors import ExportError
 from addenda.export.gguf.architectures import ARCHITECTURES
 from addenda.export.gguf.layout import layout_of
 
-spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny_causal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_causal)
 tiny_config, tiny_model, FAMILIES = tiny_causal.tiny_config, tiny_causal.tiny_model, tiny_causal.FAMILIES
 
 

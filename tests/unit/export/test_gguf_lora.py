@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tiny_gguf
 import torch
 import transformers
 
@@ -28,14 +29,6 @@ from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
 from addenda.export.runtimes import llama_cpp
 from addenda.export.runtimes.llama_cpp import LlamaCpp
-
-spec = importlib.util.spec_from_file_location(
-    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
-)
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not installed (extra 'llamacpp')"

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
+import tiny_causal
 import tokenizers
 import torch
 import transformers
@@ -27,12 +28,6 @@ from addenda.export.job import Job
 from addenda.export.own import OwnTensors, narrowest
 from addenda.export.probes import answer, probes_of
 from addenda.export.run import export_adapter
-
-spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny_causal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_causal)
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not installed (extra 'llamacpp')"

@@ -11,6 +11,7 @@ from typing import Any
 
 import gguf
 import pytest
+import tiny_gguf
 import torch
 import transformers
 
@@ -27,14 +28,6 @@ from addenda.export.gguf.origin import Origin, dense, origin_of
 from addenda.export.job import Job
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
-
-spec = importlib.util.spec_from_file_location(
-    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
-)
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None, reason="llama.cpp is not installed (extra 'llamacpp')"

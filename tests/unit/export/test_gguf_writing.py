@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import pytest
+import tiny_causal
 import tokenizers
 import torch
 import transformers
@@ -22,11 +22,6 @@ from addenda.export.gguf.writing import write_base, written_kinds
 from addenda.export.runtimes.gelu_table import gelus_of, with_gelu_table
 from addenda.export.runtimes.llama_cpp import LlamaCpp
 
-spec = importlib.util.spec_from_file_location("tiny_causal", Path(__file__).with_name("tiny_causal.py"))
-assert spec is not None
-assert spec.loader is not None
-tiny_causal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_causal)
 tiny_config, tiny_model = tiny_causal.tiny_config, tiny_causal.tiny_model
 
 installed = pytest.mark.skipif(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import weakref
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 import torch
 import transformers
 
@@ -14,14 +14,6 @@ import addenda
 from addenda.bases import load_base
 from addenda.export.merged import write_merged
 from addenda.export.run import export_adapter
-
-spec = importlib.util.spec_from_file_location(
-    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
-)
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 
 
 @pytest.fixture(scope="module")

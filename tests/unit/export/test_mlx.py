@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -25,14 +26,6 @@ from addenda.export.probes import answer, probes_of
 from addenda.export.run import export_adapter
 from addenda.export.runtimes.mlx import MLXRuntime
 from addenda.recipe import load_adapted
-
-spec = importlib.util.spec_from_file_location(
-    "tiny_gguf", Path(__file__).parents[1] / "bases" / "tiny_gguf.py"
-)
-assert spec is not None
-assert spec.loader is not None
-tiny_gguf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny_gguf)
 
 needs_mlx = pytest.mark.skipif(
     importlib.util.find_spec("mlx_lm") is None, reason="mlx-lm is not installed: make test-edge"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import test_gguf_lora as lora
+import test_gguf_made as made
+import test_gguf_merged as merged
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -29,26 +29,10 @@ from addenda.export.own import OwnTensors
 from addenda.export.probes import probes_of
 from addenda.export.run import export_adapter
 
-
-def beside(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-lora, merged, made = beside("test_gguf_lora"), beside("test_gguf_merged"), beside("test_gguf_made")
+pytestmark = pytest.mark.usefixtures("shared_home")
 installed = lora.installed
 ENDS = EMBEDDING_PATH, HEAD_PATH = "model.embed_tokens", "lm_head"
 EMBEDDING = "token_embd.weight"
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ADDENDA_HOME", str(tmp_path_factory.getbasetemp() / "home"))
 
 
 def tied(folder: Path, family: str) -> addenda.LoadedBase:

@@ -1,23 +1,17 @@
 from __future__ import annotations
 
-import importlib.util
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+import train_tiny as tiny
 
 from addenda.train.config import TrainConfig
 from addenda.train.events import StepEvent
 from addenda.train.loop import train
 from addenda.train.profile import OTHER, PARTS, StepProfile, necessary_flop, product_rate
-
-spec = importlib.util.spec_from_file_location(
-    "train_tiny", Path(__file__).parents[2] / "e2e" / "train_tiny.py"
-)
-tiny = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tiny)
 
 
 def profiled(folder, rows, **settings):
@@ -75,6 +69,10 @@ def test_a_run_that_ends_while_it_is_measured_leaves_a_process_that_ends_well(tm
         "assert module['profiled'](Path(sys.argv[1]), 6)[0] is None\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr

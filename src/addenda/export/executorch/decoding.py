@@ -14,7 +14,7 @@ from addenda.bases import LoadedBase
 from addenda.bases.generate import stop_ids
 from addenda.bases.stepwise import StaticDecoder
 from addenda.export.executorch.lowering import refusing, rounded_program, save
-from addenda.export.onnx.writing import require_finite
+from addenda.export.traceable import require_finite
 
 __all__ = ["CONTEXT", "PART", "facts", "write_decoder"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from addenda.errors import ExportError
 from addenda.export.onnx.tracing import dynamic_dims
-from addenda.export.onnx.writing import Positional, require_finite
 from addenda.export.packages import require
 from addenda.export.probes import Row
+from addenda.export.traceable import Positional, require_finite
 
 __all__ = [
     "BATCH",

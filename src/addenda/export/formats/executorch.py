@@ -20,10 +20,10 @@ from addenda.export.executorch.reading import findings
 from addenda.export.executorch.usage import usage_of_decoder, usage_of_whole
 from addenda.export.format import Format
 from addenda.export.job import Job
-from addenda.export.onnx.folding import folded
 from addenda.export.probes import named_output
 from addenda.export.runtime import Runtime
 from addenda.export.runtimes.executorch import DecoderRuntime, ExecuTorchRuntime
+from addenda.export.traceable import folded
 
 __all__ = ["FORMAT", "ExecuTorch"]
 

@@ -25,7 +25,6 @@ from addenda.export.onnx.adapters import (
     require_switchable,
     write_adapter,
 )
-from addenda.export.onnx.folding import folded
 from addenda.export.onnx.graph import own_name
 from addenda.export.onnx.reading import findings, tensors_of
 from addenda.export.onnx.rounding import to_half, to_int8
@@ -33,6 +32,7 @@ from addenda.export.onnx.usage import usage
 from addenda.export.onnx.writing import FILE, decoder_graph, graph_of, save
 from addenda.export.runtime import Runtime
 from addenda.export.runtimes.onnxruntime import AdapterFile, ONNXRuntime, Session, SwitchedRuntime
+from addenda.export.traceable import folded
 
 __all__ = ["FORMAT", "ONNX"]
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from addenda.bases.stepwise import CachedDecoder, cache_shapes
-from addenda.errors import ExportError
 from addenda.export.onnx.graph import tidy
 from addenda.export.onnx.packages import require
 from addenda.export.onnx.tracing import dynamic_dims, trace
 from addenda.export.probes import named_output
+from addenda.export.traceable import Positional, require_finite
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["DATA", "FILE", "PAST", "PRESENT", "decoder_graph", "graph_of", "require_finite", "save"]
+__all__ = ["DATA", "FILE", "PAST", "PRESENT", "decoder_graph", "graph_of", "save"]
 
 FILE, DATA = "model.onnx", "model.onnx.data"
 _ONE_FILE = 1 << 30
@@ -27,19 +27,6 @@ _ONE_FILE = 1 << 30
 _PREFIX = "model."
 PAST, PRESENT = "past_key_values", "present"
 """What the names of the cache's tensors begin with, as inputs and as outputs; ``.0.key`` and so on follow."""
-
-
-class Positional(nn.Module):
-    """A model whose inputs are given in order, and which returns the one tensor that is asked for."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, tuple(names)
-        self.eval()  # or the exporter puts the model inside into training mode as well
-
-    def forward(self, *values: Tensor) -> Tensor:
-        """Run the model on its inputs in the order of the names."""
-        return named_output(self.model(**dict(zip(self.names, values, strict=True))))[1]
 
 
 def graph_of(model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> ir.Model:
@@ -107,25 +94,6 @@ def _several(value: Tensor, dims: Mapping[int, str]) -> Tensor:
         if value.shape[dim] == 1:
             value = torch.cat([value, value], dim)
     return value
-
-
-def require_finite(model: nn.Module) -> None:
-    """Refuse weights that are not finite.
-
-    Raises:
-        ExportError: some are; names them.
-    """
-    wrong = [
-        name
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
-    if wrong:
-        raise ExportError(
-            f"'{wrong[0]}' holds values that are not finite",
-            where={"tensors": len(wrong)},
-            hint="the training went wrong, or the file it was loaded from is damaged; nothing was written",
-        )
 
 
 def save(graph: ir.Model, folder: Path) -> None:
