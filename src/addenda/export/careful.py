@@ -28,8 +28,10 @@ from addenda.core.progress import OnProgress, Progress
 from addenda.core.through import merged_rows
 from addenda.errors import ConfigError, ExportError
 from addenda.export.job import Job
+from addenda.export.probes import answer
 
 __all__ = [
+    "GROWTH",
     "MergedLayer",
     "answering_as",
     "careful_merge",
@@ -38,6 +40,7 @@ __all__ = [
     "kept_wide",
     "mean_kl",
     "plain_merge",
+    "widened",
 ]
 
 _DAMPING = 0.01
@@ -48,6 +51,12 @@ The writer's own range is left out: where the base came from a file of that form
 it had, and what the adapter changed of it is gone. Where a row is one block, one range is taken."""
 _COLUMNS = 64
 """That are rounded before the others are told, where a row is one block."""
+
+
+GROWTH = 0.1
+"""Share of its size by which a file may grow for layers that are kept at Q8_0."""
+_ASKED = 256
+"""Positions of calibration rows, or a row more, at which a layer at Q8_0 is tried; each layer takes that long."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +279,10 @@ def kept_wide(
         budget: bytes that the file may grow by.
         on_progress: told how many layers were tried.
     """
-    wide = plain_merge(handle, "Q8_0")
+    wide = {
+        path: MergedLayer("Q8_0", merged_rows(handle, path, "Q8_0"), each.bias)
+        for path, each in merged.items()
+    }
     more = {path: wide[path].rows.numel() - layer.rows.numel() for path, layer in merged.items()}
     gains: dict[str, float] = {}
     with answering_as(handle, merged) as use:
@@ -287,6 +299,33 @@ def kept_wide(
             chosen[path] = wide[path]
             budget -= more[path]
     return chosen
+
+
+def widened(job: Job, kinds: Mapping[str, str], size: int) -> frozenset[str]:
+    """Return the layers of a careful merge that are better kept at Q8_0, by what the model answers to calibration rows.
+
+    Args:
+        job: with calibration rows.
+        kinds: the format of each layer that may be, one with a grid and blocks of 32.
+        size: bytes of the file, which may grow by `GROWTH`.
+    """
+    if job.handle.through:
+        return frozenset()  # its merge is exact as it is
+    merged = {
+        path: MergedLayer(kind, careful_rows(job, kind, path), _bias(job.handle, path))
+        for path, kind in kinds.items()
+    }
+    wanted: list[Tensor] = []
+    for row in job.calibration:
+        if sum(map(len, wanted)) < _ASKED:
+            wanted.append(answer(job.model, row, job.probes.kind))
+    rows = job.calibration[: len(wanted)]
+
+    def cost() -> float:
+        return mean_kl((answer(job.model, row, job.probes.kind) for row in rows), wanted)
+
+    chosen = kept_wide(job.handle, merged, cost, int(GROWTH * size), on_progress=job.on_progress)
+    return frozenset(path for path, layer in chosen.items() if layer.format != kinds[path])
 
 
 # ------------------------------------------------------------------------------------------------ answering as a merge

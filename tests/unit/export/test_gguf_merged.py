@@ -88,7 +88,8 @@ def test_an_adapter_that_changes_nothing_leaves_the_bytes(base: addenda.LoadedBa
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in TYPES if kind != "careful" and "_k" not in kind and "_xs" not in kind]
+    "kind",
+    [kind for kind in TYPES if not kind.startswith("careful") and "_k" not in kind and "_xs" not in kind],
 )
 def test_every_tensor_is_in_the_type_that_was_asked_for(
     kind: str, base: addenda.LoadedBase, handle: addenda.Handle, tmp_path: Path
@@ -161,6 +162,29 @@ def test_a_careful_merge_changes_the_layers_outputs_less(
         for each in ("careful", "plain")
     ]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_careful_merge_keeps_the_layers_wide_that_lose_most_up_to_a_tenth_of_the_file(
+    base: addenda.LoadedBase, handle: addenda.Handle, tmp_path: Path
+) -> None:
+    origin, file, said = origin_of(base), tmp_path / FILE, []
+    job = dataclasses.replace(
+        job_of(base, handle),
+        calibration=tuple({"input_ids": row[None]} for row in torch.randint(5, 90, (6, 60))),
+        on_progress=said.append,
+    )
+    write_merged_gguf(job, origin, file, "careful+q8_0")
+    there = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    changed = {name for name, kind in there.items() if kind != origin.tensors[name].type}
+    adapted = {origin.way(path).tensor for path in handle.paths}
+    assert changed
+    assert changed <= adapted
+    assert {there[name] for name in changed} == {"Q8_0"}
+    assert origin.path.stat().st_size < file.stat().st_size <= 1.1 * origin.path.stat().st_size
+    assert "try layers at Q8_0" in {each.task for each in said}
+    before = len(said)
+    assert audit_merged(job, origin, file, "careful+q8_0") == []
+    assert "try layers at Q8_0" not in {each.task for each in said[before:]}  # found out once
 
 
 def test_what_was_trained_through_a_type_is_in_the_file_to_the_bit(

@@ -18,16 +18,16 @@ from addenda.bases.gguf_ways import Stack, Way
 from addenda.core.handle import Handle
 from addenda.core.through import merged_rows
 from addenda.errors import AddendaError
-from addenda.export.careful import careful_rows
+from addenda.export.careful import careful_rows, widened
 from addenda.export.ends import tied_ends
 from addenda.export.gguf.copying import Changes, pack, read_tensor, set_number, unpack, write_like
 from addenda.export.gguf.origin import Origin, dense, parted
 from addenda.export.gguf.told import what_is_wrong
 from addenda.export.job import Job
 
-__all__ = ["AS_BASE", "CAREFUL", "TYPES", "WIDE", "Merged", "audit_merged", "write_merged_gguf"]
+__all__ = ["AS_BASE", "CAREFUL", "ROOMY", "TYPES", "WIDE", "Merged", "audit_merged", "write_merged_gguf"]
 
-AS_BASE, WIDE, CAREFUL = "base", "base+q8_0", "careful"
+AS_BASE, WIDE, CAREFUL, ROOMY = "base", "base+q8_0", "careful", "careful+q8_0"
 _FILE_TYPES = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q6_k": "MOSTLY_Q6_K",
     "q5_k": "MOSTLY_Q5_K_S", "q5_1": "MOSTLY_Q5_1", "q5_0": "MOSTLY_Q5_0", "q4_k": "MOSTLY_Q4_K_S",
@@ -35,9 +35,10 @@ _FILE_TYPES = {
     "q3_k": "MOSTLY_Q3_K_S", "q2_k": "MOSTLY_Q2_K_S",
 }  # fmt: skip
 """What llama.cpp calls a file whose matrices are of a type."""
-TYPES = (AS_BASE, WIDE, CAREFUL, *_FILE_TYPES)
+TYPES = (AS_BASE, WIDE, CAREFUL, ROOMY, *_FILE_TYPES)
 """``base``: every tensor as it is in the base's file. ``base+q8_0``: likewise, but the adapted ones in Q8_0.
 ``careful``: as in the base's file, the adapted ones rounded so that their outputs on calibration rows change least.
+``careful+q8_0``: likewise, but those that lose most for each byte more in Q8_0, up to a tenth of the file.
 Others: all matrices in that type, those whose rows are not whole blocks of it in Q8_0 or F16."""
 _FALLBACKS = ("Q8_0", "F16")
 
@@ -59,12 +60,15 @@ class Merged(Changes):
             name: stack for name, stack in origin.stacks.items() if paths & set(origin.paths(stack))
         }
         """Those with an adapter on some expert."""
+        self._wide = _widened(job, origin) if kind == ROOMY else frozenset()
 
     def tensors_of(self, header: GGUFHeader) -> tuple[GGUFTensor, ...]:
         return self._origin.header.tensors
 
     def type_of(self, tensor: GGUFTensor) -> str:
-        if self._kind in {AS_BASE, CAREFUL} or len(tensor.shape) < 2:
+        if self.adapted.get(tensor.name) in self._wide:
+            return "Q8_0"
+        if self._kind in {AS_BASE, CAREFUL, ROOMY} or len(tensor.shape) < 2:
             return tensor.type
         if self._kind == WIDE:
             changed = tensor.name in self.adapted or tensor.name in self.stacks
@@ -130,9 +134,25 @@ class Merged(Changes):
     def _rounded(self, path: str, kind: str) -> Tensor:
         """The raw rows of a folded layer, in the model's order."""
         job = self._job
-        if self._kind != CAREFUL or not formats.get(kind).grid or job.handle.through:
+        plain = self._kind not in {CAREFUL, ROOMY} or path in self._wide
+        if plain or not formats.get(kind).grid or job.handle.through:
             return merged_rows(job.handle, path, kind)
         return careful_rows(job, kind, path)
+
+
+def _widened(job: Job, origin: Origin) -> frozenset[str]:
+    """The layers that `ROOMY` keeps at Q8_0; found out once. Experts, many of which are one tensor, stay as they are."""
+    if ROOMY not in job.kept:
+        kinds = {
+            path: origin.tensors[origin.way(path).tensor].type
+            for path in job.handle.paths
+            if path not in origin.experts and job.handle.view(path).pointwise
+        }
+        # Blocks of 32, as those of Q8_0.
+        fitting = {path: kind for path, kind in kinds.items() if (each := formats.find(kind)) and each.grid}
+        job.kept[ROOMY] = widened(job, fitting, origin.path.stat().st_size)
+    found: frozenset[str] = job.kept[ROOMY]
+    return found
 
 
 def _fitting(kind: str, tensor: GGUFTensor) -> str:
