@@ -40,9 +40,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.normal_(std=0.15)
     known = {"base": {"load": str(file), "weights": "packed"}}
     addenda.save(base.model, root / "adapter", provenance=known)
+    rows = root / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the 12 ", "1 the the 2 ")) * 8)
     told = run(
-        "bundle", str(root / "adapter"), "--to", "gguf-lora", "--to", "gguf:q8_0", "--with-base",
-        "--out", str(root / "out"),
+        "bundle", str(root / "adapter"), "--to", "gguf-lora", "--to", "gguf:q8_0", "--to", "gguf:careful",
+        "--with-base", "--calibrate", str(rows), "--out", str(root / "out"),
     )  # fmt: skip
     assert told == 0
     return root / "out"
@@ -50,7 +52,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_holds_what_is_needed(bundle: Path) -> None:
     manifest = json.loads((bundle / "bundle.json").read_text())
-    assert set(manifest["exports"]) == {"gguf-lora", "gguf-q8_0"}
+    assert set(manifest["exports"]) == {"gguf-lora", "gguf-q8_0", "gguf-careful"}
     assert all(each["parity"]["verdict"] == "passed" for each in manifest["exports"].values())
     assert manifest["license"] == "mit"
     assert set(manifest["sha256"]) == {
@@ -58,6 +60,17 @@ def test_it_holds_what_is_needed(bundle: Path) -> None:
     } - {"bundle.json"}
     assert (bundle / "tokenizer" / "chat_template.jinja").is_file()
     assert "| loaded with |" in (bundle / "README.md").read_text()
+
+
+def test_what_an_export_needs_is_asked_for_before_anything_is_written(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, out = str(bundle.parent / "adapter"), tmp_path / "out"
+    assert run("bundle", adapter, "--to", "gguf:careful", "--out", str(out)) == 1
+    assert "--calibrate" in json.loads(capsys.readouterr().out)["error"]["hint"]
+    assert run("bundle", adapter, "--to", "peft", "--context", "64", "--out", str(out)) == 2
+    assert "no context to choose" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert not out.exists()
 
 
 def test_it_passes_here(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ __all__ = ["command"]
     "bundle",
     examples=[
         "addenda bundle runs/support --to gguf-lora --with-base --out bundles/support",
-        "addenda bundle runs/support --to gguf:base+q8_0 --to peft --out bundles/support",
+        "addenda bundle runs/support --to gguf:careful+q8_0 --calibrate support.jsonl --to peft --out bundles/small",
     ],
 )
 @click.argument("adapter")
@@ -29,16 +29,20 @@ __all__ = ["command"]
 )
 @click.option("--out", metavar="FOLDER", required=True, help="The new folder.")
 @click.option("--base", metavar="MODEL", help="The model. [default: the adapter's]")
+@click.option("--calibrate", metavar="DATA", help="Rows of the task, for types that round with care.")
+@click.option("--context", type=int, metavar="N", help="Tokens for which executorch sets a cache aside.")
 @click.option("--with-base", is_flag=True, help="Copy the base's GGUF file too.")
 @click.option(
     "--allow-drift", is_flag=True, help="Write it although it has lost something or could not be proven."
 )
-def command(
+def command(  # noqa: PLR0917  (click hands every option over)
     console: Console,
     adapter: str,
     forms: tuple[str, ...],
     out: str,
     base: str | None,
+    calibrate: str | None,
+    context: int | None,
     *,
     with_base: bool,
     allow_drift: bool,
@@ -54,12 +58,14 @@ def command(
         from addenda.export.bundle import write_bundle
         from addenda.export.format import require_type
         from addenda.recipe import load_adapted
+        from addenda.recipe.calibrating import calibration_rows
         from addenda.recipe.exports import reported_exports
 
         for form, kind in wanted:
             require_type(form, kind)
         loaded, handle, provenance = load_adapted(adapter, source=base, device="cpu", on_event=display)
         in_float32(loaded.model)
+        rows = calibration_rows(calibrate, loaded, display) if calibrate else ()
         with reported_exports(adapter, display) as on_gated:
             found = write_bundle(
                 loaded,
@@ -67,6 +73,8 @@ def command(
                 wanted,
                 out,
                 with_base=with_base,
+                calibration=rows,
+                context=context,
                 allow_drift=allow_drift,
                 provenance=provenance,
                 on_progress=display,

@@ -19,9 +19,10 @@ from addenda.core.handle import Handle
 from addenda.core.progress import OnProgress
 from addenda.errors import ConfigError
 from addenda.export.folder import new_folder, sums_of
+from addenda.export.format import format_of, require_context
 from addenda.export.gguf.origin import file_of, why_no_origin
 from addenda.export.parity import Parity
-from addenda.export.probes import Probes, answer, probes_of
+from addenda.export.probes import Probes, Row, answer, probes_of
 from addenda.export.run import OnGated, export_adapter
 from addenda.export.table import gate_table
 
@@ -63,6 +64,8 @@ def write_bundle(
     folder: str | os.PathLike[str],
     *,
     with_base: bool = False,
+    calibration: Sequence[Row] = (),
+    context: int | None = None,
     allow_drift: bool = False,
     provenance: Mapping[str, Any] | None = None,
     on_progress: OnProgress | None = None,
@@ -76,6 +79,8 @@ def write_bundle(
         forms: names of formats, each with one of its types or None.
         folder: must not exist, or be empty.
         with_base: also copy the base's GGUF file, made where it came without, so that a GGUF adapter is complete.
+        calibration: as for `export_adapter`, of all exports.
+        context: as for `export_adapter`, of those that have one.
         allow_drift: as for `export_adapter`.
         provenance: what the adapter's manifest says of its training.
         on_progress: told of the steps.
@@ -85,10 +90,12 @@ def write_bundle(
         What the gate found, by the name of each export.
 
     Raises:
-        ConfigError: no format, or one twice, or a base that has no GGUF form to copy.
+        ConfigError: no format, or one twice, a context that none of them has, or a base without a GGUF form to copy.
         ExportError: one of them cannot carry the adapter, or does not answer like it; nothing is then written.
     """
     names = _named(forms)
+    if context is not None and not any(format_of(form).has_context for form, _ in forms):
+        require_context(forms[0][0], context, base.room)
     problem = why_no_origin(base)
     if with_base and problem:
         raise ConfigError(f"there is no GGUF file to copy: {problem}", hint="leave out --with-base")
@@ -104,6 +111,8 @@ def write_bundle(
                 form,
                 work / name,
                 type=kind,
+                calibration=calibration,
+                context=context if format_of(form).has_context else None,
                 allow_drift=allow_drift,
                 provenance=provenance,
                 on_progress=on_progress,

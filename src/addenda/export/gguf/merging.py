@@ -141,7 +141,7 @@ class Merged(Changes):
 
 
 def _widened(job: Job, origin: Origin) -> frozenset[str]:
-    """The layers that `ROOMY` keeps at Q8_0; found out once. Experts, many of which are one tensor, stay as they are."""
+    """The layers that `ROOMY` keeps at Q8_0; found out once. Experts, many of which are one tensor, are left alone."""
     if ROOMY not in job.kept:
         kinds = {
             path: origin.tensors[origin.way(path).tensor].type
