@@ -51,38 +51,38 @@ typedef Wide<int32_t> i16v;
 typedef Wide<uint32_t> u16v;
 
 #define EACH _Pragma("GCC unroll 4") for (int i = 0; i < 64 / REGISTER; i++)
-#define BETWEEN(OP, T)                                \
+#define BETWEEN(OP, T)                                 \
     INLINE Wide<T> operator OP(Wide<T> a, Wide<T> b) { \
-        EACH a.part[i] = a.part[i] OP b.part[i];      \
-        return a;                                     \
-    }                                                 \
+        EACH a.part[i] = a.part[i] OP b.part[i];       \
+        return a;                                      \
+    }                                                  \
     INLINE Wide<T>& operator OP##=(Wide<T>& a, Wide<T> b) { return a = a OP b; }
-#define COMPARED(OP, T)                                            \
-    INLINE i16v operator OP(Wide<T> a, Wide<T> b) {         \
-        i16v is;                                                   \
-        EACH is.part[i] = (i16v::Part)(a.part[i] OP b.part[i]);    \
-        return is;                                                 \
+#define COMPARED(OP, T)                                         \
+    INLINE i16v operator OP(Wide<T> a, Wide<T> b) {             \
+        i16v is;                                                \
+        EACH is.part[i] = (i16v::Part)(a.part[i] OP b.part[i]); \
+        return is;                                              \
     }
-#define NUMBERS(T)    \
-    BETWEEN(+, T)     \
-    BETWEEN(-, T)     \
-    BETWEEN(*, T)     \
-    COMPARED(<, T)    \
-    COMPARED(>, T)    \
-    COMPARED(>=, T)   \
-    COMPARED(==, T)   \
+#define NUMBERS(T)                        \
+    BETWEEN(+, T)                         \
+    BETWEEN(-, T)                         \
+    BETWEEN(*, T)                         \
+    COMPARED(<, T)                        \
+    COMPARED(>, T)                        \
+    COMPARED(>=, T)                       \
+    COMPARED(==, T)                       \
     INLINE Wide<T> operator-(Wide<T> a) { \
-        EACH a.part[i] = -a.part[i];             \
-        return a;                                \
+        EACH a.part[i] = -a.part[i];      \
+        return a;                         \
     }
-#define BITS(T)       \
-    BETWEEN(&, T)     \
-    BETWEEN(|, T)     \
-    BETWEEN(<<, T)    \
-    BETWEEN(>>, T)    \
+#define BITS(T)                           \
+    BETWEEN(&, T)                         \
+    BETWEEN(|, T)                         \
+    BETWEEN(<<, T)                        \
+    BETWEEN(>>, T)                        \
     INLINE Wide<T> operator~(Wide<T> a) { \
-        EACH a.part[i] = ~a.part[i];             \
-        return a;                                \
+        EACH a.part[i] = ~a.part[i];      \
+        return a;                         \
     }
 NUMBERS(float)
 BETWEEN(/, float)
