@@ -80,6 +80,7 @@ def test_it_passes_here(bundle: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["runtime"].startswith("llama.cpp")
     assert found["kl"] < 0.05
     assert run("verify", str(bundle / "gguf-lora")) == 0
+    assert "a self-test comes with 'addenda bundle'" in capsys.readouterr().out
 
 
 def test_its_own_script_needs_nothing_of_addenda(bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,16 @@ class Verb(click.Command):
         formatter.write(f"\nExamples:\n{lines}\nExit codes: 'addenda --help' lists them.\n")
 
 
+def _hush() -> None:
+    """Keep libraries from printing what nobody who runs a command can act on; ``-v`` shows it.
+
+    torchao, which the extra ``executorch`` brings, tells of parts for GPUs that it cannot load whenever transformers
+    looks for it.
+    """
+    for name in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def verb(name: str, *, examples: Sequence[str]) -> Callable[[Callable[..., Any]], Verb]:
     """Make a click command of a function that takes ``console`` and its own options.
 
@@ -35,6 +46,8 @@ def verb(name: str, *, examples: Sequence[str]) -> Callable[[Callable[..., Any]]
         @functools.wraps(function)
         def with_console(*args: Any, as_json: bool, quiet: bool, verbose: int, **options: Any) -> Any:
             console = Console(json=as_json, verbosity=-1 if quiet else verbose)
+            if not verbose:
+                _hush()
             return function(*args, console=console, **options)
 
         common = (

@@ -68,7 +68,12 @@ def verify(folder: str | os.PathLike[str], *, base: str | os.PathLike[str] | Non
         return _verdict(len(sums), damaged)
     files = manifest.get("llama_cpp") or {}
     if not files:
-        return _verdict(len(sums), damaged, told="no answers were asked: it holds nothing for llama.cpp")
+        why = (
+            "it holds nothing for llama.cpp"
+            if name == MANIFEST
+            else "a self-test comes with 'addenda bundle'"
+        )
+        return _verdict(len(sums), damaged, told=f"no answers were asked: {why}")
     return _asked(place, manifest, files, len(sums), Path(base) if base else place / "base.gguf")
 
 
