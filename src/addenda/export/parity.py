@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,21 +122,20 @@ def gate(
         rounding: lets a model compute within a ``with`` block what the program rounds by itself.
         findings: what reading the file back showed.
     """
-    # Opened before anything is asked: where the program is missing, no time is lost.
-    with tempfile.TemporaryDirectory() as place, ExitStack() as opened:
-        runtime = opened.enter_context(open_export(not drifts))
+    with tempfile.TemporaryDirectory() as place:
         trained = _Spool(Path(place) / "trained", _answers(job, "ask the trained model"))
         with job.handle.disabled():
             bare = _Spool(Path(place) / "bare", _answers(job, "ask the base"))
         effect = max(float((a - b).abs().max()) for a, b in zip(trained, bare, strict=True))
         slack = _left_open(job, trained, rounding)
-        twin = real = compare(runtime, job, trained, bare, task="ask the export", slack=slack)
-        chat = compare_chats(job, runtime.chat) if runtime.chat and job.base else None
+        # Opened once the model has answered: PEFT's folder is read onto the model itself.
+        with open_export(not drifts) as runtime:
+            twin = real = compare(runtime, job, trained, bare, task="ask the export", slack=slack)
+            chat = compare_chats(job, runtime.chat) if runtime.chat and job.base else None
         if drifts:
-            opened.close()
-            with open_export(True) as exact:
+            with open_export(True) as runtime:
                 twin = compare(
-                    exact, job, trained, bare, task="ask its exact twin", switch=False, slack=slack
+                    runtime, job, trained, bare, task="ask its exact twin", switch=False, slack=slack
                 )
     verdict, words = _judge(effect, twin, real, chat, findings)
     return Parity(verdict, words, effect, twin, real, chat, tuple(findings))

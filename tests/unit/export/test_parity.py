@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import addenda
-from addenda.core.progress import Progress
-from addenda.errors import MissingDependencyError
 from addenda.export.job import Job
 from addenda.export.parity import EXACT_LIMIT, Parity, gate
 from addenda.export.probes import Kind, Probes, Row, answer
@@ -185,17 +182,6 @@ def test_what_reading_back_found_fails_whatever_the_answers_are() -> None:
     )
     assert parity.verdict == "failed"
     assert "rows of q are not permuted" in parity.words
-
-
-def test_nothing_is_asked_where_the_program_is_missing() -> None:
-    def missing(exact: bool) -> Runtime:
-        raise MissingDependencyError("no program", hint="install it")
-
-    said: list[Progress] = []
-    job = replace(job_of(), on_progress=said.append)
-    with pytest.raises(MissingDependencyError):
-        gate(job, missing, drifts=False)
-    assert not said
 
 
 def test_a_rounded_file_is_judged_by_what_it_keeps_of_the_change() -> None:
