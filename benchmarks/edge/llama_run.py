@@ -162,10 +162,7 @@ def main() -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("addenda", "xllamacpp")},
         "runs": runs,
     }
-    path = HERE / "results" / f"llama-{document['date']}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(render(document))
-    table.write_readme(README, render(document))
+    table.keep(document, HERE / "results" / f"llama-{document['date']}.json", README, render(document))
 
 
 if __name__ == "__main__":

@@ -182,10 +182,7 @@ def main() -> None:
         return
     document = measure(options)
     path = HERE / "results" / f"{document['date']}-decoder.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(render(document))
-    table.write_readme(HERE / "decoder.md", render(document))
+    table.keep(document, path, HERE / "decoder.md", render(document))
 
 
 if __name__ == "__main__":

@@ -200,11 +200,7 @@ def main() -> None:
         child(*options.child, options.programs, options.calls)
         return
     document = measure(options)
-    path = HERE / "results" / f"{document['date']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(render(document))
-    table.write_readme(HERE / "README.md", render(document))
+    table.keep(document, HERE / "results" / f"{document['date']}.json", HERE / "README.md", render(document))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-__all__ = ["render", "row", "summarize", "write_readme"]
+__all__ = ["keep", "render", "row", "summarize", "write_readme"]
 
 START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 LABELS = {
@@ -57,6 +58,14 @@ def render(document: dict[str, Any]) -> str:
     rows = summary["contestants"].items()
     lines += [row(LABELS[name], figures, ratios.get(f"addenda / {name}")) for name, figures in rows]
     return "\n".join([*lines, "", *_verdicts(ratios)])
+
+
+def keep(document: dict[str, Any], path: Path, readme: Path, rendered: str) -> None:
+    """Write a result to its file, and print its table and put it into a README."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(rendered)
+    write_readme(readme, rendered)
 
 
 def write_readme(readme: Path, rendered: str) -> None:
